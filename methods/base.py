@@ -1,0 +1,282 @@
+"""The contract between a routing method and everything else.
+
+A method says *which* computation a token may bypass and *what* it gets instead. It never sees
+Hugging Face layers, caches, files or configuration: the engine executes, the runners train.
+
+Shapes: B batch, T tokens, D model width, N valid tokens of a batch (padding removed).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+Kind = Literal["attention", "mlp", "block"]
+KVPolicy = Literal["keep", "evict"]
+
+
+class Site(NamedTuple):
+    """One place where computation may be bypassed: a sublayer, or a whole block."""
+
+    layer: int
+    kind: Kind
+
+    @property
+    def units(self) -> tuple[Site, ...]:
+        """The attention and MLP units that one decision here covers (a block covers two)."""
+        if self.kind == "block":
+            return (Site(self.layer, "attention"), Site(self.layer, "mlp"))
+        return (self,)
+
+    @property
+    def key(self) -> str:
+        """Name usable inside an `nn.ModuleDict`."""
+        return f"{self.layer}_{self.kind}"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the model that a method routes."""
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_width: int
+    vocab: int
+
+    def units(self) -> list[Site]:
+        """Every attention and MLP unit in execution order; sparsity is a mean over these."""
+        kinds: tuple[Kind, Kind] = ("attention", "mlp")
+        return [Site(layer, kind) for layer in range(self.layers) for kind in kinds]
+
+
+@dataclass
+class Decision:
+    """What a method decided for each token at one site."""
+
+    execute_BT: Tensor
+    """bool: True runs the unit, False bypasses it. Drives the engine."""
+    gate_BT: Tensor
+    """float: equal to the mask in value outside training; carries the gradient in training."""
+    scores_BT: Tensor
+    """float32: execute where above the threshold; read by calibration and analysis."""
+    auxiliary: Tensor | None = None
+    """Scalar side loss of the router, training only (for example BCE to a top-k membership)."""
+
+
+@dataclass
+class RouteContext:
+    """What a decision may use besides the unit's normalised input."""
+
+    residual_BTD: Tensor
+    """The residual stream before the unit's norm."""
+    positions_BT: Tensor
+    """int64: index of each token among the valid tokens of its sequence."""
+    valid_BT: Tensor
+    """bool: False for padding."""
+    training: bool
+    """True in a training stage; only then may a method sample or look along the sequence."""
+    anneal: float
+    """Progress of the current stage, 0 at its first step and 1 at its last."""
+
+
+@dataclass
+class UnitView:
+    """One unit under the dense forward: what a forecaster learns from."""
+
+    site: Site
+    x_ND: Tensor
+    """Normalised input, padding removed."""
+    y_ND: Tensor
+    """The unit's output, before the residual addition."""
+    residual_ND: Tensor
+    """Residual stream that enters the unit."""
+
+
+@dataclass
+class RoutedView:
+    """One batch under the routed forward: what a router learns from."""
+
+    task_loss: Tensor
+    """Mean over predicted tokens: cross-entropy, or KL to the dense model."""
+    execute_rate: Tensor
+    """Differentiable mean gate over valid tokens and *all* units (never routed ones count 1)."""
+    site_rates: dict[Site, Tensor]
+    """The same for each routed site."""
+    auxiliary: Tensor
+    """Mean of the decisions' side losses (zero if there are none)."""
+    sparsity: float
+    """Target of this step: the point's own, or one of the stage's `targets`."""
+
+
+@dataclass
+class RoutedScores:
+    """A routed pass over calibration tokens."""
+
+    sparsity: float
+    """Realised: bypassed share of (token, unit) pairs over all units."""
+    scores: Tensor
+    """float32, flat: every score of every routed site."""
+    weights: Tensor
+    """float32, same length: units that each score decides for (a block's count 2)."""
+    total_weight: float
+    """Pairs over all units, never routed ones included."""
+
+
+class Probe(Protocol):
+    """A model and its text as a training-free fit may see them."""
+
+    shape: Shape
+
+    def stream(self, visit: Callable[[UnitView], None], split: str = "train") -> None:
+        """Call `visit` for every unit and batch under the dense forward, without gradient."""
+
+    def loss(self, bypassed: Collection[Site]) -> float:
+        """LM loss in nats per token on calibration text with these sites bypassed by all."""
+
+    def sensitivity(self) -> dict[Site, float]:
+        """Root mean square, over tokens and dimensions, of d(LM loss)/d(unit output)."""
+
+    def routed_scores(self, threshold: float) -> RoutedScores:
+        """Route calibration text with this threshold and report what it realised."""
+
+
+@dataclass(frozen=True)
+class StageBudget:
+    """How much one stage may spend."""
+
+    steps: int
+    batch_size: int
+    seq_len: int
+    accumulate: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the stage reads in all."""
+        return self.steps * self.accumulate * self.batch_size * self.seq_len
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Equal for all methods that are compared."""
+
+    name: str
+    fit_tokens: int
+    """Tokens of training text that a training-free fit reads."""
+    calibration_tokens: int
+    sensitivity_tokens: int
+    forecasters: StageBudget
+    """Unit-wise regression by gradient."""
+    routers: StageBudget
+    """Gradient training of routers (and of what is trained with them)."""
+
+
+@dataclass
+class Stage:
+    """One step of a recipe: either `fit` (no gradient) or `loss` with `parameters`."""
+
+    name: str
+    fit: Callable[[Probe], None] | None = None
+    loss: Callable[[UnitView], Tensor] | Callable[[RoutedView], Tensor] | None = None
+    forward: Literal["dense", "routed"] = "routed"
+    """`dense`: `loss` sees a UnitView per unit; `routed`: a RoutedView per batch."""
+    parameters: Sequence[nn.Parameter] = field(default_factory=list)
+    budget: StageBudget | None = None
+    lr: float = 1e-3
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup: float = 0.0
+    """Share of the steps with a linearly rising learning rate."""
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    per_target: bool = False
+    """True if the product depends on the target sparsity; others are shared by a sweep."""
+    calibrate_first: bool = False
+    """Set the threshold for the target (or for each of `targets`) before the first step."""
+    targets: Sequence[float] = ()
+    """Train for several target sparsities in turn: before each step the threshold of the next
+    target is set, and moved afterwards towards what would have realised it."""
+    report: Callable[[Probe], dict[str, float]] | None = None
+    """Figures worth keeping in the result record, measured after the stage."""
+
+
+@dataclass(frozen=True)
+class SiteCost:
+    """Analytic FLOPs that a method adds per token at one site (multiply and add count two)."""
+
+    route: float = 0.0
+    approximate: float = 0.0
+
+
+class Method(nn.Module):
+    """Base of all methods; a subclass must write `route` and nothing else.
+
+    Sub-modules that a method creates in `setup` are its only trained state; the threshold is a
+    buffer, so that saving and loading keeps the decision exactly.
+    """
+
+    kv_policy: ClassVar[KVPolicy] = "keep"
+    paper: ClassVar[str] = ""
+    threshold: Tensor
+
+    def __init__(self, *, sparsity: float) -> None:
+        super().__init__()
+        if not 0.0 <= sparsity < 1.0:
+            raise ValueError(f"sparsity must lie in [0, 1), not {sparsity}")
+        self.sparsity = sparsity
+        self.shape: Shape | None = None
+        self.register_buffer("threshold", torch.tensor(float("-inf")))
+
+    def setup(self, shape: Shape) -> None:
+        """Create routers and forecasters for a model of this shape."""
+        self.shape = shape
+
+    def sites(self) -> Sequence[Site]:
+        """Where this method routes; by default every attention and every MLP unit."""
+        assert self.shape is not None, "setup() comes first"
+        return self.shape.units()
+
+    def route(self, site: Site, x_BTD: Tensor, ctx: RouteContext) -> Decision:
+        """Decide for each token whether to execute the unit.
+
+        Args:
+            site: where.
+            x_BTD: the unit's normalised input, in the model's dtype.
+            ctx: residual stream, positions, validity, training state.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define route()")
+
+    def approximate(self, site: Site, x_BTD: Tensor) -> Tensor | None:
+        """What a bypassed token gets instead of the unit's output; None means skip (zero)."""
+        return None
+
+    def cost(self, site: Site) -> SiteCost:
+        """Analytic FLOPs per token that routing and approximating add at this site."""
+        return SiteCost()
+
+    def fit(self, probe: Probe) -> None:
+        """Training-free fitting, before `stages`; must not depend on the target sparsity."""
+
+    def stages(self, budget: Budget) -> Iterable[Stage]:
+        """Recipe after `fit`; by default nothing to train."""
+        return []
+
+    def calibrate(self, probe: Probe, sparsity: float) -> None:
+        """Set the threshold so that the routed model realises `sparsity` on calibration text.
+
+        The search is on the routed model: decisions upstream change hidden states downstream,
+        so quantiles of the dense model's scores would be biased.
+        """
+        from methods.parts.calibration import calibrate_threshold
+
+        self.threshold.fill_(calibrate_threshold(probe, sparsity))
+
+    def decide(self, scores_BT: Tensor) -> Decision:
+        """The deterministic decision of evaluation: execute where the score is above."""
+        execute_BT = scores_BT > self.threshold
+        return Decision(execute_BT, execute_BT.to(scores_BT.dtype), scores_BT)

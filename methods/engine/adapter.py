@@ -1,0 +1,105 @@
+"""Where a Hugging Face decoder keeps what the engine needs; one entry per model family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from methods.base import Shape
+
+
+@dataclass(frozen=True)
+class Family:
+    """Attribute names inside one decoder layer of a pre-norm family.
+
+    The layer must compute h + attention(norm(h)) and then h + mlp(norm(h)), nothing else.
+    """
+
+    attention_norm: str = "input_layernorm"
+    attention: str = "self_attn"
+    mlp_norm: str = "post_attention_layernorm"
+    mlp: str = "mlp"
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(),
+    "mistral": Family(),
+    "qwen2": Family(),
+    "qwen3": Family(),
+}
+
+
+class UnsupportedModel(ValueError):
+    """The model's family has no adapter; the message lists the known ones."""
+
+
+@dataclass(frozen=True)
+class LayerParts:
+    """The modules of one decoder layer that the engine calls."""
+
+    layer: nn.Module
+    attention_norm: nn.Module
+    attention: nn.Module
+    mlp_norm: nn.Module
+    mlp: nn.Module
+
+
+def require_family(model_type: str) -> Family:
+    """Adapter of a family by `config.model_type`.
+
+    Raises:
+        UnsupportedModel: no adapter.
+    """
+    if model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise UnsupportedModel(
+            f"no adapter for model family {model_type!r}; known: {known} "
+            "(one line in methods/engine/adapter.py adds a pre-norm family)"
+        )
+    return FAMILIES[model_type]
+
+
+def decoder(model: nn.Module) -> nn.Module:
+    """The stack under the LM head."""
+    return model.get_decoder()
+
+
+def layers_of(model: nn.Module) -> Sequence[LayerParts]:
+    """The decoder layers in execution order.
+
+    Raises:
+        UnsupportedModel: the family is unknown or a layer lacks an expected module.
+    """
+    family = require_family(model.config.model_type)
+    found = []
+    for layer in decoder(model).layers:
+        try:
+            found.append(
+                LayerParts(
+                    layer=layer,
+                    attention_norm=getattr(layer, family.attention_norm),
+                    attention=getattr(layer, family.attention),
+                    mlp_norm=getattr(layer, family.mlp_norm),
+                    mlp=getattr(layer, family.mlp),
+                )
+            )
+        except AttributeError as error:
+            raise UnsupportedModel(f"unexpected layer in {model.config.model_type}: {error}") from error
+    return found
+
+
+def shape_of(config) -> Shape:
+    """Sizes from a Hugging Face config."""
+    require_family(config.model_type)
+    heads = config.num_attention_heads
+    return Shape(
+        layers=config.num_hidden_layers,
+        width=config.hidden_size,
+        heads=heads,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        mlp_width=config.intermediate_size,
+        vocab=config.vocab_size,
+    )

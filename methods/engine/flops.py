@@ -1,0 +1,61 @@
+"""Analytic FLOPs of a routed forward over the dense one; a multiply and an add count two."""
+
+from __future__ import annotations
+
+from methods.base import Method, Shape, Site
+from methods.engine.counters import Usage
+
+
+def dense_flops(shape: Shape, *, tokens: int, context: int) -> float:
+    """Forward FLOPs of the untouched model, LM head included, norms and rotations left out.
+
+    Args:
+        tokens: valid tokens.
+        context: sum over tokens of the keys each attends to.
+    """
+    per_layer = tokens * (_query_side(shape) + _key_value_side(shape) + _mlp(shape))
+    per_layer += context * _scores(shape)
+    return shape.layers * per_layer + tokens * 2.0 * shape.width * shape.vocab
+
+
+def routed_flops(method: Method, usage: Usage) -> float:
+    """The same for what `usage` says was executed, routers and forecasters included.
+
+    Under KV policy `keep` keys and values are computed for every token.
+    """
+    shape, total = usage.shape, 0.0
+    for unit in shape.units():
+        done = usage.executed.get(unit, usage.tokens)
+        if unit.kind == "mlp":
+            total += done * _mlp(shape)
+            continue
+        kv_tokens = usage.tokens if method.kv_policy == "keep" else done
+        total += done * _query_side(shape) + kv_tokens * _key_value_side(shape)
+        total += usage.executed_context.get(unit, usage.context) * _scores(shape)
+    for site, done in usage.decided.items():
+        cost = method.cost(site)
+        total += usage.tokens * cost.route + (usage.tokens - done) * cost.approximate
+    return total + usage.tokens * 2.0 * shape.width * shape.vocab
+
+
+def flops_ratio(method: Method, usage: Usage) -> float:
+    """Routed over dense FLOPs on the tokens that `usage` counted."""
+    return routed_flops(method, usage) / dense_flops(
+        usage.shape, tokens=usage.tokens, context=usage.context
+    )
+
+
+def _query_side(shape: Shape) -> float:
+    return 2.0 * 2.0 * shape.width * shape.heads * shape.head_dim
+
+
+def _key_value_side(shape: Shape) -> float:
+    return 2.0 * 2.0 * shape.width * shape.kv_heads * shape.head_dim
+
+
+def _scores(shape: Shape) -> float:
+    return 4.0 * shape.heads * shape.head_dim
+
+
+def _mlp(shape: Shape) -> float:
+    return 3.0 * 2.0 * shape.width * shape.mlp_width

@@ -1,0 +1,226 @@
+"""Attach a method to an untouched Hugging Face model, and take it off again.
+
+`routed` swaps the decoder layers' `forward`; weights, classes and everything else stay as they
+are, so `generate`, lm-eval and hooks keep working. Each unit is handed to an *executor* as a
+`Unit`: the residual stream, the normalised input, and closures that run the real computation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from torch import Tensor, nn
+
+from methods.base import Decision, Method, RouteContext, Site
+from methods.engine.adapter import LayerParts, decoder, layers_of, shape_of
+from methods.engine.counters import Counters
+from methods.engine.padding import valid_and_positions
+
+Mode = Literal["masked"]
+
+
+@dataclass
+class Unit:
+    """One sublayer or block of one forward call."""
+
+    site: Site
+    residual_BTD: Tensor
+    x_BTD: Tensor
+    run: Callable[[], Tensor]
+    """Executes the unit for every token: the residual stream that leaves it, [B, T, D]."""
+
+
+class Executor(Protocol):
+    """Turns a unit into the residual stream that leaves it."""
+
+    def __call__(self, unit: Unit) -> Tensor:
+        """Residual stream after the unit, [B, T, D]."""
+
+
+@dataclass
+class ForwardState:
+    """What one forward call of the model is about; set by a hook before the layers run."""
+
+    valid_BT: Tensor | None = None
+    positions_BT: Tensor | None = None
+
+
+@dataclass
+class Routing:
+    """State of a routed model; found as `model.routing` while `routed` is active."""
+
+    method: Method
+    counters: Counters
+    state: ForwardState = field(default_factory=ForwardState)
+    training: bool = False
+    """True makes methods sample and gates carry gradient."""
+    anneal: float = 0.0
+    paused: bool = False
+    """True runs the dense model, for a teacher's logits in the middle of training."""
+    observer: Callable[[Site, Decision, Tensor], None] | None = None
+    """Called with (site, decision, valid_BT) after each decision."""
+    decisions: dict[Site, Decision] = field(default_factory=dict)
+    """Decisions of the last training forward, with gradient."""
+
+    def decide(self, unit: Unit) -> Decision:
+        """Ask the method, bypass padding, count."""
+        valid, positions = self.state.valid_BT, self.state.positions_BT
+        assert valid is not None and positions is not None
+        context = RouteContext(unit.residual_BTD, positions, valid, self.training, self.anneal)
+        decision = self.method.route(unit.site, unit.x_BTD, context)
+        decision.execute_BT = decision.execute_BT & valid
+        self.counters.add(unit.site, decision.execute_BT, positions)
+        if self.training:
+            self.decisions[unit.site] = decision
+        if self.observer is not None:
+            self.observer(unit.site, decision, valid)
+        return decision
+
+    def reset_counters(self) -> None:
+        """Start counting anew."""
+        self.counters = Counters(self.counters.shape)
+
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """Run the untouched computation inside the block."""
+        self.paused = True
+        try:
+            yield
+        finally:
+            self.paused = False
+
+
+@contextmanager
+def routed(model: nn.Module, method: Method, mode: Mode = "masked") -> Iterator[Any]:
+    """Route `model` with `method` inside the block; the model is restored on any exit.
+
+    Args:
+        model: a causal LM of a supported family, weights untouched.
+        method: already set up for the model's shape (`attach` does that).
+        mode: `masked` computes every token and blends.
+
+    Yields:
+        The same model object, with `model.routing` (a `Routing`) set.
+
+    Raises:
+        UnsupportedModel: no adapter for the family.
+        ValueError: unknown mode, a model that is already routed, a site outside the model.
+    """
+    from methods.engine.masked import MaskedExecutor
+
+    executors = {"masked": MaskedExecutor}
+    if mode not in executors:
+        raise ValueError(f"mode must be one of {', '.join(executors)}, not {mode!r}")
+    if getattr(model, "routing", None) is not None:
+        raise ValueError("this model is already routed; leave the first `routed` block before")
+    shape = shape_of(model.config)
+    known = {*shape.units(), *(Site(layer, "block") for layer in range(shape.layers))}
+    sites = frozenset(method.sites())
+    if sites - known:
+        raise ValueError(f"sites outside the model: {sorted(sites - known)}")
+    routing = Routing(method=method, counters=Counters(shape))
+    with swapped(model, sites, executors[mode](routing), routing.state, lambda: routing.paused):
+        hook = decoder(model).register_forward_pre_hook(
+            lambda *_: None if routing.paused else _count(routing)
+        )
+        model.routing = routing
+        try:
+            yield model
+        finally:
+            hook.remove()
+            del model.routing
+
+
+def _count(routing: Routing) -> None:
+    assert routing.state.valid_BT is not None and routing.state.positions_BT is not None
+    routing.counters.start_forward(routing.state.valid_BT, routing.state.positions_BT)
+
+
+def attach(model: nn.Module, method: Method) -> Method:
+    """Create the method's modules for this model and put them on its device."""
+    method.setup(shape_of(model.config))
+    return method.to(next(model.parameters()).device)
+
+
+@contextmanager
+def swapped(
+    model: nn.Module,
+    sites: frozenset[Site],
+    executor: Executor,
+    state: ForwardState,
+    paused: Callable[[], bool] = lambda: False,
+) -> Iterator[None]:
+    """Send the units of `sites` through `executor`; the layers' forwards are put back on exit."""
+    parts = layers_of(model)
+    hook = decoder(model).register_forward_pre_hook(
+        lambda _, args, kwargs: _read_inputs(state, args, kwargs), with_kwargs=True
+    )
+    before = [part.layer.__dict__.get("forward") for part in parts]
+    try:
+        for index, part in enumerate(parts):
+            part.layer.forward = _layer_forward(index, part, sites, executor, paused)
+        yield
+    finally:
+        hook.remove()
+        for part, forward in zip(parts, before, strict=True):
+            part.layer.__dict__.pop("forward", None)
+            if forward is not None:
+                part.layer.forward = forward
+
+
+def _read_inputs(state: ForwardState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    tokens = args[0] if args else kwargs.get("input_ids")
+    if tokens is None:
+        tokens = kwargs["inputs_embeds"]
+    cache = kwargs.get("past_key_values")
+    state.valid_BT, state.positions_BT = valid_and_positions(
+        args[1] if len(args) > 1 else kwargs.get("attention_mask"),
+        batch=tokens.shape[0],
+        tokens=tokens.shape[1],
+        past=int(cache.get_seq_length()) if cache is not None else 0,
+        device=tokens.device,
+    )
+
+
+def _layer_forward(
+    index: int,
+    part: LayerParts,
+    sites: frozenset[Site],
+    executor: Executor,
+    paused: Callable[[], bool],
+) -> Callable[..., Tensor]:
+    """A pre-norm decoder layer in which routed units go through the executor."""
+    block, attention, mlp = (Site(index, k) for k in ("block", "attention", "mlp"))
+    original = part.layer.forward
+
+    def step(site: Site, residual: Tensor, norm: nn.Module, run: Callable[..., Tensor]) -> Tensor:
+        x = norm(residual)
+        if site not in sites:
+            return run(residual, x)
+        return executor(Unit(site, residual, x, lambda: run(residual, x)))
+
+    def run_mlp(residual: Tensor, x: Tensor) -> Tensor:
+        return residual + part.mlp(x)
+
+    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if paused():
+            return original(hidden_states, *args, **kwargs)
+        if args:
+            kwargs["attention_mask"] = args[0]
+
+        def run_attention(residual: Tensor, x: Tensor) -> Tensor:
+            return residual + part.attention(hidden_states=x, **kwargs)[0]
+
+        def run_block(residual: Tensor, x: Tensor) -> Tensor:
+            attended = run_attention(residual, x)
+            return run_mlp(attended, part.mlp_norm(attended))
+
+        if block in sites:
+            return step(block, hidden_states, part.attention_norm, run_block)
+        attended = step(attention, hidden_states, part.attention_norm, run_attention)
+        return step(mlp, attended, part.mlp_norm, run_mlp)
+
+    return forward

@@ -1,0 +1,137 @@
+"""Greedy routing: execute the tokens with the highest scores, skip the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from methods.base import (
+    Budget,
+    Decision,
+    Method,
+    Probe,
+    RoutedView,
+    RouteContext,
+    Shape,
+    Site,
+    SiteCost,
+    Stage,
+)
+from methods.parts.forecaster import Forecasters
+from methods.parts.gates import straight_through
+from methods.parts.recoverability import fit_recoverability
+from methods.parts.routers import Routers
+
+
+class Greedy(Method):
+    """Execute-or-skip with expert-choice training (Raposo et al., arXiv 2404.02258).
+
+    In training the top (1 - s) T tokens of each sequence execute, and a BCE teaches the score to
+    tell whether a token was among them; at inference the calibrated threshold on that score
+    decides from the past alone. The published gate multiplies the output by the score; here the
+    score carries the gradient while the value stays 1, because the frozen model was not trained
+    to see its outputs scaled.
+
+    Args:
+        bypass: `skip`, or `forecast` for the ablation that gives greedy a forecaster.
+        rank: of the forecasters, if any.
+        router_start: `recoverability` regresses log ||what a bypass would miss||, as informed
+            routing's start does; `none` starts at random.
+        sensitivity: weight the regression by each unit's loss sensitivity.
+        train: `routers` runs the gradient stage, `none` keeps the start.
+        router_lr: of the gradient stage, constant.
+        bce_weight: of the top-k membership loss.
+    """
+
+    paper = "arXiv 2404.02258"
+
+    def __init__(
+        self,
+        *,
+        sparsity: float,
+        bypass: Literal["skip", "forecast"] = "skip",
+        rank: int = 64,
+        router_start: Literal["recoverability", "none"] = "recoverability",
+        sensitivity: bool = True,
+        damping: float = 1e-3,
+        train: Literal["none", "routers"] = "none",
+        router_lr: float = 2e-3,
+        bce_weight: float = 1.0,
+    ) -> None:
+        super().__init__(sparsity=sparsity)
+        forecast = bypass == "forecast"
+        self.forecasters = Forecasters(rank=rank, damping=damping) if forecast else None
+        self.routers = Routers(kind="linear", outputs=1)
+        self.router_start, self.train_what = router_start, train
+        self.sensitivity, self.damping = sensitivity, damping
+        self.router_lr, self.bce_weight = router_lr, bce_weight
+
+    def setup(self, shape: Shape) -> None:
+        super().setup(shape)
+        self.routers.create(self.sites(), shape.width)
+        if self.forecasters is not None:
+            self.forecasters.create(self.sites(), shape.width)
+
+    def route(self, site: Site, x_BTD: Tensor, ctx: RouteContext) -> Decision:
+        scores = self.routers(site, x_BTD)
+        if not ctx.training:
+            return self.decide(scores)
+        execute = top_share(scores.detach(), ctx.valid_BT, 1.0 - self.sparsity)
+        logits = scores - self.threshold
+        gate = straight_through(torch.sigmoid(logits) * execute, execute)
+        membership = functional.binary_cross_entropy_with_logits(
+            logits[ctx.valid_BT], execute[ctx.valid_BT].float()
+        )
+        return Decision(execute, gate, scores, auxiliary=membership)
+
+    def approximate(self, site: Site, x_BTD: Tensor) -> Tensor | None:
+        return None if self.forecasters is None else self.forecasters(site, x_BTD)
+
+    def stages(self, budget: Budget) -> Iterable[Stage]:
+        if self.forecasters is not None:
+            yield self.forecasters.stage(budget.forecasters)
+        if self.router_start == "recoverability":
+            yield Stage("router_start", fit=self._start_routers)
+        if self.train_what == "routers":
+            yield Stage(
+                "routers",
+                loss=self._routed_loss,
+                parameters=list(self.routers.parameters()),
+                budget=budget.routers,
+                lr=self.router_lr,
+                per_target=True,
+                calibrate_first=self.router_start == "recoverability",
+            )
+
+    def cost(self, site: Site) -> SiteCost:
+        estimate = 0.0 if self.forecasters is None else self.forecasters.flops_per_token(site)
+        return SiteCost(route=self.routers.at(site).flops_per_token, approximate=estimate)
+
+    def _start_routers(self, probe: Probe) -> None:
+        fit_recoverability(
+            probe,
+            self.routers,
+            self.forecasters,
+            damping=self.damping,
+            sensitivity=self.sensitivity,
+        )
+
+    def _routed_loss(self, view: RoutedView) -> Tensor:
+        return view.task_loss + self.bce_weight * view.auxiliary
+
+
+def top_share(scores_BT: Tensor, valid_BT: Tensor, share: float) -> Tensor:
+    """Bool mask of the highest `share` of each sequence's valid tokens (expert choice).
+
+    The count is rounded to the nearest whole token; ties go to the earlier token.
+    """
+    ranked = scores_BT.masked_fill(~valid_BT, float("-inf"))
+    order = ranked.argsort(dim=1, descending=True, stable=True)
+    place = torch.empty_like(order)
+    place.scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+    count = (valid_BT.sum(1, keepdim=True) * share).round()
+    return (place < count) & valid_BT

@@ -1,0 +1,78 @@
+"""Find the threshold at which the routed model realises the target sparsity."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import torch
+from torch import Tensor
+
+from methods.base import Probe, RoutedScores
+
+log = logging.getLogger(__name__)
+
+
+def weighted_quantile(values: Tensor, weights: Tensor, mass: float) -> float:
+    """Smallest value v such that the weight of all values <= v reaches `mass`.
+
+    Args:
+        values: float, [N].
+        weights: float, [N], positive.
+        mass: in units of the weights; below the first weight gives the minimum.
+    """
+    ordered, index = values.sort()
+    cumulated = weights[index].double().cumsum(0)
+    place = int(torch.searchsorted(cumulated, torch.tensor(mass, dtype=torch.float64).to(values.device)))
+    return float(ordered[min(place, len(ordered) - 1)])
+
+
+def calibrate_threshold(
+    probe: Probe, sparsity: float, *, tolerance: float = 0.001, max_passes: int = 16
+) -> float:
+    """Bisection on the routed model, each guess taken from the scores that the last pass saw.
+
+    The bracket [low, high] always encloses the answer; the quantile of the observed scores is
+    tried where it falls inside, which needs 3 to 6 passes where plain halving needs about 12.
+
+    Args:
+        probe: routes calibration text.
+        sparsity: target over all units of the model.
+        tolerance: accepted distance between realised and target sparsity.
+        max_passes: the closest threshold seen is returned after this many.
+
+    Raises:
+        ValueError: the routed sites cannot reach the target even if all are bypassed.
+    """
+    if sparsity == 0.0:
+        return -math.inf
+    low, high = -math.inf, math.inf
+    seen = probe.routed_scores(-math.inf)
+    reachable = float(seen.weights.sum()) / seen.total_weight
+    if sparsity > reachable + tolerance:
+        raise ValueError(
+            f"sparsity {sparsity} is out of reach: this method routes {reachable:.3f} of all units"
+        )
+    best, best_error = -math.inf, sparsity
+    for passes in range(max_passes):
+        guess = _next_guess(seen, sparsity, low, high, halve=passes % 3 == 2)
+        seen = probe.routed_scores(guess)
+        error = seen.sparsity - sparsity
+        log.debug("pass %d: threshold %.6g realised %.4f", passes, guess, seen.sparsity)
+        if abs(error) < best_error:
+            best, best_error = guess, abs(error)
+        if abs(error) <= tolerance:
+            break
+        low, high = (low, guess) if error > 0 else (guess, high)
+    return best
+
+
+def _next_guess(seen: RoutedScores, sparsity: float, low: float, high: float, *, halve: bool) -> float:
+    bounded = math.isfinite(low) and math.isfinite(high)
+    guess = weighted_quantile(seen.scores, seen.weights, sparsity * seen.total_weight)
+    if low < guess < high and not (halve and bounded):
+        return guess
+    if bounded:
+        return (low + high) / 2
+    spread = float(seen.scores.std()) or 1.0
+    return low + spread / 4 if math.isfinite(low) else high - spread / 4

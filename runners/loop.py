@@ -1,0 +1,258 @@
+"""Runs the stages of a recipe. Knows no method: a stage says what to fit or which loss to lower."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from methods.base import Method, Probe, RoutedView, Site, Stage, StageBudget, UnitView
+from methods.engine.adapter import decoder
+from methods.engine.observe import observed
+from methods.engine.wrap import Routing, routed
+from runners.errors import UserError
+from runners.losses import distillation_loss, hidden_states, language_model_loss
+from runners.memory import PeakMemory
+from runners.progress import progress
+
+log = logging.getLogger(__name__)
+
+Objective = Literal["lm", "distill"]
+OnStep = Callable[[str, dict[str, float]], None]
+THRESHOLD_GAIN = 0.5
+"""Threshold move per unit of missed sparsity, in standard deviations of the scores."""
+
+
+class TrainingDiverged(UserError):
+    """A loss became NaN or infinite."""
+
+
+@dataclass
+class StageReport:
+    """What one stage cost and reached."""
+
+    name: str
+    seconds: float
+    tokens: int
+    steps: int
+    peak_memory_bytes: int
+    final_loss: float | None = None
+    figures: dict[str, float] = field(default_factory=dict)
+    cached: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, as in the result record."""
+        return asdict(self)
+
+
+class Loop:
+    """Trainer of one method on one model.
+
+    Args:
+        model: untouched and frozen.
+        method: attached to the model.
+        probe: for fits and calibration.
+        rows: gives at least so many tokens of training text as int64 rows [n, seq_len].
+        objective: `lm` cross-entropy, or `distill`, the KL to the dense model's distributions.
+        seed: every stage starts from (seed, stage name), so a resumed recipe repeats exactly.
+        on_step: called with (stage name, figures of the step).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        method: Method,
+        probe: Probe,
+        rows: Callable[[StageBudget], Tensor],
+        *,
+        objective: Objective,
+        seed: int,
+        on_step: OnStep = lambda stage, figures: None,
+    ) -> None:
+        self.model, self.method, self.probe, self.rows = model, method, probe, rows
+        self.objective, self.seed, self.on_step = objective, seed, on_step
+        self.device = next(model.parameters()).device
+
+    def run(self, stage: Stage) -> StageReport:
+        """Run one stage; the method's modules are changed in place.
+
+        Raises:
+            TrainingDiverged: the loss is not finite.
+            UserError: the target sparsity is out of the method's reach.
+        """
+        self._seed(stage.name)
+        peak, start = PeakMemory(self.device), time.perf_counter()
+        read_before = getattr(self.probe, "tokens_read", 0)
+        steps, trained_tokens, loss = 0, 0, None
+        if stage.fit is not None:
+            stage.fit(self.probe)
+        else:
+            assert stage.budget is not None and stage.loss is not None, stage.name
+            loss = self._train(stage, stage.budget)
+            steps, trained_tokens = stage.budget.steps, stage.budget.tokens
+        tokens = trained_tokens + getattr(self.probe, "tokens_read", 0) - read_before
+        seconds = time.perf_counter() - start
+        figures = stage.report(self.probe) if stage.report else {}
+        log.info("stage %s: %.1f s, %d tokens %s", stage.name, seconds, tokens, _short(figures))
+        return StageReport(stage.name, seconds, tokens, steps, peak.bytes(), loss, figures)
+
+    def _train(self, stage: Stage, budget: StageBudget) -> float:
+        thresholds = self._start_thresholds(stage)
+        optimiser, schedule = _optimiser(stage, budget)
+        batches = self._batches(budget)
+        self.method.train()
+        value = math.nan
+        bar = progress(range(budget.steps), stage.name)
+        for step in bar:
+            began = time.perf_counter()
+            target = self._next_target(thresholds, step)
+            losses, rates = [], []
+            for _ in range(budget.accumulate):
+                loss, rate = self._loss(stage, next(batches), step / max(1, budget.steps - 1), target)
+                (loss / budget.accumulate).backward()
+                losses.append(loss.detach())
+                rates.append(rate)
+            value = float(torch.stack(losses).mean())
+            if not math.isfinite(value):
+                raise TrainingDiverged(
+                    f"stage {stage.name}: loss is {value} at step {step + 1} of {budget.steps}; "
+                    f"lower its learning rate (now {stage.lr:g})"
+                )
+            nn.utils.clip_grad_norm_(list(stage.parameters), stage.clip_norm)
+            optimiser.step()
+            schedule.step()
+            optimiser.zero_grad(set_to_none=True)
+            realised = 1.0 - float(torch.stack(rates).mean())
+            self._move_threshold(thresholds, target, realised)
+            tokens = budget.accumulate * budget.batch_size * budget.seq_len
+            figures = {"step": step + 1, "loss": value}
+            figures["tokens_per_s"] = tokens / (time.perf_counter() - began)
+            if stage.forward == "routed":
+                figures |= {"sparsity": realised, "target": target}
+            bar.set_postfix({k: f"{v:.4g}" for k, v in figures.items() if k != "step"})
+            self.on_step(stage.name, figures)
+        self.method.eval()
+        return value
+
+    def _loss(
+        self, stage: Stage, batch: Tensor, progress_share: float, target: float
+    ) -> tuple[Tensor, Tensor]:
+        """Loss of one micro-batch and its mean execute rate (1 under the dense forward)."""
+        if stage.forward == "dense":
+            return self._dense_loss(stage, batch), torch.ones(())
+        teacher = None
+        if self.objective == "distill":
+            with torch.no_grad():
+                teacher = hidden_states(self.model, batch)
+        with routed(self.model, self.method):
+            routing: Routing = self.model.routing
+            routing.training, routing.anneal = True, progress_share
+            if teacher is None:
+                task = language_model_loss(self.model, batch)
+            else:
+                task = distillation_loss(self.model, batch, teacher)
+            view = routed_view(routing, task, target)
+        return stage.loss(view), view.execute_rate.detach()  # type: ignore[misc, arg-type]
+
+    def _dense_loss(self, stage: Stage, batch: Tensor) -> Tensor:
+        """Sum over units; the model runs without gradient, the loss of each unit with it."""
+        total = torch.zeros((), device=self.device)
+
+        def visit(view: UnitView) -> None:
+            nonlocal total
+            with torch.enable_grad():
+                total = total + stage.loss(view)  # type: ignore[misc, arg-type]
+
+        with torch.no_grad(), observed(self.model, visit):
+            decoder(self.model)(input_ids=batch, use_cache=False)
+        return total
+
+    def _start_thresholds(self, stage: Stage) -> dict[float, float]:
+        """Threshold of each target of the stage."""
+        targets = tuple(stage.targets) or (self.method.sparsity,)
+        if not stage.calibrate_first:
+            self.method.threshold.fill_(0.0)
+            return dict.fromkeys(targets, 0.0)
+        found = {}
+        for target in targets:
+            self.method.calibrate(self.probe, target)
+            found[target] = float(self.method.threshold)
+        return found
+
+    def _next_target(self, thresholds: dict[float, float], step: int) -> float:
+        """Each target once, in an order that is shuffled anew every round."""
+        targets = sorted(thresholds)
+        turn, place = divmod(step, len(targets))
+        random.Random(f"{self.seed}/{turn}").shuffle(targets)
+        self.method.threshold.fill_(thresholds[targets[place]])
+        return targets[place]
+
+    def _move_threshold(
+        self, thresholds: dict[float, float], target: float, realised: float
+    ) -> None:
+        if len(thresholds) > 1:
+            thresholds[target] += THRESHOLD_GAIN * (target - realised)
+
+    def _batches(self, budget: StageBudget) -> Iterator[Tensor]:
+        """Endless batches; every row once an epoch, in an order drawn from the stage's seed."""
+        rows = self.rows(budget)
+        while True:
+            order = torch.randperm(len(rows))
+            for start in range(0, len(rows) - budget.batch_size + 1, budget.batch_size):
+                yield rows[order[start : start + budget.batch_size]].to(self.device)
+
+    def _seed(self, name: str) -> None:
+        digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
+        value = int.from_bytes(digest[:4], "big")
+        random.seed(value)
+        numpy.random.seed(value)
+        torch.manual_seed(value)
+
+
+def routed_view(routing: Routing, task_loss: Tensor, target: float) -> RoutedView:
+    """Rates and side losses of the forward that just ran in training mode."""
+    valid = routing.state.valid_BT
+    assert valid is not None
+    units = len(routing.counters.shape.units())
+    rates: dict[Site, Tensor] = {}
+    bypassed = torch.zeros((), device=task_loss.device)
+    auxiliary = []
+    for site, decision in routing.decisions.items():
+        rate = (decision.gate_BT * valid).sum() / valid.sum()
+        rates[site] = rate
+        bypassed = bypassed + (1.0 - rate) * len(site.units)
+        if decision.auxiliary is not None:
+            auxiliary.append(decision.auxiliary)
+    side = torch.stack(auxiliary).mean() if auxiliary else torch.zeros_like(bypassed)
+    return RoutedView(task_loss, 1.0 - bypassed / units, rates, side, target)
+
+
+def _optimiser(stage: Stage, budget: StageBudget) -> tuple[Any, Any]:
+    for parameter in stage.parameters:
+        parameter.requires_grad_(True)
+    optimiser = torch.optim.AdamW(stage.parameters, lr=stage.lr, weight_decay=stage.weight_decay)
+    warmup_steps = round(stage.warmup * budget.steps)
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / warmup_steps
+        if stage.schedule == "constant":
+            return 1.0
+        share = (step - warmup_steps) / max(1, budget.steps - warmup_steps)
+        return 0.5 * (1.0 + math.cos(math.pi * share))
+
+    return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+
+
+def _short(figures: dict[str, float]) -> str:
+    return " ".join(f"{k}={v:.3g}" for k, v in figures.items())

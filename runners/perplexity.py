@@ -1,0 +1,170 @@
+"""Token perplexity with its spread over documents.
+
+Shapes: B windows in a batch, T tokens of the longest, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedTokenizerBase
+
+from methods.engine.adapter import decoder
+from runners.corpus import Document
+from runners.errors import UserError
+from runners.progress import progress as progress_bar
+
+LOGIT_ROWS = 512
+"""Predicted tokens whose [rows, V] logits are held in float32 at a time."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens of one document that pass through the model together."""
+
+    document: int
+    start: int
+    """Index of the first input token in the document."""
+    inputs: tuple[int, ...]
+    targets: tuple[int, ...]
+    """The next token of the last `len(targets)` inputs: those that this window scores."""
+
+
+def perplexity(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[Document],
+    *,
+    documents_limit: int | None = None,
+    tokens_per_document: int = 512,
+    context: int = 512,
+    stride: int = 512,
+    batch_size: int = 4,
+    bootstrap_samples: int = 1000,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """exp(mean negative log-likelihood per token) with a 95 % interval over documents.
+
+    Each document is cut to its first `tokens_per_document` tokens (special tokens that the
+    tokenizer adds included). Its first token is never scored, every other token exactly once:
+    input windows of `context` tokens start every `stride` tokens, and each scores the next
+    tokens that no earlier window has scored.
+
+    Args:
+        model: causal LM, routed or not; its mode (eval) is the caller's.
+        documents_limit: first documents only; None for all.
+        stride: at most `context`; smaller gives each token more left context at more cost.
+        batch_size: windows per forward pass, right-padded and masked.
+        bootstrap_samples: resamplings of the documents for the percentile interval.
+
+    Returns:
+        `{value, low, high, tokens, documents, per_document: [{name, nll, tokens}]}`; nll is the
+        sum over the document in nats, tokens those scored.
+
+    Raises:
+        UserError: no document with at least two tokens, or impossible sizes.
+    """
+    if not 1 <= stride <= context:
+        raise UserError(f"stride must lie between 1 and context={context}, not {stride}")
+    if batch_size < 1 or bootstrap_samples < 1 or tokens_per_document < 2:
+        raise UserError(
+            "perplexity needs batch_size and bootstrap_samples >= 1 and tokens_per_document >= 2"
+        )
+    kept = documents[:documents_limit]
+    windows: list[Window] = []
+    for index, document in enumerate(kept):
+        ids = tokenizer(document.text, verbose=False)["input_ids"][:tokens_per_document]
+        windows += windows_of(ids, index, context=context, stride=stride)
+    if not windows:
+        raise UserError("no text to measure perplexity on: every document is shorter than 2 tokens")
+
+    nll = np.zeros(len(kept))
+    tokens = np.zeros(len(kept), dtype=np.int64)
+    windows.sort(key=lambda window: -len(window.inputs))
+    batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
+    shown: Iterable[list[Window]] = progress_bar(batches, "perplexity") if progress else batches
+    for batch in shown:
+        for window, window_nll in zip(batch, window_nlls(model, batch), strict=True):
+            nll[window.document] += window_nll
+            tokens[window.document] += len(window.targets)
+
+    scored = tokens > 0
+    low, high = bootstrap_interval(nll[scored], tokens[scored], bootstrap_samples, seed)
+    return {
+        "value": math.exp(nll.sum() / tokens.sum()),
+        "low": low,
+        "high": high,
+        "tokens": int(tokens.sum()),
+        "documents": int(scored.sum()),
+        "per_document": [
+            {"name": kept[i].name, "nll": float(nll[i]), "tokens": int(tokens[i])}
+            for i in np.flatnonzero(scored)
+        ],
+    }
+
+
+def windows_of(ids: Sequence[int], document: int, *, context: int, stride: int) -> list[Window]:
+    """Cut a document so that each token but the first is predicted exactly once."""
+    windows: list[Window] = []
+    scored = 1
+    for start in range(0, len(ids), stride):
+        if scored >= len(ids):
+            break
+        end = min(start + context, len(ids) - 1)
+        windows.append(Window(document, start, tuple(ids[start:end]), tuple(ids[scored : end + 1])))
+        scored = end + 1
+    return windows
+
+
+@torch.no_grad()
+def window_nlls(model: nn.Module, windows: Sequence[Window]) -> list[float]:
+    """Sum of -log p over each window's targets, nats."""
+    device = next(model.parameters()).device
+    longest = max(len(window.inputs) for window in windows)
+    ids_BT = torch.zeros(len(windows), longest, dtype=torch.long)
+    mask_BT = torch.zeros(len(windows), longest, dtype=torch.long)
+    scored_BT = torch.zeros(len(windows), longest, dtype=torch.bool)
+    for row, window in enumerate(windows):
+        end = len(window.inputs)
+        ids_BT[row, :end] = torch.tensor(window.inputs)
+        mask_BT[row, :end] = 1
+        scored_BT[row, end - len(window.targets) : end] = True
+    hidden_BTD = decoder(model)(
+        input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), use_cache=False
+    )[0]
+    targets = torch.tensor([t for window in windows for t in window.targets], device=device)
+    losses = _token_losses(model, hidden_BTD[scored_BT.to(device)], targets)
+    return [float(part.sum()) for part in losses.split([len(w.targets) for w in windows])]
+
+
+def _token_losses(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    """-log p of each target, float64 [rows] on the host; logits are held in parts only."""
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    parts = [
+        functional.cross_entropy(head(h).float(), t, reduction="none").double().cpu()
+        for h, t in zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def bootstrap_interval(
+    nll: np.ndarray, tokens: np.ndarray, samples: int, seed: int
+) -> tuple[float, float]:
+    """2.5 and 97.5 percentile of the perplexity when documents are drawn with replacement.
+
+    Args:
+        nll: sum of each document, nats.
+        tokens: scored tokens of each document, all positive.
+    """
+    draws = np.random.default_rng(seed).integers(0, len(nll), size=(samples, len(nll)))
+    values = np.exp(nll[draws].sum(axis=1) / tokens[draws].sum(axis=1))
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)

@@ -1,0 +1,114 @@
+"""A model and its text as the training-free fits and the calibration see them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from methods.base import Decision, Method, RoutedScores, Shape, Site, UnitView
+from methods.engine.adapter import decoder, shape_of
+from methods.engine.observe import bypassed, gradient_norms, observed
+from methods.engine.wrap import routed
+from runners.losses import language_model_loss
+from runners.progress import progress
+
+
+@dataclass(frozen=True)
+class ProbeText:
+    """Token rows, int64 [rows, tokens], all without padding."""
+
+    train: Tensor
+    calibration: Tensor
+    sensitivity: Tensor
+
+
+class ModelProbe:
+    """Implements `methods.base.Probe` on a Hugging Face model.
+
+    Args:
+        model: untouched; routed only inside calls.
+        method: the one that is being fitted.
+        text: what each kind of question reads.
+        batch_tokens: tokens per forward call.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, method: Method, text: ProbeText, *, batch_tokens: int = 2048
+    ) -> None:
+        self.model, self.method, self.text = model, method, text
+        self.batch_tokens = batch_tokens
+        self.shape: Shape = shape_of(model.config)
+        self.tokens_read = 0
+
+    @torch.no_grad()
+    def stream(self, visit: Callable[[UnitView], None], split: str = "train") -> None:
+        """Dense forward over a split; `visit` sees every unit of every batch."""
+        rows = self.text.train if split == "train" else self.text.calibration
+        with observed(self.model, visit):
+            self._run_decoder(rows, f"dense pass ({split})")
+
+    @torch.no_grad()
+    def loss(self, bypassed_sites: Collection[Site]) -> float:
+        """LM loss, nats per token, with some sites skipped by every token."""
+        total, count = 0.0, 0
+        with bypassed(self.model, frozenset(bypassed_sites)):
+            for batch in self._batches(self.text.calibration):
+                loss = language_model_loss(self.model, batch)
+                total += float(loss) * batch.numel()
+                count += batch.numel()
+        return total / count
+
+    def sensitivity(self) -> dict[Site, float]:
+        """Root mean square of d(mean LM loss)/d(unit output), from backward passes."""
+        sums: dict[Site, Tensor] = {}
+        count = 0
+        with gradient_norms(self.model, sums):
+            for batch in progress(self._batches(self.text.sensitivity), "sensitivity"):
+                loss = language_model_loss(self.model, batch)
+                loss.backward()
+                count += batch.numel()
+        scale = count * self.shape.width
+        return {site: float((total / scale).sqrt()) for site, total in sums.items()}
+
+    @torch.no_grad()
+    def routed_scores(self, threshold: float) -> RoutedScores:
+        """Route the calibration text with this threshold; the method's own is put back."""
+        scores: list[Tensor] = []
+        weights: list[Tensor] = []
+
+        def observe(site: Site, decision: Decision, valid_BT: Tensor) -> None:
+            kept = decision.scores_BT[valid_BT].float()
+            scores.append(kept)
+            weights.append(torch.full_like(kept, float(len(site.units))))
+
+        before = self.method.threshold.clone()
+        self.method.threshold.fill_(threshold)
+        try:
+            with routed(self.model, self.method):
+                routing = self.model.routing
+                routing.observer = observe
+                self._run_decoder(self.text.calibration, "calibration")
+                usage = routing.counters.read()
+        finally:
+            self.method.threshold.copy_(before)
+        empty = torch.zeros(0)
+        return RoutedScores(
+            sparsity=usage.sparsity(),
+            scores=torch.cat(scores) if scores else empty,
+            weights=torch.cat(weights) if weights else empty,
+            total_weight=float(usage.tokens * len(self.shape.units())),
+        )
+
+    def _run_decoder(self, rows: Tensor, label: str) -> None:
+        for batch in progress(self._batches(rows), label):
+            decoder(self.model)(input_ids=batch, use_cache=False)
+
+    def _batches(self, rows: Tensor) -> list[Tensor]:
+        size = max(1, self.batch_tokens // rows.shape[1])
+        device = next(self.model.parameters()).device
+        self.tokens_read += rows.numel()
+        return [rows[i : i + size].to(device) for i in range(0, len(rows), size)]
