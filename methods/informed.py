@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from methods.parts.recoverability import fit_recoverability
 from methods.parts.routers import RouterKind, Routers
 
 Gate = Literal["gumbel", "sigmoid"]
-Train = Literal["none", "routers", "end_to_end"]
+Train = Literal["none", "forecasters", "routers", "end_to_end"]
 
 
 class Informed(Method):
@@ -47,11 +47,14 @@ class Informed(Method):
         router_start: `recoverability` (regression of the forecast's error, no gradient) or
             `none` (the paper's random start).
         sensitivity: weight the regression by each unit's loss sensitivity.
-        train: `none` (the start decides), `routers` (the paper's stage 2) or `end_to_end`
-            (forecasters too).
+        train: what the gradient stage moves: `none`, `routers` (the paper's stage 2),
+            `forecasters` under the routed forward, or `end_to_end` (both).
+        targets: train one model for these sparsities in turn, shared by all points of a sweep;
+            empty trains for the point's own.
         gate: training gate; `gumbel` samples (paper), `sigmoid` does not.
         tau_start, tau_end: gate temperature, linear over the stage (paper: 5 to 1).
-        router_lr: of the gradient stage (paper: 2e-3, constant).
+        train_lr: of the gradient stage (paper: 2e-3, constant).
+        schedule: of its learning rate.
         penalty_weight: of |(1 - s) - mean execute rate| (paper: 8).
     """
 
@@ -72,10 +75,12 @@ class Informed(Method):
         router_start: Literal["recoverability", "none"] = "recoverability",
         sensitivity: bool = True,
         train: Train = "none",
+        targets: Sequence[float] = (),
+        train_lr: float = 2e-3,
         gate: Gate = "gumbel",
         tau_start: float = 5.0,
         tau_end: float = 1.0,
-        router_lr: float = 2e-3,
+        schedule: Literal["constant", "cosine"] = "constant",
         penalty_weight: float = 8.0,
     ) -> None:
         super().__init__(sparsity=sparsity)
@@ -92,7 +97,8 @@ class Informed(Method):
         self.damping, self.sensitivity = damping, sensitivity
         self.router_start, self.train_what, self.gate = router_start, train, gate
         self.tau_start, self.tau_end = tau_start, tau_end
-        self.router_lr, self.penalty_weight = router_lr, penalty_weight
+        self.train_lr, self.schedule = train_lr, schedule
+        self.targets, self.penalty_weight = tuple(targets), penalty_weight
 
     def setup(self, shape: Shape) -> None:
         super().setup(shape)
@@ -102,7 +108,7 @@ class Informed(Method):
 
     def route(self, site: Site, x_BTD: Tensor, ctx: RouteContext) -> Decision:
         scores = self.routers(site, x_BTD)
-        if not ctx.training:
+        if not ctx.training or self.train_what == "forecasters":
             return self.decide(scores)
         tau = anneal(self.tau_start, self.tau_end, ctx.anneal)
         sample = gumbel_gate if self.gate == "gumbel" else sigmoid_gate
@@ -120,12 +126,14 @@ class Informed(Method):
             yield Stage("router_start", fit=self._start_routers)
         if self.train_what != "none":
             yield Stage(
-                self.train_what,
+                f"train_{self.train_what}",
                 loss=self._routed_loss,
                 parameters=self._trained(),
                 budget=budget.routers,
-                lr=self.router_lr,
-                per_target=True,
+                lr=self.train_lr,
+                schedule=self.schedule,
+                per_target=not self.targets,
+                targets=self.targets,
                 calibrate_first=self.router_start == "recoverability",
             )
 
@@ -143,10 +151,12 @@ class Informed(Method):
         )
 
     def _trained(self) -> list[nn.Parameter]:
-        trained = list(self.routers.parameters())
-        if self.train_what == "end_to_end" and self.forecasters is not None:
-            trained += list(self.forecasters.parameters())
-        return trained
+        parts: list[nn.Module] = []
+        if self.train_what in ("routers", "end_to_end"):
+            parts.append(self.routers)
+        if self.train_what in ("forecasters", "end_to_end") and self.forecasters is not None:
+            parts.append(self.forecasters)
+        return [parameter for part in parts for parameter in part.parameters()]
 
     def _routed_loss(self, view: RoutedView) -> Tensor:
         """Task loss + 8 |(1 - s) - mean execute rate| (section on router training)."""

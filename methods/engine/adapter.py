@@ -1,4 +1,4 @@
-"""Where a Hugging Face decoder keeps what the engine needs; one entry per model family."""
+"""Finds in a Hugging Face decoder what the engine needs."""
 
 from __future__ import annotations
 
@@ -8,31 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from methods.base import Shape
-
-
-@dataclass(frozen=True)
-class Family:
-    """Attribute names inside one decoder layer of a pre-norm family.
-
-    The layer must compute h + attention(norm(h)) and then h + mlp(norm(h)), nothing else.
-    """
-
-    attention_norm: str = "input_layernorm"
-    attention: str = "self_attn"
-    mlp_norm: str = "post_attention_layernorm"
-    mlp: str = "mlp"
-
-
-FAMILIES: dict[str, Family] = {
-    "llama": Family(),
-    "mistral": Family(),
-    "qwen2": Family(),
-    "qwen3": Family(),
-}
-
-
-class UnsupportedModel(ValueError):
-    """The model's family has no adapter; the message lists the known ones."""
+from methods.engine.families import UnsupportedModel, require_family
 
 
 @dataclass(frozen=True)
@@ -44,21 +20,6 @@ class LayerParts:
     attention: nn.Module
     mlp_norm: nn.Module
     mlp: nn.Module
-
-
-def require_family(model_type: str) -> Family:
-    """Adapter of a family by `config.model_type`.
-
-    Raises:
-        UnsupportedModel: no adapter.
-    """
-    if model_type not in FAMILIES:
-        known = ", ".join(sorted(FAMILIES))
-        raise UnsupportedModel(
-            f"no adapter for model family {model_type!r}; known: {known} "
-            "(one line in methods/engine/adapter.py adds a pre-norm family)"
-        )
-    return FAMILIES[model_type]
 
 
 def decoder(model: nn.Module) -> nn.Module:

@@ -1,0 +1,67 @@
+"""Checks of a composed config that need no model: every mistake ends in one clear line."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from methods.engine.families import UnsupportedModel, require_family
+from runners.errors import UserError
+
+CHOICES = {
+    "objective": ("lm", "distill"),
+    "mode": ("masked",),
+    "dtype": ("auto", "float32", "bfloat16", "float16"),
+}
+
+
+def check_config(cfg: Mapping[str, Any]) -> None:
+    """Validate one point.
+
+    Raises:
+        UserError: what is wrong and what is allowed.
+    """
+    check_sparsity(cfg["sparsity"])
+    for key, allowed in CHOICES.items():
+        if cfg[key] not in allowed:
+            raise UserError(f"{key} must be one of {', '.join(allowed)}, not {cfg[key]!r}")
+    if not isinstance(cfg["seed"], int):
+        raise UserError(f"seed must be a whole number, not {cfg['seed']!r}")
+    _check_model(cfg["model"])
+    folder = cfg["data"].get("dir")
+    if folder is not None and not Path(folder).expanduser().is_dir():
+        raise UserError(f"data.dir={folder} is not a folder")
+
+
+def check_sparsity(value: Any) -> None:
+    """A share of bypassed pairs lies in [0, 1).
+
+    Raises:
+        UserError: it does not, or is no number.
+    """
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not 0.0 <= value < 1.0:
+        raise UserError(f"sparsity must be a number in [0, 1), not {value!r}")
+
+
+def _check_model(model: Mapping[str, Any]) -> None:
+    if model["source"] != "pretrained":
+        return
+    path = str(model["path"])
+    looks_local = path.startswith((".", "/", "~")) or Path(path).exists()
+    if not looks_local:
+        return
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"model={path}: no such folder")
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"model={path}: the folder holds no readable config.json") from error
+    try:
+        require_family(str(config.get("model_type")))
+    except UnsupportedModel as error:
+        raise UserError(f"model={path}: {error}") from error

@@ -1,0 +1,167 @@
+"""The work of one point: recipe, calibration, evaluation."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from methods.base import Method, Stage
+from methods.engine.checkpoint import save_pretrained
+from runners.build import build_budget, build_method, load_base, method_options
+from runners.corpus import load_documents
+from runners.evaluation import evaluate, evaluation_key
+from runners.loop import Loop
+from runners.probe import ModelProbe
+from runners.products import Products, cache_root, content_key
+from runners.provenance import code_version, provenance
+from runners.store import RunFolder
+from runners.texts import Texts
+from runners.tracking import Tracker
+
+log = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parents[1]
+STAGE_CODE = [ROOT / "methods", *(ROOT / "runners" / f"{n}.py" for n in ("loop", "losses", "probe"))]
+SPLITS = ("train", "calibration", "test")
+
+
+class Point:
+    """One method at one target on one model and text.
+
+    Args:
+        config: resolved and checked.
+        folder: where the record goes; events are logged there.
+        tracker: gets the stage curves.
+    """
+
+    def __init__(self, config: dict[str, Any], folder: RunFolder, tracker: Tracker) -> None:
+        self.config, self.folder, self.tracker = config, folder, tracker
+        torch.manual_seed(config["seed"])
+        self.base = load_base(config)
+        self.documents = {split: _documents(config, split) for split in SPLITS}
+        self.budget = build_budget(config)
+        self.method = build_method(config, self.base.model)
+        self.texts = Texts(
+            self.documents, self.base.tokenizer, config["budget"]["seq_len"], config["seed"]
+        )
+        self.probe = ModelProbe(self.base.model, self.method, self.texts.for_probe(self.budget))
+        self.products = Products(cache_root(config["cache_dir"]))
+        self.reports: list[dict[str, Any]] = []
+
+    def train(self) -> None:
+        """Run every stage of the recipe, or load its product; then calibrate."""
+        loop = Loop(
+            self.base.model,
+            self.method,
+            self.probe,
+            self.texts.rows,
+            objective=self.config["objective"],
+            seed=self.config["seed"],
+            on_step=self._on_step,
+        )
+        key = self._recipe_key()
+        for stage in self._stages():
+            target = self.method.sparsity if stage.per_target else None
+            key = content_key(key, stage.name, target)
+            report = self.products.stage(key, self.method, lambda s=stage: loop.run(s).to_dict())
+            self.reports.append(report)
+            self.folder.log({"event": "stage", **report})
+            log.info("stage %s %s", stage.name, "from the cache" if report["cached"] else "done")
+
+    def save(self) -> None:
+        """Write what was added to the model to `routed/` of the point's folder."""
+        save_pretrained(
+            self.method,
+            self.folder.path / "routed",
+            target=self.config["method"]["_target_"],
+            options=method_options(self.config),
+            base={
+                "name": self.base.name,
+                "path": self.config["model"]["path"],
+                "source": self.config["model"]["source"],
+                "revision": self.base.revision,
+                "weights_sha256": self.base.weights_hash,
+            },
+        )
+
+    def evaluate(self) -> dict[str, Any]:
+        """The record's figures: quality with the dense model's beside it, sparsity, cost."""
+        test = self.documents["test"]
+        dense, _ = self.products.value(
+            evaluation_key(self.config, self.base, test),
+            lambda: evaluate(self.config, self.base, test),
+        )
+        routes = bool(self.method.sites())
+        scores = evaluate(self.config, self.base, test, self.method) if routes else dense
+        record = merge_dense(scores, dense)
+        record["stages"] = self.reports
+        threshold = float(self.method.threshold)
+        on_calibration = self.probe.routed_scores(threshold).sparsity if routes else 0.0
+        record["realised"] = {**record["realised"], "calibration": on_calibration}
+        record["added_parameters"] = sum(p.numel() for p in self.method.parameters())
+        record["threshold"] = threshold if math.isfinite(threshold) else None
+        record["identity"] = {
+            "fingerprint": self.folder.path.name,
+            "weights_sha256": self.base.weights_hash,
+            "dtype": str(next(self.base.model.parameters()).dtype).removeprefix("torch."),
+            "objective": self.config["objective"],
+            "budget": self.budget.name,
+            **provenance(),
+        }
+        return record
+
+    def _stages(self) -> Iterable[Stage]:
+        """`fit`, the method's own recipe, and the calibration as its last step."""
+        if type(self.method).fit is not Method.fit:
+            yield Stage("fit", fit=self.method.fit)
+        yield from self.method.stages(self.budget)
+        yield Stage(
+            "calibrate",
+            fit=lambda probe: self.method.calibrate(probe, self.method.sparsity),
+            per_target=True,
+        )
+
+    def _recipe_key(self) -> str:
+        """Hash of all that determines the stages' products, the target sparsity left out."""
+        options = {k: v for k, v in method_options(self.config).items() if k != "sparsity"}
+        return content_key(
+            self.base.weights_hash,
+            self.texts.digest(self.budget),
+            self.config["method"]["_target_"],
+            options,
+            self.config["budget"],
+            self.config["objective"],
+            self.config["seed"],
+            code_version(*STAGE_CODE),
+            str(next(self.base.model.parameters()).device.type),
+            torch.__version__,
+        )
+
+    def _on_step(self, stage: str, figures: dict[str, float]) -> None:
+        self.folder.log({"event": "step", "stage": stage, **figures})
+        self.tracker.log({f"{stage}/{key}": value for key, value in figures.items()}, step=None)
+
+
+def merge_dense(scores: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
+    """Put the dense model's value beside each of the routed model's."""
+    record = {**scores, "perplexity": {}, "accuracy": {}}
+    for name, entry in scores["perplexity"].items():
+        record["perplexity"][name] = {**entry, "dense": dense["perplexity"][name]["value"]}
+    for task, entry in scores["accuracy"].items():
+        beside = dense["accuracy"][task]
+        record["accuracy"][task] = {
+            **entry,
+            "dense": beside["value"],
+            "dense_stderr": beside["stderr"],
+        }
+    return record
+
+
+def _documents(config: dict[str, Any], split: str) -> list[Any]:
+    options = {k: v for k, v in config["data"].items() if k != "name"}
+    return load_documents(split=split, **options)

@@ -1,0 +1,115 @@
+"""Cache of what stages produce, keyed by the content of what determines it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+from filelock import FileLock
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from methods.base import Method
+from methods.engine.checkpoint import BadCheckpoint, load_tensors
+from runners.store import write_json_atomic
+
+log = logging.getLogger(__name__)
+
+
+def cache_root(cache_dir: str | None) -> Path:
+    """`cache_dir`, else $ROUTEBENCH_CACHE_DIR, else the user's cache folder."""
+    chosen = cache_dir or os.environ.get("ROUTEBENCH_CACHE_DIR")
+    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("routebench"))
+
+
+def content_key(*parts: Any) -> str:
+    """sha256 over the canonical JSON of the parts, 32 hex digits."""
+    text = json.dumps(parts, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+class Products:
+    """Folder of products; two processes that need the same one make it once.
+
+    Args:
+        root: cache folder; products live in `<root>/stages` and `<root>/values`.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.stages, self.values = root / "stages", root / "values"
+
+    def value(self, key: str, make: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], bool]:
+        """A JSON product: (value, whether it was cached)."""
+        path = self.values / f"{key}.json"
+        self.values.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            found = _read_json(path)
+            if found is not None:
+                return found, True
+            made = make()
+            write_json_atomic(path, made)
+            return made, False
+
+    def stage(
+        self, key: str, method: Method, run: Callable[[], Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        """Bring the method's tensors to the state after a stage: load it, or run and keep it.
+
+        Returns:
+            The stage's report, with `cached` set.
+        """
+        folder = self.stages / key
+        self.stages.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            found = self._load(folder, method)
+            if found is not None:
+                return {**found, "cached": True}
+            report = dict(run())
+            self._keep(folder, method, report)
+            return {**report, "cached": False}
+
+    def _load(self, folder: Path, method: Method) -> dict[str, Any] | None:
+        report = _read_json(folder / "report.json")
+        if report is None:
+            return None
+        tensors = folder / "method.safetensors"
+        try:
+            if _file_hash(tensors) != report.pop("tensors_sha256", None):
+                raise BadCheckpoint(f"{tensors} is damaged")
+            load_tensors(method, tensors)
+        except (BadCheckpoint, SafetensorError, OSError) as error:
+            log.warning("cached stage is unusable and will be computed again: %s", error)
+            shutil.rmtree(folder, ignore_errors=True)
+            return None
+        return report
+
+    def _keep(self, folder: Path, method: Method, report: dict[str, Any]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {k: v.detach().cpu().contiguous() for k, v in method.state_dict().items()}
+        partial = folder / f".method.{os.getpid()}.tmp"
+        save_file(tensors, str(partial))
+        os.replace(partial, folder / "method.safetensors")
+        digest = _file_hash(folder / "method.safetensors")
+        write_json_atomic(folder / "report.json", {**report, "tensors_sha256": digest})
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+

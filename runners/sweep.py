@@ -1,0 +1,22 @@
+"""Run one point, or with `-m` a sweep: train, calibrate, evaluate, record.
+
+python runners/sweep.py method=informed sparsity=0.3,0.5,0.7 -m
+"""
+
+from __future__ import annotations
+
+import hydra
+from omegaconf import DictConfig
+
+from runners.job import run_point
+from runners.launch import launch
+
+
+@hydra.main(config_path="../conf", config_name="sweep", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    """Hydra entry; one call per point."""
+    run_point(cfg)
+
+
+if __name__ == "__main__":
+    launch(main, "sweep")

@@ -1,0 +1,58 @@
+"""Token rows for fitting, training and calibration; test text never passes through here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from methods.base import Budget, StageBudget
+from runners.corpus import Document, digest, pack_tokens
+from runners.probe import ProbeText
+
+
+class Texts:
+    """Cuts documents into rows without padding, deterministically from the seed.
+
+    Args:
+        documents: by split; `train` and `calibration` are read.
+        seq_len: tokens per row of the training-free fits and the calibration.
+        seed: order of the documents.
+    """
+
+    def __init__(
+        self,
+        documents: Mapping[str, Sequence[Document]],
+        tokenizer: PreTrainedTokenizerBase,
+        seq_len: int,
+        seed: int,
+    ) -> None:
+        self.documents, self.tokenizer = documents, tokenizer
+        self.seq_len, self.seed = seq_len, seed
+
+    def for_probe(self, budget: Budget) -> ProbeText:
+        """What the probe reads: fit and sensitivity from train, calibration from its own split."""
+        train = self._pack("train", budget.fit_tokens, self.seq_len)
+        rows = max(1, budget.sensitivity_tokens // self.seq_len)
+        calibration = self._pack("calibration", budget.calibration_tokens, self.seq_len)
+        return ProbeText(train=train, calibration=calibration, sensitivity=train[:rows])
+
+    def rows(self, budget: StageBudget) -> Tensor:
+        """Training rows of a stage, int64 [n, seq_len]: its token budget, or all the text there is."""
+        return self._pack("train", budget.tokens, budget.seq_len)
+
+    def digest(self, budget: Budget) -> str:
+        """Hash of all that this class can return under a budget."""
+        probe = self.for_probe(budget)
+        parts = [probe.train, probe.calibration, self.rows(budget.routers)]
+        return "-".join(digest(part)[:16] for part in parts)
+
+    def _pack(self, split: str, tokens: int, seq_len: int) -> Tensor:
+        return pack_tokens(
+            self.documents[split],
+            self.tokenizer,
+            seq_len=seq_len,
+            max_tokens=max(tokens, seq_len),
+            seed=self.seed,
+        )
