@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import gc
+import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from runners.errors import UserError
 from runners.launch import CONF, failed_points
 from runners.store import RunFolder, fingerprint
+
+if TYPE_CHECKING:
+    from runners.point import Point
+    from runners.tracking import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -22,21 +27,37 @@ def run_point(cfg: DictConfig, *, evaluate: bool = True) -> None:
     """Bring one point to a complete record, unless it has one; a failure is recorded, not raised.
 
     Heavy imports happen inside, so that a sweep whose points are all complete ends in seconds.
+
+    Args:
+        evaluate: False stops after saving; the folder then holds `routed/` and no record.
     """
     config = plain(cfg)
+    _recorded(config, lambda folder: _train_and_score(config, folder, evaluate=evaluate))
+
+
+def score_saved(cfg: DictConfig) -> None:
+    """Evaluate a saved routed model into a record of its own."""
+    config = plain(with_saved(cfg))
+    _recorded(config, lambda folder: _score(config, folder))
+
+
+def _recorded(config: dict[str, Any], work: Callable[[RunFolder], None]) -> None:
     folder = RunFolder(Path(config["results_dir"]) / fingerprint(config))
     label = describe(config)
     try:
         with folder.lock():
             if folder.is_complete() and not config["force"]:
-                log.info("%s: complete in %s, skipped (force=true computes it again)", label, folder.path)
+                log.info(
+                    "%s: complete in %s, skipped (force=true computes it again)", label, folder.path
+                )
                 return
             log.info("%s: starting in %s", label, folder.path)
             folder.begin(config)
             try:
-                _compute(config, folder)
+                work(folder)
             except Exception as error:
-                _fail(config, folder, error)
+                mistake = isinstance(error, UserError)
+                folder.fail(str(error) if mistake else reason(error), identity(config))
                 raise
     except UserError as error:
         log.error("%s failed: %s", label, error)
@@ -46,6 +67,81 @@ def run_point(cfg: DictConfig, *, evaluate: bool = True) -> None:
         failed_points.append(f"{label}: {reason(error)}")
     finally:
         gc.collect()
+
+
+def _train_and_score(config: dict[str, Any], folder: RunFolder, *, evaluate: bool) -> None:
+    from runners.point import Point
+    from runners.tracking import open_tracker
+
+    started = time.perf_counter()
+    with open_tracker(config, folder.path, **identity(config)) as tracker:
+        point = Point(config, folder, tracker)
+        point.train()
+        point.save()
+        if evaluate:
+            _finish(config, folder, tracker, point, started)
+        else:
+            log.info("saved %s", folder.path / "routed")
+
+
+def _score(config: dict[str, Any], folder: RunFolder) -> None:
+    from runners.point import Point
+    from runners.tracking import open_tracker
+
+    started = time.perf_counter()
+    with open_tracker(config, folder.path, **identity(config)) as tracker:
+        point = Point(config, folder, tracker)
+        point.restore(Path(config["saved"]), recalibrate=config["recalibrate"])
+        _finish(config, folder, tracker, point, started)
+
+
+def _finish(
+    config: dict[str, Any], folder: RunFolder, tracker: Tracker, point: Point, started: float
+) -> None:
+    result = {**identity(config), **point.evaluate()}
+    result["seconds"] = time.perf_counter() - started
+    tracker.summary(result)
+    folder.complete(result)
+    log.info("%s: %s", describe(config), headline(result))
+
+
+def headline(result: Mapping[str, Any]) -> str:
+    """The figures of a record that a log line shows."""
+    parts = [f"realised {result['sparsity_realised']:.3f}"]
+    for name, entry in result["perplexity"].items():
+        parts.append(f"perplexity {name} {entry['value']:.2f} (dense {entry['dense']:.2f})")
+    for task, entry in result["accuracy"].items():
+        parts.append(f"{task} {entry['value']:.3f} (dense {entry['dense']:.3f})")
+    return ", ".join(parts)
+
+
+def with_saved(cfg: DictConfig) -> DictConfig:
+    """Fill the method and the model of a score config from the saved folder's JSON.
+
+    Raises:
+        UserError: no saved routed model there.
+    """
+    try:
+        settings = json.loads((Path(cfg.saved) / "routed.json").read_text())
+        target, options, base = settings["target"], settings["options"], settings["base"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"saved={cfg.saved} holds no saved routed model (routed.json)") from error
+    model = {k: base[k] for k in ("name", "source", "path", "revision")}
+    if cfg.model is not None:
+        model = {"name": cfg.model, "source": "pretrained", "path": cfg.model, "revision": None}
+    own = {k: v for k, v in options.items() if k != "sparsity"}
+    name = target.rsplit(".", 2)[-2]
+    moved = cfg.sparsity is not None
+    filled = {
+        "method": {"name": name, "_target_": target, **own},
+        "model": {**model, "trust_remote_code": False},
+        "sparsity": cfg.sparsity if moved else options["sparsity"],
+        "recalibrate": moved,
+    }
+    OmegaConf.set_struct(cfg, False)
+    merged = OmegaConf.merge(cfg, filled)
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -93,23 +189,3 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
         "seed": config["seed"],
         "sparsity_target": config["sparsity"],
     }
-
-
-def _fail(config: Mapping[str, Any], folder: RunFolder, error: Exception) -> None:
-    text = str(error) if isinstance(error, UserError) else reason(error)
-    folder.fail(text, identity(config))
-
-
-def _compute(config: dict[str, Any], folder: RunFolder) -> None:
-    from runners.point import Point
-    from runners.tracking import open_tracker
-
-    started = time.perf_counter()
-    with open_tracker(config, folder.path, **identity(config)) as tracker:
-        point = Point(config, folder, tracker)
-        point.train()
-        point.save()
-        result = {**identity(config), **point.evaluate()}
-        result["seconds"] = time.perf_counter() - started
-        tracker.summary(result)
-        folder.complete(result)

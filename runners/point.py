@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from methods.base import Method, Stage
-from methods.engine.checkpoint import save_pretrained
+from methods.engine.checkpoint import TENSORS, load_tensors, save_pretrained
 from runners.build import build_budget, build_method, load_base, method_options
 from runners.corpus import load_documents
 from runners.evaluation import evaluate, evaluation_key
@@ -88,6 +88,12 @@ class Point:
                 "weights_sha256": self.base.weights_hash,
             },
         )
+
+    def restore(self, saved: Path, *, recalibrate: bool) -> None:
+        """Load a saved method instead of training it; `recalibrate` moves it to this target."""
+        load_tensors(self.method, saved / TENSORS)
+        if recalibrate:
+            self.method.calibrate(self.probe, self.method.sparsity)
 
     def evaluate(self) -> dict[str, Any]:
         """The record's figures: quality with the dense model's beside it, sparsity, cost."""

@@ -1,0 +1,22 @@
+"""Evaluate a saved routed model, at its own threshold or moved to another sparsity.
+
+python runners/score.py saved=results/<fingerprint>/routed sparsity=0.4
+"""
+
+from __future__ import annotations
+
+import hydra
+from omegaconf import DictConfig
+
+from runners.job import score_saved
+from runners.launch import launch
+
+
+@hydra.main(config_path="../conf", config_name="score", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    """Hydra entry."""
+    score_saved(cfg)
+
+
+if __name__ == "__main__":
+    launch(main, "score")

@@ -1,0 +1,22 @@
+"""Train, calibrate and save one point; `runners/score.py` evaluates it later.
+
+python runners/train.py method=informed sparsity=0.5
+"""
+
+from __future__ import annotations
+
+import hydra
+from omegaconf import DictConfig
+
+from runners.job import run_point
+from runners.launch import launch
+
+
+@hydra.main(config_path="../conf", config_name="sweep", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    """Hydra entry."""
+    run_point(cfg, evaluate=False)
+
+
+if __name__ == "__main__":
+    launch(main, "sweep")
