@@ -13,10 +13,11 @@ from methods.base import Method
 from methods.engine.counters import Usage
 from methods.engine.flops import flops_ratio
 from methods.engine.wrap import routed
+from runners.assets import cache_root
 from runners.build import Base
 from runners.corpus import Document, digest
 from runners.perplexity import perplexity
-from runners.products import cache_root, content_key
+from runners.products import content_key
 from runners.provenance import code_version
 from runners.tasks import run_tasks
 

@@ -12,12 +12,13 @@ import torch
 
 from methods.base import Method, Stage
 from methods.engine.checkpoint import TENSORS, load_tensors, save_pretrained
+from runners.assets import cache_root
 from runners.build import build_budget, build_method, load_base, method_options
 from runners.corpus import load_documents
 from runners.evaluation import evaluate, evaluation_key
 from runners.loop import Loop
 from runners.probe import ModelProbe
-from runners.products import Products, cache_root, content_key
+from runners.products import Products, content_key
 from runners.provenance import code_version, provenance
 from runners.store import RunFolder
 from runners.texts import Texts

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -21,12 +20,6 @@ from methods.engine.checkpoint import BadCheckpoint, load_tensors
 from runners.store import write_json_atomic
 
 log = logging.getLogger(__name__)
-
-
-def cache_root(cache_dir: str | None) -> Path:
-    """`cache_dir`, else $ROUTEBENCH_CACHE_DIR, else the user's cache folder."""
-    chosen = cache_dir or os.environ.get("ROUTEBENCH_CACHE_DIR")
-    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("routebench"))
 
 
 def content_key(*parts: Any) -> str:

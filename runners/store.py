@@ -125,7 +125,7 @@ def write_bytes_atomic(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
         temporary = None
     except OSError as error:
-        raise _write_error(path, error) from error
+        raise disk_error(path, error) from error
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
@@ -142,7 +142,8 @@ def write_json_atomic(path: Path, obj: Any) -> None:
     write_bytes_atomic(path, f"{text}\n".encode())
 
 
-def _write_error(path: Path, error: OSError) -> OSError | UserError:
+def disk_error(path: Path, error: OSError) -> OSError | UserError:
+    """The user's version of an error that a full or read-only disk explains; else the error."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(f"no space left to write {path}: free some, or choose another folder")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
@@ -170,7 +171,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise _write_error(self.path, error) from error
+            raise disk_error(self.path, error) from error
         held = FileLock(self.path / ".lock")
         try:
             held.acquire(timeout=0)
@@ -198,7 +199,7 @@ class RunFolder:
             with self.log_file.open("a", encoding="utf-8") as file:
                 file.write(f"{line}\n")
         except OSError as error:
-            raise _write_error(self.log_file, error) from error
+            raise disk_error(self.log_file, error) from error
 
     def complete(self, result: Mapping[str, Any]) -> None:
         """Write the result record; from here on the point counts as done."""

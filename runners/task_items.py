@@ -83,53 +83,26 @@ def fact_lookup(documents: Sequence[Document], seed: int) -> list[Item]:
     return items
 
 
-NOUNS = "key:keys author:authors picture:pictures teacher:teachers letter:letters door:doors \
-student:students worker:workers soldier:soldiers farmer:farmers president:presidents \
-report:reports law:laws window:windows child:children woman:women".split()
+NOUNS = (
+    "key:keys author:authors picture:pictures teacher:teachers letter:letters door:doors "
+    "student:students worker:workers soldier:soldiers farmer:farmers president:presidents "
+    "report:reports law:laws window:windows child:children woman:women"
+).split()
+VERBS = (("is", "are"), ("was", "were"), ("has", "have"))
 LINKS = "near behind beside with".split()
 
 
 def agreement(documents: Sequence[Document], seed: int) -> list[Item]:
+    """The verb that agrees with the subject, across a noun of the other number."""
     rng = random.Random(seed)
     items: list[Item] = []
     for _ in range(ITEMS):
-        a, b = rng.sample(NOUNS, 2)
-        plural = rng.randrange(2)
-        subject, other = a.split(":")[plural], b.split(":")[1 - plural]
-        verb = rng.choice([("is", "are"), ("was", "were"), ("has", "have")])
-        items.append(
-            _shuffled(
-                f"The {subject} {rng.choice(LINKS)} the {other}", [verb[plural], verb[1 - plural]], rng
-            )
-        )
+        pairs = [pair.split(":") for pair in rng.sample(NOUNS, 2)]
+        number = rng.randrange(2)
+        context = f"The {pairs[0][number]} {rng.choice(LINKS)} the {pairs[1][1 - number]}"
+        verb = rng.choice(VERBS)
+        items.append(_shuffled(context, [verb[number], verb[1 - number]], rng))
     return items
-
-
-def sequence(documents: Sequence[Document], seed: int) -> list[Item]:
-    rng = random.Random(seed)
-    items: list[Item] = []
-    for _ in range(ITEMS):
-        step = rng.choice([1, 2, 3, 5, 10, -1, -2])
-        start = rng.randrange(20, 60)
-        xs = [start + i * step for i in range(6)]
-        true = xs[-1]
-        wrong = rng.sample([true + d for d in (-3, -2, -1, 1, 2, 3, 5, 10)], 3)
-        items.append(_shuffled(", ".join(map(str, xs[:-1])) + ",", [str(true), *map(str, wrong)], rng))
-    return items
-
-
-def comparison(documents: Sequence[Document], seed: int) -> list[Item]:
-    rng = random.Random(seed)
-    items: list[Item] = []
-    for _ in range(ITEMS):
-        a, b, c = rng.sample(NAMES, 3)
-        w, o = rng.choice([("taller", "shorter"), ("older", "younger"), ("faster", "slower")])
-        items.append(_shuffled(f"{a} is {w} than {b}. {b} is {w} than {c}. Therefore {a} is", [f"{w} than {c}", f"{o} than {c}"], rng))
-    return items
-
-
-def category(documents: Sequence[Document], seed: int) -> list[Item]:
-    return []
 
 
 def _shuffled(context: str, spans: Sequence[str], rng: random.Random) -> Item:
@@ -142,6 +115,22 @@ GENERATORS: dict[str, Callable[[Sequence[Document], int], list[Item]]] = {
     "continuation_choice": continuation_choice,
     "fact_lookup": fact_lookup,
     "agreement": agreement,
-    "sequence": sequence,
-    "comparison": comparison,
 }
+CHOICES_OF = {"continuation_choice": CHOICES, "fact_lookup": CHOICES, "agreement": 2}
+
+
+def items_folder(root: Path, documents: Sequence[Document], seed: int) -> Path:
+    """Folder of the items that this text, seed and generator version give."""
+    identity = hashlib.sha256(f"{GENERATOR_VERSION}|{seed}".encode())
+    for document in documents:
+        identity.update(hashlib.sha256(document.text.encode()).digest())
+    return root / identity.hexdigest()[:16]
+
+
+def write_items(name: str, documents: Sequence[Document], seed: int, folder: Path) -> Path:
+    """Generate one task's items as JSON Lines, unless they are there."""
+    path = folder / f"{name}.jsonl"
+    if not path.exists():
+        lines = [json.dumps(item) for item in GENERATORS[name](documents, seed)]
+        write_bytes_atomic(path, ("\n".join(lines) + "\n").encode())
+    return path
