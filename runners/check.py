@@ -10,6 +10,7 @@ from typing import Any
 
 from methods.engine.families import UnsupportedModel, require_family
 from runners.errors import UserError
+from runners.tasks import check_tasks
 
 CHOICES = {
     "objective": ("lm", "distill"),
@@ -34,6 +35,7 @@ def check_config(cfg: Mapping[str, Any]) -> None:
     folder = cfg["data"].get("dir")
     if folder is not None and not Path(folder).expanduser().is_dir():
         raise UserError(f"data.dir={folder} is not a folder")
+    check_tasks(cfg["eval"]["tasks"])
 
 
 def check_sparsity(value: Any) -> None:
