@@ -54,6 +54,7 @@ class Informed(Method):
         gate: training gate; `gumbel` samples (paper), `sigmoid` does not.
         tau_start, tau_end: gate temperature, linear over the stage (paper: 5 to 1).
         train_lr: of the gradient stage (paper: 2e-3, constant).
+        weight_decay: of its AdamW.
         schedule: of its learning rate.
         penalty_weight: of |(1 - s) - mean execute rate| (paper: 8).
     """
@@ -77,6 +78,7 @@ class Informed(Method):
         train: Train = "none",
         targets: Sequence[float] = (),
         train_lr: float = 2e-3,
+        weight_decay: float = 0.01,
         gate: Gate = "gumbel",
         tau_start: float = 5.0,
         tau_end: float = 1.0,
@@ -97,7 +99,7 @@ class Informed(Method):
         self.damping, self.sensitivity = damping, sensitivity
         self.router_start, self.train_what, self.gate = router_start, train, gate
         self.tau_start, self.tau_end = tau_start, tau_end
-        self.train_lr, self.schedule = train_lr, schedule
+        self.train_lr, self.schedule, self.weight_decay = train_lr, schedule, weight_decay
         self.targets, self.penalty_weight = tuple(targets), penalty_weight
 
     def setup(self, shape: Shape) -> None:
@@ -132,6 +134,7 @@ class Informed(Method):
                 budget=budget.routers,
                 lr=self.train_lr,
                 schedule=self.schedule,
+                weight_decay=self.weight_decay,
                 per_target=not self.targets,
                 targets=self.targets,
                 calibrate_first=self.router_start == "recoverability",

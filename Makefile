@@ -1,0 +1,44 @@
+# `make sweep` and `make test` do everything on a fresh machine with a package index.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+RESULTS ?= results
+
+.PHONY: sweep compare forecasters test slow lint format clean
+
+sweep: $(READY)
+	$(BIN)/python runners/sweep.py method=informed sparsity=0.3,0.5,0.7 results_dir=$(RESULTS)/sweep -m
+	$(BIN)/python analysis/tradeoff.py results_dir=$(RESULTS)/sweep
+	$(BIN)/python analysis/training_time.py results_dir=$(RESULTS)/sweep
+
+compare: $(READY)
+	$(BIN)/python runners/sweep.py +experiment=compare results_dir=$(RESULTS)/compare -m
+	$(BIN)/python analysis/tradeoff.py results_dir=$(RESULTS)/compare
+	$(BIN)/python analysis/training_time.py results_dir=$(RESULTS)/compare
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+slow: $(READY)
+	$(BIN)/python -m pytest -m slow --timeout 3600
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# torch first: resolved with the rest, pip may fetch gigabytes of CUDA libraries.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt torch numpy
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis outputs
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
