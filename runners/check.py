@@ -25,13 +25,19 @@ def check_config(cfg: Mapping[str, Any]) -> None:
     Raises:
         UserError: what is wrong and what is allowed.
     """
-    check_sparsity(cfg["sparsity"])
+    saved = cfg.get("saved")
+    if saved is None or cfg["sparsity"] is not None:
+        check_sparsity(cfg["sparsity"])
     for key, allowed in CHOICES.items():
         if cfg[key] not in allowed:
             raise UserError(f"{key} must be one of {', '.join(allowed)}, not {cfg[key]!r}")
     if not isinstance(cfg["seed"], int):
         raise UserError(f"seed must be a whole number, not {cfg['seed']!r}")
-    _check_model(cfg["model"])
+    if saved is None:
+        _check_model(cfg["model"])
+    else:
+        _check_saved(saved, cfg["model"])
+    _check_budget(cfg["budget"])
     folder = cfg["data"].get("dir")
     if folder is not None and not Path(folder).expanduser().is_dir():
         raise UserError(f"data.dir={folder} is not a folder")
@@ -47,6 +53,21 @@ def check_sparsity(value: Any) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or not 0.0 <= value < 1.0:
         raise UserError(f"sparsity must be a number in [0, 1), not {value!r}")
+
+
+def _check_budget(budget: Mapping[str, Any]) -> None:
+    for stage in ("forecasters", "routers"):
+        for key, value in budget[stage].items():
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"budget.{stage}.{key} must be a whole number >= 1, not {value!r}")
+
+
+def _check_saved(saved: str, model: str | None) -> None:
+    missing = [n for n in ("routed.json", "routed.safetensors") if not (Path(saved) / n).is_file()]
+    if missing:
+        raise UserError(f"saved={saved} holds no saved routed model ({', '.join(missing)})")
+    if model is not None:
+        _check_model({"source": "pretrained", "path": model})
 
 
 def _check_model(model: Mapping[str, Any]) -> None:

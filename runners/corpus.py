@@ -128,18 +128,20 @@ def _cut(documents: Sequence[Document]) -> int:
 
 def _read_jsonl(path: Path, text_field: str) -> list[Document]:
     documents = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
                 text = json.loads(line)[text_field]
+                if not isinstance(text, str):
+                    raise TypeError(f"a {type(text).__name__}")
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(
-                    f"{path}, line {number}: no JSON object with a field {text_field!r} "
+                    f"{path}, line {number}: no JSON object with text in a field {text_field!r} "
                     "(data.text_field= names another)"
                 ) from error
-            documents.append(Document(f"{path.stem}-{number}", str(text)))
+            documents.append(Document(f"{path.stem}-{number}", text))
     return documents
 
 

@@ -19,10 +19,11 @@ from runners.corpus import Document, digest
 from runners.perplexity import perplexity
 from runners.products import content_key
 from runners.provenance import code_version
-from runners.tasks import run_tasks
+from runners.tasks import TEMPLATES, run_tasks
 
 HERE = Path(__file__).resolve().parent
 CODE = [HERE / f"{name}.py" for name in ("perplexity", "tasks", "task_items", "harness")]
+CODE += sorted(TEMPLATES.glob("*.yaml"))
 
 
 def evaluation_key(config: Mapping[str, Any], base: Base, documents: Sequence[Document]) -> str:
@@ -30,6 +31,7 @@ def evaluation_key(config: Mapping[str, Any], base: Base, documents: Sequence[Do
     return content_key(
         "dense scores",
         base.weights_hash,
+        config["data"]["name"],
         config["eval"],
         config["seed"],
         digest([document.text for document in documents]),
@@ -75,7 +77,10 @@ def evaluate(
             )
             on_task = _usage(model)
             for name, score in scores.items():
-                accuracy[name] = {**score, "sparsity_realised": on_task.sparsity() if on_task else 0.0}
+                accuracy[name] = {
+                    **score,
+                    "sparsity_realised": on_task.sparsity() if on_task else 0.0,
+                }
     name = config["data"]["name"]
     return {
         "perplexity": {name: entry},

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from runners.assets import sha256_of
 from runners.errors import UserError
 from runners.launch import CONF, failed_points
-from runners.store import RunFolder, fingerprint
+from runners.store import RunFolder, fingerprint, full_disk
 
 if TYPE_CHECKING:
     from runners.point import Point
@@ -55,10 +56,11 @@ def _recorded(config: dict[str, Any], work: Callable[[RunFolder], None]) -> None
             folder.begin(config)
             try:
                 work(folder)
-            except Exception as error:
+            except Exception as raised:
+                error = full_disk(folder.path, raised) or raised
                 mistake = isinstance(error, UserError)
                 folder.fail(str(error) if mistake else reason(error), identity(config))
-                raise
+                raise error from raised.__cause__
     except UserError as error:
         log.error("%s failed: %s", label, error)
         failed_points.append(f"{label}: {error}")
@@ -124,6 +126,7 @@ def with_saved(cfg: DictConfig) -> DictConfig:
     try:
         settings = json.loads((Path(cfg.saved) / "routed.json").read_text())
         target, options, base = settings["target"], settings["options"], settings["base"]
+        content = sha256_of(Path(cfg.saved) / "routed.safetensors")
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"saved={cfg.saved} holds no saved routed model (routed.json)") from error
     model = {k: base[k] for k in ("name", "source", "path", "revision")}
@@ -137,6 +140,7 @@ def with_saved(cfg: DictConfig) -> DictConfig:
         "model": {**model, "trust_remote_code": False},
         "sparsity": cfg.sparsity if moved else options["sparsity"],
         "recalibrate": moved,
+        "saved_sha256": content,
     }
     OmegaConf.set_struct(cfg, False)
     merged = OmegaConf.merge(cfg, filled)

@@ -29,8 +29,6 @@ log = logging.getLogger(__name__)
 
 Objective = Literal["lm", "distill"]
 OnStep = Callable[[str, dict[str, float]], None]
-THRESHOLD_GAIN = 0.5
-"""Threshold move per unit of missed sparsity, in standard deviations of the scores."""
 
 
 class TrainingDiverged(UserError):
@@ -118,7 +116,9 @@ class Loop:
             target = self._next_target(thresholds, step)
             losses, rates = [], []
             for _ in range(budget.accumulate):
-                loss, rate = self._loss(stage, next(batches), step / max(1, budget.steps - 1), target)
+                loss, rate = self._loss(
+                    stage, next(batches), step / max(1, budget.steps - 1), target
+                )
                 (loss / budget.accumulate).backward()
                 losses.append(loss.detach())
                 rates.append(rate)
@@ -133,7 +133,6 @@ class Loop:
             schedule.step()
             optimiser.zero_grad(set_to_none=True)
             realised = 1.0 - float(torch.stack(rates).mean())
-            self._move_threshold(thresholds, target, realised)
             tokens = budget.accumulate * budget.batch_size * budget.seq_len
             figures = {"step": step + 1, "loss": value}
             figures["tokens_per_s"] = tokens / (time.perf_counter() - began)
@@ -196,12 +195,6 @@ class Loop:
         random.Random(f"{self.seed}/{turn}").shuffle(targets)
         self.method.threshold.fill_(thresholds[targets[place]])
         return targets[place]
-
-    def _move_threshold(
-        self, thresholds: dict[float, float], target: float, realised: float
-    ) -> None:
-        if len(thresholds) > 1:
-            thresholds[target] += THRESHOLD_GAIN * (target - realised)
 
     def _batches(self, budget: StageBudget) -> Iterator[Tensor]:
         """Endless batches; every row once an epoch, in an order drawn from the stage's seed."""

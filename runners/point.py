@@ -27,7 +27,10 @@ from runners.tracking import Tracker
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGE_CODE = [ROOT / "methods", *(ROOT / "runners" / f"{n}.py" for n in ("loop", "losses", "probe"))]
+STAGE_CODE = [
+    ROOT / "methods",
+    *(ROOT / "runners" / f"{n}.py" for n in ("loop", "losses", "probe")),
+]
 SPLITS = ("train", "calibration", "test")
 
 

@@ -7,7 +7,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 
 from methods.base import Method
 from methods.engine.checkpoint import BadCheckpoint, load_tensors
-from runners.store import write_json_atomic
+from runners.store import disk_error, write_json_atomic
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +42,7 @@ class Products:
     def value(self, key: str, make: Callable[[], dict[str, Any]]) -> tuple[dict[str, Any], bool]:
         """A JSON product: (value, whether it was cached)."""
         path = self.values / f"{key}.json"
-        self.values.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
+        with _locked(path):
             found = _read_json(path)
             if found is not None:
                 return found, True
@@ -59,8 +59,7 @@ class Products:
             The stage's report, with `cached` set.
         """
         folder = self.stages / key
-        self.stages.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{folder}.lock"):
+        with _locked(folder):
             found = self._load(folder, method)
             if found is not None:
                 return {**found, "cached": True}
@@ -93,6 +92,25 @@ class Products:
         write_json_atomic(folder / "report.json", {**report, "tensors_sha256": digest})
 
 
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a product; the cache folder is created.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    lock = FileLock(f"{path}.lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise disk_error(path, error) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_bytes())
@@ -104,5 +122,3 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 def _file_hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-

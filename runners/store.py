@@ -31,12 +31,15 @@ log = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 FINGERPRINT_DIGITS = 16
 NOT_IN_FINGERPRINT = frozenset(
-    "results_dir cache_dir tracking force hydra log log_level logging verbose progress".split()
+    "results_dir cache_dir saved tracking force hydra log log_level logging verbose "
+    "progress".split()
 )
 """Top-level keys of the config that say where or how loudly, never what is computed."""
 
 REDACTED = "<redacted>"
 SECRET_WORDS = frozenset({"key", "apikey", "token", "password", "secret"})
+URL_LOGIN = re.compile(r"(\w://)[^/\s@]+@")
+URL_FIELD = re.compile(r"([?&][\w-]*(?:key|token|password|secret)=)[^&#\s]+", re.IGNORECASE)
 TEXT_TOKENS = frozenset("bos eos pad unk sep cls mask stop prefix".split())
 """First words of `eos_token` and the like, which are text and no secrets."""
 
@@ -54,17 +57,23 @@ def fingerprint(config: Mapping[str, Any]) -> str:
 
 
 def redact(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy without the values of secrets: keys that end in key, token, password or secret."""
+    """Copy without secrets: values of keys that end in key, token, password or secret, and
+    the login and such query fields of URLs inside any text."""
 
     def clean(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {k: REDACTED if is_secret(str(k)) else clean(v) for k, v in value.items()}
         if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
             return [clean(item) for item in value]
-        return value
+        return redact_text(value) if isinstance(value, str) else value
 
     cleaned: dict[str, Any] = clean(config)
     return cleaned
+
+
+def redact_text(text: str) -> str:
+    """Text whose URLs carry neither a login (`https://name:secret@host`) nor a secret field."""
+    return URL_FIELD.sub(rf"\1{REDACTED}", URL_LOGIN.sub(rf"\1{REDACTED}@", text))
 
 
 def is_secret(key: str) -> bool:
@@ -151,6 +160,14 @@ def disk_error(path: Path, error: OSError) -> OSError | UserError:
     return error
 
 
+def full_disk(path: Path, error: Exception) -> UserError | None:
+    """The user's version of an error that a full disk explains; safetensors gives it as text."""
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    if not full and f"os error {errno.ENOSPC}" not in str(error):
+        return None
+    return UserError(f"no space left to write {path}: free some, or choose another folder")
+
+
 class RunFolder:
     """The folder of one point.
 
@@ -194,7 +211,8 @@ class RunFolder:
 
     def log(self, event: Mapping[str, Any]) -> None:
         """Append one line to `log.jsonl`, with the wall clock as `unix_time_s`."""
-        line = json.dumps({"unix_time_s": round(time.time(), 3), **to_plain(event, "event")})
+        plain = to_plain(redact(event), "event")
+        line = json.dumps({"unix_time_s": round(time.time(), 3), **plain})
         try:
             with self.log_file.open("a", encoding="utf-8") as file:
                 file.write(f"{line}\n")
@@ -204,14 +222,14 @@ class RunFolder:
     def complete(self, result: Mapping[str, Any]) -> None:
         """Write the result record; from here on the point counts as done."""
         record = {**result, "schema_version": SCHEMA_VERSION, "status": "complete"}
-        write_json_atomic(self.result_file, record)
+        write_json_atomic(self.result_file, redact(record))
         self._status("complete")
 
     def fail(self, reason: str, identity: Mapping[str, Any] | None = None) -> None:
         """Keep why the point failed, with what identifies it, so that the analysis can list it."""
         failed = {"schema_version": SCHEMA_VERSION, "status": "failed", "reason": reason}
-        write_json_atomic(self.result_file, {**(identity or {}), **failed})
-        self._status("failed", reason=reason)
+        write_json_atomic(self.result_file, redact({**(identity or {}), **failed}))
+        self._status("failed", reason=redact_text(reason))
 
     def is_complete(self) -> bool:
         """True if a finished record of this schema is there and can be read."""

@@ -43,9 +43,10 @@ class Texts:
         return self._pack("train", budget.tokens, budget.seq_len)
 
     def digest(self, budget: Budget) -> str:
-        """Hash of all that this class can return under a budget."""
+        """Hash of all that this class can return under a budget: the text and how it is cut."""
         probe = self.for_probe(budget)
-        parts = [probe.train, probe.calibration, self.rows(budget.routers)]
+        texts = [[d.text for d in self.documents[name]] for name in ("train", "calibration")]
+        parts = [probe.train, probe.calibration, *texts]
         return "-".join(digest(part)[:16] for part in parts)
 
     def _pack(self, split: str, tokens: int, seq_len: int) -> Tensor:

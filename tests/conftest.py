@@ -40,10 +40,6 @@ SHRUNK = (
 """Overrides that make a point of `conf/sweep.yaml` run in about a second."""
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: more than some seconds; not in the default run")
-
-
 def compose_tiny(*overrides: str, config_name: str = "sweep") -> dict[str, Any]:
     """A resolved real config on the tiny model, with a tiny budget and no tracking."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
@@ -145,9 +141,7 @@ class Commands:
             text=True,
             timeout=180,
         )
-        return Finished(
-            done.returncode, done.stdout, done.stderr, time.perf_counter() - began
-        )
+        return Finished(done.returncode, done.stdout, done.stderr, time.perf_counter() - began)
 
     def start(self, script: str, *words: str) -> subprocess.Popen[bytes]:
         """The same in the background, its output thrown away."""

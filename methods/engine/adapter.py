@@ -47,7 +47,9 @@ def layers_of(model: nn.Module) -> Sequence[LayerParts]:
                 )
             )
         except AttributeError as error:
-            raise UnsupportedModel(f"unexpected layer in {model.config.model_type}: {error}") from error
+            raise UnsupportedModel(
+                f"unexpected layer in {model.config.model_type}: {error}"
+            ) from error
     return found
 
 

@@ -24,7 +24,12 @@ class BadCheckpoint(ValueError):
 
 
 def save_pretrained(
-    method: Method, folder: Path | str, *, target: str, options: dict[str, Any], base: dict[str, Any]
+    method: Method,
+    folder: Path | str,
+    *,
+    target: str,
+    options: dict[str, Any],
+    base: dict[str, Any],
 ) -> Path:
     """Write the method's own tensors and how to build it again, atomically.
 
@@ -70,9 +75,7 @@ def load_tensors(method: Method, path: Path) -> None:
     """
     tensors = load_file(str(path))
     own = method.state_dict()
-    wrong = sorted(set(own) ^ set(tensors)) or [
-        k for k in own if own[k].shape != tensors[k].shape
-    ]
+    wrong = sorted(set(own) ^ set(tensors)) or [k for k in own if own[k].shape != tensors[k].shape]
     if wrong:
         raise BadCheckpoint(f"{path} does not fit this method and model: {', '.join(wrong[:4])}")
     with torch.no_grad():
@@ -89,7 +92,9 @@ def read_settings(folder: Path | str) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise BadCheckpoint(f"{folder} holds no saved routed model ({SETTINGS}: {error})") from error
+        raise BadCheckpoint(
+            f"{folder} holds no saved routed model ({SETTINGS}: {error})"
+        ) from error
     if settings.get("format") != FORMAT:
         raise BadCheckpoint(f"{path} has format {settings.get('format')}, expected {FORMAT}")
     return settings

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from methods.base import Method, Shape, Site
+from methods.base import Method, Shape
 from methods.engine.counters import Usage
 
 

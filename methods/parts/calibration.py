@@ -23,7 +23,9 @@ def weighted_quantile(values: Tensor, weights: Tensor, mass: float) -> float:
     """
     ordered, index = values.sort()
     cumulated = weights[index].double().cumsum(0)
-    place = int(torch.searchsorted(cumulated, torch.tensor(mass, dtype=torch.float64).to(values.device)))
+    place = int(
+        torch.searchsorted(cumulated, torch.tensor(mass, dtype=torch.float64).to(values.device))
+    )
     return float(ordered[min(place, len(ordered) - 1)])
 
 
@@ -67,7 +69,9 @@ def calibrate_threshold(
     return best
 
 
-def _next_guess(seen: RoutedScores, sparsity: float, low: float, high: float, *, halve: bool) -> float:
+def _next_guess(
+    seen: RoutedScores, sparsity: float, low: float, high: float, *, halve: bool
+) -> float:
     bounded = math.isfinite(low) and math.isfinite(high)
     guess = weighted_quantile(seen.scores, seen.weights, sparsity * seen.total_weight)
     if low < guess < high and not (halve and bounded):

@@ -160,7 +160,9 @@ class ExplainedVariance:
         count = torch.tensor(float(len(y)), device=y.device)
         new = [count, y.sum(0), y.square().sum(), error.square().sum()]
         old = self.sums.get(view.site)
-        self.sums[view.site] = new if old is None else [a + b for a, b in zip(old, new, strict=True)]
+        self.sums[view.site] = (
+            new if old is None else [a + b for a, b in zip(old, new, strict=True)]
+        )
 
     def by_kind(self) -> dict[str, float]:
         """Mean over the sites of a kind, as `explained_variance_<kind>`."""

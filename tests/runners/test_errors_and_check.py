@@ -106,7 +106,7 @@ def test_local_model_accepted_and_hub_id_not_looked_for(tmp_path):
 def test_unknown_task_is_named():
     config = compose_tiny()
     config["eval"]["tasks"] = ["continuation_choice", "no_such_task"]
-    with pytest.raises(UserError, match="unknown task 'no_such_task'.*continuation_choice"):
+    with pytest.raises(UserError, match=r"unknown task 'no_such_task'.*continuation_choice"):
         check_config(config)
 
 

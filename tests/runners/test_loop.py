@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+import signal
 
 import pytest
 import torch
 
 from methods.base import Site, Stage, StageBudget
 from methods.engine.wrap import routed
+from runners.errors import UserError
 from runners.loop import TrainingDiverged
 from tests.conftest import token_rows
 from tests.runners.toy import SITES, toy, toy_loop
@@ -204,7 +206,7 @@ def test_view_and_targets(tiny_llama):
     views = []
 
     def loss(view):
-        views.append((view.sparsity, float(view.execute_rate), set(view.site_rates)))
+        views.append((view.sparsity, float(view.execute_rate.detach()), set(view.site_rates)))
         return view.task_loss
 
     targets = (0.05, 0.1, 0.2)
@@ -227,3 +229,18 @@ def test_a_stage_repeats_whatever_ran_before(tiny_llama):
     assert torch.equal(vectors(first[0]), vectors(second[0]))
     assert [s["loss"] for s in first[2]] == [s["loss"] for s in second[2]]
     assert not torch.equal(vectors(first[0]), vectors(other[0]))
+
+
+def test_text_for_less_than_a_batch_is_one_clear_line(tiny_llama):
+    """Not an endless search for a whole batch."""
+
+    def too_long(*_):
+        raise TimeoutError("the loop never got a batch")
+
+    signal.signal(signal.SIGALRM, too_long)
+    signal.setitimer(signal.ITIMER_REAL, 3.0)
+    try:
+        with pytest.raises(UserError, match="batch"):
+            train(tiny_llama, rows=token_rows(1, 16))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)

@@ -47,8 +47,9 @@ def test_a_product_is_made_once_and_loaded_into_another_method(products, tiny_ll
     assert (made.runs, loaded.runs) == (1, 0)
     assert (first["cached"], second["cached"]) == (False, True)
     assert {**second, "cached": False} == first
-    for a, b in zip(made.method.state_dict().values(), loaded.method.state_dict().values()):
-        assert torch.equal(a, b)
+    expected = made.method.state_dict()
+    for name, value in loaded.method.state_dict().items():
+        assert torch.equal(value, expected[name])
     products.stage("other", loaded.method, loaded)
     assert loaded.runs == 1
 
@@ -90,7 +91,7 @@ def test_a_damaged_product_is_made_again(products, tiny_llama, name, damage):
     assert fresh.runs == 1
     last = Work(toy(tiny_llama))
     assert products.stage("key", last.method, last)["cached"] is True
-    assert float(last.method.vectors["1_mlp"][0]) == 5.0
+    assert last.method.vectors["1_mlp"][0].item() == 5.0
 
 
 def test_a_failed_stage_leaves_no_product(products, tiny_llama):

@@ -1,0 +1,252 @@
+"""The command line end to end on the tiny model: `runners/sweep.py`, `train.py`, `score.py`."""
+
+from __future__ import annotations
+
+import errno
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from runners import job, launch
+from tests.conftest import Commands
+from tests.runners.wandb_file import runs
+
+KEYS = {
+    "schema_version",
+    "method",
+    "model",
+    "data",
+    "seed",
+    "status",
+    "sparsity_target",
+    "sparsity_realised",
+    "flops_ratio",
+    "perplexity",
+    "accuracy",
+    "stages",
+}
+MEASURED = {"seconds", "peak_memory_bytes", "cached", "identity"}
+"""Fields that may differ between two runs of the same point."""
+RECIPE = ("method=informed", "method.rank=4")
+
+
+def records(commands: Commands) -> dict[float, dict]:
+    found = [json.loads(file.read_text()) for file in commands.results.glob("*/result.json")]
+    return {record["sparsity_target"]: record for record in found}
+
+
+def numbers(value):
+    """A record without what it measured about this machine."""
+    if isinstance(value, dict):
+        return {k: numbers(v) for k, v in value.items() if k not in MEASURED}
+    return [numbers(v) for v in value] if isinstance(value, list) else value
+
+
+def test_sweep_records_tracks_and_is_skipped_when_repeated(commands, tmp_path):
+    words = (*RECIPE, "sparsity=0.3,0.5", "eval.tasks=[agreement]", "-m")
+    tracking = ("tracking=wandb", f"tracking.dir={tmp_path / 'track'}")
+    secrets = {"WANDB_API_KEY": "s3cret" * 6 + "abcd", "HF_TOKEN": "hf_s3cret"}
+    url = ("+data.revision='https://me:s3cret@host/x?token=s3cret'",)
+    shrunk = [w for w in commands.line("sweep")[2:] if w != "tracking=off"]
+    done = commands.run("sweep", *shrunk, *words, *tracking, *url, shrink=False, **secrets)
+    assert done.code == 0, done.stdout + done.stderr
+    found = records(commands)
+    assert set(found) == {0.3, 0.5}
+    for target, record in found.items():
+        assert set(record) >= KEYS
+        identity = {key: record[key] for key in ("status", "method", "model", "data", "seed")}
+        assert list(identity.values()) == ["complete", "informed", "tiny", "sotu", 0]
+        assert set(record["perplexity"]["sotu"]) >= {"value", "low", "high", "dense"}
+        assert set(record["accuracy"]["agreement"]) >= {"value", "stderr", "dense", "n"}
+        entry = record["perplexity"]["sotu"]
+        assert entry["low"] <= entry["value"] <= entry["high"]
+        assert record["accuracy"]["agreement"]["n"] == 8
+        stage = {"name", "seconds", "tokens", "steps", "peak_memory_bytes", "cached"}
+        assert all(set(s) >= stage for s in record["stages"])
+        assert record["realised"]["calibration"] == pytest.approx(target, abs=0.01)
+        assert record["flops_ratio"] > 0
+    hits = {t: [s["cached"] for s in r["stages"]] for t, r in found.items()}
+    assert not any(hits[0.3])
+    assert hits[0.5] == [*[True] * (len(hits[0.5]) - 1), False]
+    check_tracking(tmp_path / "track", found)
+    stored = b"".join(f.read_bytes() for f in commands.results.rglob("*") if f.is_file())
+    assert b"s3cret" not in stored
+    assert b"<redacted>" in stored
+
+    before = {file: file.stat().st_mtime_ns for file in commands.results.glob("*/result.json")}
+    again = commands.run("sweep", *shrunk, *words, *tracking, *url, shrink=False)
+    assert again.code == 0
+    assert (again.stdout + again.stderr).count("skipped (force=true computes it again)") == 2
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+    assert again.seconds < 10
+
+
+def check_tracking(folder: Path, found: dict[float, dict]) -> None:
+    tracked = runs(folder)
+    assert len(tracked) == 2
+    assert len({run["group"] for run in tracked}) == 1
+    assert tracked[0]["group"]
+    for run in tracked:
+        record = found[run["config"]["sparsity"]]
+        assert run["config"]["fingerprint"] == record["identity"]["fingerprint"]
+        assert run["summary"]["sparsity_realised"] == record["sparsity_realised"]
+        assert run["summary"]["perplexity/sotu/value"] == record["perplexity"]["sotu"]["value"]
+        assert run["exit"] == 0
+    curves = {key for run in tracked for row in run["history"] for key in row}
+    assert any(key.endswith("/loss") for key in curves)
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("sparsity=1.2",), "sparsity"),
+        (("method=nope",), "nope"),
+        (("model=./missing",), "./missing"),
+        (("data=files", "data.dir=/nope"), "/nope"),
+        (("eval.tasks=[no_such_task]",), "no_such_task"),
+        (("mode=fastest",), "fastest"),
+        (("sparsty=0.5",), "sparsty"),
+        (("sparsity=0.3,1.2", "-m"), "1.2"),
+        (("budget.routers.steps=0",), "budget.routers.steps"),
+    ],
+)
+def test_bad_input_is_one_quick_line(commands, words, named):
+    done = commands.run("sweep", "model=tiny", "tracking=off", *words, shrink=False)
+    assert done.code == 2
+    assert len(done.error_lines) == 1, done.stderr
+    assert done.error_lines[0].startswith("error: ")
+    assert named in done.error_lines[0]
+    assert done.stdout == ""
+    assert done.seconds < 10
+    assert list(commands.folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("key", ["results_dir", "cache_dir"])
+def test_a_folder_that_cannot_be_written_is_one_line(commands, tmp_path, key):
+    (tmp_path / "file").touch()
+    done = commands.run("sweep", "method=random", f"{key}={tmp_path / 'file'}")
+    assert done.code == 1
+    lines = [s for s in (done.stdout + done.stderr).splitlines() if "ERROR" in s]
+    assert len(lines) == 1
+    assert "choose another folder" in lines[0]
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.fixture
+def failed(monkeypatch):
+    reasons: list[str] = []
+    monkeypatch.setattr(launch, "failed_points", reasons)
+    monkeypatch.setattr(job, "failed_points", reasons)
+    return reasons
+
+
+def full_disk(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_disk_that_fills_up_is_one_line_and_retried(tiny_config, failed, caplog):
+    from omegaconf import OmegaConf
+
+    cfg = OmegaConf.create(tiny_config("method=random"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("runners.point.save_pretrained", full_disk)
+        job.run_point(cfg)
+    assert len(failed) == 1
+    assert "no space left" in failed[0]
+    assert [r.exc_info for r in caplog.records if r.levelname == "ERROR"] == [None]
+    record = json.loads(next(Path(cfg.results_dir).glob("*/result.json")).read_text())
+    assert record["status"] == "failed"
+    assert "no space left" in record["reason"]
+    job.run_point(cfg)
+    record = json.loads(next(Path(cfg.results_dir).glob("*/result.json")).read_text())
+    assert record["status"] == "complete"
+    assert len(failed) == 1
+
+
+def test_a_failed_point_does_not_stop_the_sweep(commands):
+    """A forecaster of rank 0 is refused, rank 4 is not."""
+    done = commands.run("sweep", "method=random", "method.rank=0,4", "method.bypass=forecast", "-m")
+    assert done.code == 1
+    files = commands.results.glob("*/result.json")
+    states = sorted(json.loads(file.read_text())["status"] for file in files)
+    assert states == ["complete", "failed"]
+
+
+def test_force_computes_again(tiny_config, failed):
+    from omegaconf import OmegaConf
+
+    def stamp():
+        return next(Path(cfg.results_dir).glob("*/result.json")).stat().st_mtime_ns
+
+    cfg = OmegaConf.create(tiny_config("method=random"))
+    job.run_point(cfg)
+    first = stamp()
+    job.run_point(cfg)
+    assert stamp() == first
+    job.run_point(OmegaConf.merge(cfg, {"force": True}))
+    assert stamp() > first
+    assert not failed
+
+
+def wait_for(condition, process, seconds=90):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("moment", ["stage", "evaluation"])
+def test_killed_and_restarted_gives_the_same_numbers(tmp_path, moment):
+    """Killed in the middle of training (after some stages), or with one point complete."""
+    steps = "budget.routers={steps:40,batch_size:2,seq_len:32,accumulate:1}"
+    words = (*RECIPE, steps, "sparsity=0.3,0.5", "-m")
+    undisturbed = Commands(tmp_path, tmp_path / "a", tmp_path / "cache-a")
+    assert undisturbed.run("sweep", *words).code == 0
+    killed = Commands(tmp_path, tmp_path / "b", tmp_path / "cache-b")
+    process = killed.start("sweep", *words)
+
+    def reached():
+        if moment == "evaluation":
+            return len(list(killed.results.glob("*/config.yaml"))) == 2
+        logs = [file.read_text() for file in killed.results.glob("*/log.jsonl")]
+        return any('"event": "step"' in text for text in logs)
+
+    wait_for(reached, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(records(killed)) == (1 if moment == "evaluation" else 0)
+    assert killed.run("sweep", *words).code == 0
+    assert numbers(records(killed)) == numbers(records(undisturbed))
+    assert len(records(killed)) == 2
+
+
+def test_train_then_score_equals_sweep(commands, tmp_path):
+    words = (*RECIPE, "sparsity=0.4")
+    assert commands.run("train", *words).code == 0
+    assert records(commands) == {}
+    saved = next(commands.results.glob("*/routed"))
+    assert {file.suffix for file in saved.iterdir()} == {".json", ".safetensors"}
+    scored = Commands(tmp_path, tmp_path / "scored", commands.cache)
+    done = scored.run("score", f"saved={saved}")
+    assert done.code == 0, done.stdout + done.stderr
+    assert commands.run("sweep", *words).code == 0
+    whole, alone = numbers(records(commands)[0.4]), numbers(records(scored)[0.4])
+    assert alone.pop("stages") == []
+    assert whole.pop("stages")
+    assert alone == whole
+
+    moved = scored.run("score", f"saved={saved}", "sparsity=0.2")
+    assert moved.code == 0
+    assert records(scored)[0.2]["realised"]["calibration"] == pytest.approx(0.2, abs=0.01)
+
+
+@pytest.mark.parametrize("words", [("saved=/nope",), ("saved=/nope", "sparsity=0.3"), ()])
+def test_score_without_a_saved_model_is_one_line(commands, words):
+    done = commands.run("score", "tracking=off", *words, shrink=False)
+    assert done.code == 2
+    assert len(done.error_lines) == 1
+    assert "saved" in done.error_lines[0]
