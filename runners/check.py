@@ -31,12 +31,12 @@ def check_config(cfg: Mapping[str, Any]) -> None:
     for key, allowed in CHOICES.items():
         if cfg[key] not in allowed:
             raise UserError(f"{key} must be one of {', '.join(allowed)}, not {cfg[key]!r}")
-    if not isinstance(cfg["seed"], int):
+    if not isinstance(cfg["seed"], int) and (saved is None or cfg["seed"] is not None):
         raise UserError(f"seed must be a whole number, not {cfg['seed']!r}")
     if saved is None:
         _check_model(cfg["model"])
     else:
-        _check_saved(saved, cfg["model"])
+        _check_saved(saved, cfg["base_model"])
     _check_budget(cfg["budget"])
     folder = cfg["data"].get("dir")
     if folder is not None and not Path(folder).expanduser().is_dir():

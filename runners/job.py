@@ -83,6 +83,7 @@ def _train_and_score(config: dict[str, Any], folder: RunFolder, *, evaluate: boo
         if evaluate:
             _finish(config, folder, tracker, point, started)
         else:
+            folder.saved()
             log.info("saved %s", folder.path / "routed")
 
 
@@ -130,8 +131,9 @@ def with_saved(cfg: DictConfig) -> DictConfig:
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"saved={cfg.saved} holds no saved routed model (routed.json)") from error
     model = {k: base[k] for k in ("name", "source", "path", "revision")}
-    if cfg.model is not None:
-        model = {"name": cfg.model, "source": "pretrained", "path": cfg.model, "revision": None}
+    if cfg.base_model is not None:
+        path = str(cfg.base_model)
+        model = {"name": path, "source": "pretrained", "path": path, "revision": None}
     own = {k: v for k, v in options.items() if k != "sparsity"}
     name = target.rsplit(".", 2)[-2]
     moved = cfg.sparsity is not None
@@ -140,7 +142,9 @@ def with_saved(cfg: DictConfig) -> DictConfig:
         "model": {**model, "trust_remote_code": False},
         "sparsity": cfg.sparsity if moved else options["sparsity"],
         "recalibrate": moved,
+        "seed": base["seed"] if cfg.seed is None else cfg.seed,
         "saved_sha256": content,
+        "trained_on_sha256": base["weights_sha256"],
     }
     OmegaConf.set_struct(cfg, False)
     merged = OmegaConf.merge(cfg, filled)

@@ -28,7 +28,7 @@ failed_points: list[str] = []
 
 
 def launch(entry: Callable[[], Any], config_name: str) -> None:
-    """Check the arguments, run a Hydra entry, end with 2 on a user's mistake, 1 on a failed point."""
+    """Check the arguments, run a Hydra entry; exit 2 on a user's mistake, 1 on a failed point."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         if not {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c"} & set(sys.argv[1:]):

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from methods.base import Method, Probe, RoutedView, Site, Stage, StageBudget, UnitView
 from methods.engine.adapter import decoder
 from methods.engine.observe import observed
-from methods.engine.wrap import Routing, routed
+from methods.engine.wrap import Routing, routed, routing_of
 from runners.errors import UserError
 from runners.losses import distillation_loss, hidden_states, language_model_loss
 from runners.memory import PeakMemory
@@ -122,13 +122,8 @@ class Loop:
                 (loss / budget.accumulate).backward()
                 losses.append(loss.detach())
                 rates.append(rate)
-            value = float(torch.stack(losses).mean())
-            if not math.isfinite(value):
-                raise TrainingDiverged(
-                    f"stage {stage.name}: loss is {value} at step {step + 1} of {budget.steps}; "
-                    f"lower its learning rate (now {stage.lr:g})"
-                )
-            nn.utils.clip_grad_norm_(list(stage.parameters), stage.clip_norm)
+            norm = nn.utils.clip_grad_norm_(list(stage.parameters), stage.clip_norm)
+            value = _finite(stage, step, torch.stack(losses).mean(), norm)
             optimiser.step()
             schedule.step()
             optimiser.zero_grad(set_to_none=True)
@@ -154,7 +149,7 @@ class Loop:
             with torch.no_grad():
                 teacher = hidden_states(self.model, batch)
         with routed(self.model, self.method):
-            routing: Routing = self.model.routing
+            routing = routing_of(self.model)
             routing.training, routing.anneal = True, progress_share
             if teacher is None:
                 task = language_model_loss(self.model, batch)
@@ -199,10 +194,12 @@ class Loop:
     def _batches(self, budget: StageBudget) -> Iterator[Tensor]:
         """Endless batches; every row once an epoch, in an order drawn from the stage's seed."""
         rows = self.rows(budget)
+        order = torch.randperm(len(rows))
         while True:
-            order = torch.randperm(len(rows))
-            for start in range(0, len(rows) - budget.batch_size + 1, budget.batch_size):
-                yield rows[order[start : start + budget.batch_size]].to(self.device)
+            while len(order) < budget.batch_size:
+                order = torch.cat([order, torch.randperm(len(rows))])
+            yield rows[order[: budget.batch_size]].to(self.device)
+            order = order[budget.batch_size :]
 
     def _seed(self, name: str) -> None:
         digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
@@ -245,6 +242,18 @@ def _optimiser(stage: Stage, budget: StageBudget) -> tuple[Any, Any]:
         return 0.5 * (1.0 + math.cos(math.pi * share))
 
     return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
+
+
+def _finite(stage: Stage, step: int, loss: Tensor, gradient_norm: Tensor) -> float:
+    """The loss as a number; one transfer for both checks."""
+    value, norm = torch.stack([loss.float(), gradient_norm.float()]).tolist()
+    for name, figure in (("loss", value), ("gradient norm", norm)):
+        if not math.isfinite(figure):
+            raise TrainingDiverged(
+                f"stage {stage.name}: {name} is {figure} at step {step + 1}; "
+                f"lower its learning rate (now {stage.lr:g})"
+            )
+    return float(value)
 
 
 def _short(figures: dict[str, float]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -20,10 +21,9 @@ class PeakMemory:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             return
-        try:
+        # not Linux or not permitted: the mark then covers the whole process
+        with suppress(OSError):
             _CLEAR.write_text("5")
-        except OSError:
-            pass  # not Linux or not permitted: the mark then covers the whole process
 
     def bytes(self) -> int:
         """Peak so far."""

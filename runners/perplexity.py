@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from methods.engine.adapter import decoder
 from runners.corpus import Document
@@ -38,7 +38,7 @@ class Window:
 
 
 def perplexity(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     documents: Sequence[Document],
     *,
@@ -106,7 +106,7 @@ def perplexity(
         "documents": int(scored.sum()),
         "per_document": [
             {"name": kept[i].name, "nll": float(nll[i]), "tokens": int(tokens[i])}
-            for i in np.flatnonzero(scored)
+            for i in np.flatnonzero(scored).tolist()
         ],
     }
 
@@ -125,7 +125,7 @@ def windows_of(ids: Sequence[int], document: int, *, context: int, stride: int) 
 
 
 @torch.no_grad()
-def window_nlls(model: nn.Module, windows: Sequence[Window]) -> list[float]:
+def window_nlls(model: PreTrainedModel, windows: Sequence[Window]) -> list[float]:
     """Sum of -log p over each window's targets, nats."""
     device = next(model.parameters()).device
     longest = max(len(window.inputs) for window in windows)
@@ -145,7 +145,7 @@ def window_nlls(model: nn.Module, windows: Sequence[Window]) -> list[float]:
     return [float(part.sum()) for part in losses.split([len(w.targets) for w in windows])]
 
 
-def _token_losses(model: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+def _token_losses(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
     """-log p of each target, float64 [rows] on the host; logits are held in parts only."""
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     parts = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,11 @@ class Point:
         self.budget = build_budget(config)
         self.method = build_method(config, self.base.model)
         self.texts = Texts(
-            self.documents, self.base.tokenizer, config["budget"]["seq_len"], config["seed"]
+            self.documents,
+            self.base.tokenizer,
+            config["budget"]["seq_len"],
+            config["seed"],
+            fit_tokens=self.budget.fit_tokens,
         )
         self.probe = ModelProbe(self.base.model, self.method, self.texts.for_probe(self.budget))
         self.products = Products(cache_root(config["cache_dir"]))
@@ -72,7 +77,7 @@ class Point:
         for stage in self._stages():
             target = self.method.sparsity if stage.per_target else None
             key = content_key(key, stage.name, target)
-            report = self.products.stage(key, self.method, lambda s=stage: loop.run(s).to_dict())
+            report = self.products.stage(key, self.method, partial(_run, loop, stage))
             self.reports.append(report)
             self.folder.log({"event": "stage", **report})
             log.info("stage %s %s", stage.name, "from the cache" if report["cached"] else "done")
@@ -89,6 +94,7 @@ class Point:
                 "path": self.config["model"]["path"],
                 "source": self.config["model"]["source"],
                 "revision": self.base.revision,
+                "seed": self.config["seed"],
                 "weights_sha256": self.base.weights_hash,
             },
         )
@@ -96,6 +102,8 @@ class Point:
     def restore(self, saved: Path, *, recalibrate: bool) -> None:
         """Load a saved method instead of training it; `recalibrate` moves it to this target."""
         load_tensors(self.method, saved / TENSORS)
+        if self.config["trained_on_sha256"] != self.base.weights_hash:
+            log.warning("%s was trained on other weights (or another dtype) than these", saved)
         if recalibrate:
             self.method.calibrate(self.probe, self.method.sparsity)
 
@@ -155,6 +163,10 @@ class Point:
     def _on_step(self, stage: str, figures: dict[str, float]) -> None:
         self.folder.log({"event": "step", "stage": stage, **figures})
         self.tracker.log({f"{stage}/{key}": value for key, value in figures.items()}, step=None)
+
+
+def _run(loop: Loop, stage: Stage) -> dict[str, Any]:
+    return loop.run(stage).to_dict()
 
 
 def merge_dense(scores: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from methods.base import Decision, Method, RoutedScores, Shape, Site, UnitView
 from methods.engine.adapter import decoder, shape_of
 from methods.engine.observe import bypassed, gradient_norms, observed
-from methods.engine.wrap import routed
+from methods.engine.wrap import routed, routing_of
 from runners.losses import language_model_loss
 from runners.progress import progress
 
@@ -89,7 +89,7 @@ class ModelProbe:
         self.method.threshold.fill_(threshold)
         try:
             with routed(self.model, self.method):
-                routing = self.model.routing
+                routing = routing_of(self.model)
                 routing.observer = observe
                 self._run_decoder(self.text.calibration, "calibration")
                 usage = routing.counters.read()

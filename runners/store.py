@@ -225,6 +225,10 @@ class RunFolder:
         write_json_atomic(self.result_file, redact(record))
         self._status("complete")
 
+    def saved(self) -> None:
+        """Training is done and `routed/` written; nothing was evaluated."""
+        self._status("saved")
+
     def fail(self, reason: str, identity: Mapping[str, Any] | None = None) -> None:
         """Keep why the point failed, with what identifies it, so that the analysis can list it."""
         failed = {"schema_version": SCHEMA_VERSION, "status": "failed", "reason": reason}

@@ -19,6 +19,8 @@ class Texts:
         documents: by split; `train` and `calibration` are read.
         seq_len: tokens per row of the training-free fits and the calibration.
         seed: order of the documents.
+        fit_tokens: of train, read by the fits; stages train on the text after them, because a
+            forecaster errs less on the tokens that it was solved on.
     """
 
     def __init__(
@@ -27,9 +29,10 @@ class Texts:
         tokenizer: PreTrainedTokenizerBase,
         seq_len: int,
         seed: int,
+        fit_tokens: int = 0,
     ) -> None:
         self.documents, self.tokenizer = documents, tokenizer
-        self.seq_len, self.seed = seq_len, seed
+        self.seq_len, self.seed, self.fit_tokens = seq_len, seed, fit_tokens
 
     def for_probe(self, budget: Budget) -> ProbeText:
         """What the probe reads: fit and sensitivity from train, calibration from its own split."""
@@ -39,8 +42,9 @@ class Texts:
         return ProbeText(train=train, calibration=calibration, sensitivity=train[:rows])
 
     def rows(self, budget: StageBudget) -> Tensor:
-        """Training rows of a stage, int64 [n, seq_len]: its token budget, or all the text there is."""
-        return self._pack("train", budget.tokens, budget.seq_len)
+        """Training rows of a stage, int64 [n, seq_len]: its token budget, or all the text."""
+        wanted = max(1, budget.tokens // budget.seq_len)
+        return self._pack("train", self.fit_tokens + budget.tokens, budget.seq_len)[-wanted:]
 
     def digest(self, budget: Budget) -> str:
         """Hash of all that this class can return under a budget: the text and how it is cut."""

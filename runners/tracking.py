@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -58,7 +59,7 @@ class WandbTracker:
             stage, _, last = name.rpartition("/")
             if last == "step" and stage not in self.stages:
                 self.stages.add(stage)
-                self._try(lambda: self.run.define_metric(f"{stage}/*", step_metric=name))
+                self._try(partial(self.run.define_metric, f"{stage}/*", step_metric=name))
         self._try(lambda: self.run.log(dict(metrics), step=step))
 
     def summary(self, result: Mapping[str, Any]) -> None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
 from methods.base import Shape
 from methods.engine.families import UnsupportedModel, require_family
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -22,12 +26,13 @@ class LayerParts:
     mlp: nn.Module
 
 
-def decoder(model: nn.Module) -> nn.Module:
+def decoder(model: PreTrainedModel) -> nn.Module:
     """The stack under the LM head."""
-    return model.get_decoder()
+    stack: nn.Module = model.get_decoder()
+    return stack
 
 
-def layers_of(model: nn.Module) -> Sequence[LayerParts]:
+def layers_of(model: PreTrainedModel) -> Sequence[LayerParts]:
     """The decoder layers in execution order.
 
     Raises:
@@ -35,7 +40,7 @@ def layers_of(model: nn.Module) -> Sequence[LayerParts]:
     """
     family = require_family(model.config.model_type)
     found = []
-    for layer in decoder(model).layers:
+    for layer in cast("nn.ModuleList", decoder(model).layers):
         try:
             found.append(
                 LayerParts(
@@ -53,7 +58,7 @@ def layers_of(model: nn.Module) -> Sequence[LayerParts]:
     return found
 
 
-def shape_of(config) -> Shape:
+def shape_of(config: PretrainedConfig) -> Shape:
     """Sizes from a Hugging Face config."""
     require_family(config.model_type)
     heads = config.num_attention_heads

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from methods.base import Method
 from methods.engine.wrap import attach
@@ -53,7 +52,7 @@ def save_pretrained(
     return folder
 
 
-def from_pretrained(folder: Path | str, model: nn.Module) -> Method:
+def from_pretrained(folder: Path | str, model: PreTrainedModel) -> Method:
     """Build the saved method for `model` and load its tensors strictly.
 
     Raises:

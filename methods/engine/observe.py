@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from methods.base import Site, UnitView
 from methods.engine.adapter import shape_of
 from methods.engine.wrap import ForwardState, Unit, swapped
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @contextmanager
-def observed(model: nn.Module, visit: Callable[[UnitView], None]) -> Iterator[None]:
+def observed(model: PreTrainedModel, visit: Callable[[UnitView], None]) -> Iterator[None]:
     """Call `visit` for every attention and MLP unit of each forward inside the block.
 
     The forward is the dense one; `visit` sees valid tokens only.
@@ -34,14 +38,14 @@ def observed(model: nn.Module, visit: Callable[[UnitView], None]) -> Iterator[No
 
 
 @contextmanager
-def bypassed(model: nn.Module, sites: frozenset[Site]) -> Iterator[None]:
+def bypassed(model: PreTrainedModel, sites: frozenset[Site]) -> Iterator[None]:
     """Skip `sites` for every token inside the block (static depth)."""
     with swapped(model, sites, lambda unit: unit.residual_BTD, ForwardState()):
         yield
 
 
 @contextmanager
-def gradient_norms(model: nn.Module, sums: dict[Site, Tensor]) -> Iterator[None]:
+def gradient_norms(model: PreTrainedModel, sums: dict[Site, Tensor]) -> Iterator[None]:
     """Add to `sums` the squared gradients at each unit's output, over valid tokens.
 
     The embeddings' output is made to require a gradient, so that frozen weights stay frozen.
@@ -52,6 +56,7 @@ def gradient_norms(model: nn.Module, sums: dict[Site, Tensor]) -> Iterator[None]
         delta = unit.run() - unit.residual_BTD
 
         def add(gradient: Tensor) -> None:
+            assert state.valid_BT is not None
             squared = gradient.float().square().sum(-1)
             total = (squared * state.valid_BT).sum()
             sums[unit.site] = sums[unit.site] + total if unit.site in sums else total
@@ -62,8 +67,8 @@ def gradient_norms(model: nn.Module, sums: dict[Site, Tensor]) -> Iterator[None]
     embeddings = model.get_input_embeddings()
     hook = embeddings.register_forward_hook(lambda _, __, out: out.requires_grad_(True))
     try:
-        with swapped(model, frozenset(shape_of(model.config).units()), executor, state):
-            with torch.enable_grad():
-                yield
+        units = frozenset(shape_of(model.config).units())
+        with swapped(model, units, executor, state), torch.enable_grad():
+            yield
     finally:
         hook.remove()

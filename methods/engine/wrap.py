@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from torch import Tensor, nn
 
@@ -18,6 +18,9 @@ from methods.base import Decision, Method, RouteContext, Site
 from methods.engine.adapter import LayerParts, decoder, layers_of, shape_of
 from methods.engine.counters import Counters
 from methods.engine.padding import valid_and_positions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Mode = Literal["masked"]
 
@@ -94,7 +97,7 @@ class Routing:
 
 
 @contextmanager
-def routed(model: nn.Module, method: Method, mode: Mode = "masked") -> Iterator[Any]:
+def routed(model: PreTrainedModel, method: Method, mode: Mode = "masked") -> Iterator[Any]:
     """Route `model` with `method` inside the block; the model is restored on any exit.
 
     Args:
@@ -126,7 +129,7 @@ def routed(model: nn.Module, method: Method, mode: Mode = "masked") -> Iterator[
         hook = decoder(model).register_forward_pre_hook(
             lambda *_: None if routing.paused else _count(routing)
         )
-        model.routing = routing
+        model.routing = routing  # type: ignore[assignment]
         try:
             yield model
         finally:
@@ -139,7 +142,7 @@ def _count(routing: Routing) -> None:
     routing.counters.start_forward(routing.state.valid_BT, routing.state.positions_BT)
 
 
-def attach(model: nn.Module, method: Method) -> Method:
+def attach(model: PreTrainedModel, method: Method) -> Method:
     """Create the method's modules for this model and put them on its device."""
     method.setup(shape_of(model.config))
     return method.to(next(model.parameters()).device)
@@ -147,7 +150,7 @@ def attach(model: nn.Module, method: Method) -> Method:
 
 @contextmanager
 def swapped(
-    model: nn.Module,
+    model: PreTrainedModel,
     sites: frozenset[Site],
     executor: Executor,
     state: ForwardState,
@@ -224,3 +227,15 @@ def _layer_forward(
         return step(mlp, attended, part.mlp_norm, run_mlp)
 
     return forward
+
+
+def routing_of(model: PreTrainedModel) -> Routing:
+    """The state of the `routed` block that the model is in.
+
+    Raises:
+        ValueError: the model is not routed now.
+    """
+    routing = getattr(model, "routing", None)
+    if not isinstance(routing, Routing):
+        raise ValueError("this model is not inside a `routed` block")
+    return routing

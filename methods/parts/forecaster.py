@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -93,7 +93,7 @@ class Forecasters(nn.Module):
 
     def flops_per_token(self, site: Site) -> float:
         """Analytic FLOPs of one estimate."""
-        return self.modules_by_site[site.key].flops_per_token
+        return float(cast("Forecaster", self.modules_by_site[site.key]).flops_per_token)
 
     def stage(self, budget: StageBudget) -> Stage:
         """The stage that fits all forecasters; shared by all targets."""
@@ -129,7 +129,9 @@ class Forecasters(nn.Module):
         probe.stream(visit)
         for key, sums in moments.items():
             down, up, bias = sums.reduced_rank(self.rank, self.damping)
-            self.modules_by_site[key].set_linear(down, up, bias)
+            forecaster = self.modules_by_site[key]
+            assert isinstance(forecaster, Forecaster)
+            forecaster.set_linear(down, up, bias)
 
     def explained_variance(self, probe: Probe) -> dict[str, float]:
         """1 - residual / total variance on calibration text, mean over the units of a kind."""

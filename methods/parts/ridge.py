@@ -15,11 +15,10 @@ class Moments:
 
     def __init__(self, *, inputs: int, outputs: int, device: torch.device) -> None:
         self.count = 0
-        kwargs = {"dtype": torch.float64, "device": device}
-        self.x = torch.zeros(inputs, **kwargs)
-        self.y = torch.zeros(outputs, **kwargs)
-        self.xx = torch.zeros(inputs, inputs, **kwargs)
-        self.xy = torch.zeros(inputs, outputs, **kwargs)
+        self.x = torch.zeros(inputs, dtype=torch.float64, device=device)
+        self.y = torch.zeros(outputs, dtype=torch.float64, device=device)
+        self.xx = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
+        self.xy = torch.zeros(inputs, outputs, dtype=torch.float64, device=device)
 
     def add(self, x_ND: Tensor, y_NP: Tensor) -> None:
         """Add N observations (any float dtype)."""
