@@ -86,7 +86,7 @@ class _HeadLoss(torch.autograd.Function):
         wanted = ctx.needs_input_grad[0]
         total = torch.zeros((), device=hidden_ND.device)
         gradients = torch.empty_like(hidden_ND) if wanted else None
-        weight = head.weight
+        weight = head.get_parameter("weight")
         for start in range(0, len(hidden_ND), CHUNK_TOKENS):
             rows = slice(start, start + CHUNK_TOKENS)
             value, gradient = loss(head(hidden_ND[rows]).float(), targets[rows])

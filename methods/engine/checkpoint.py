@@ -6,13 +6,16 @@ import importlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from methods.base import Method
 from methods.engine.wrap import attach
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FORMAT = 1
 SETTINGS, TENSORS = "routed.json", "routed.safetensors"

@@ -1,0 +1,146 @@
+"""The results store as tidy data frames; the only place that knows the record's layout."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from analysis.cli import AnalysisError
+
+log = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 1
+SETTING = ["model", "data", "budget"]
+"""Points that differ in one of these never share a picture."""
+SERIES = ["method", "variant"]
+"""What makes a line in a picture."""
+Record = Mapping[str, Any]
+
+
+def read_store(results_dir: Path) -> list[Record]:
+    """Complete records under `<results_dir>/<fingerprint>/`; others are named in the log.
+
+    Raises:
+        AnalysisError: none is complete, or all are of another schema.
+    """
+    records, reasons = [], []
+    for path in sorted(results_dir.glob("*/result.json")):
+        try:
+            record = json.loads(path.read_bytes())
+            version, status = record["schema_version"], record["status"]
+        except (ValueError, KeyError, TypeError):
+            reasons.append(f"{path}: not a result record")
+            continue
+        if version != SCHEMA_VERSION:
+            reasons.append(f"{path}: schema {version}, this code reads {SCHEMA_VERSION}")
+        elif status != "complete":
+            reasons.append(f"{path}: {status}: {record.get('reason', 'no reason given')}")
+        else:
+            records.append(record)
+    for reason in reasons:
+        log.warning("left out %s", reason)
+    if not records:
+        why = f" ({reasons[0]})" if reasons else ""
+        raise AnalysisError(f"no complete result in {results_dir}{why}")
+    return records
+
+
+def points(records: Sequence[Record]) -> pd.DataFrame:
+    """One row per point: what it is, realised sparsity, cost, added parameters, threshold."""
+    return pd.DataFrame([_key(record) for record in records])
+
+
+def measures(records: Sequence[Record]) -> pd.DataFrame:
+    """One row per point and measure.
+
+    Columns beside the point's: `measure` (perplexity | accuracy), `name`, `value`, `low`, `high`
+    (the 95 % bootstrap interval of a perplexity, one standard error of an accuracy), `dense`,
+    `chance` (accuracies), `n` (items or documents).
+    """
+    rows = []
+    for record in records:
+        key = _key(record)
+        rows += [key | row for row in _measures(record)]
+    return pd.DataFrame(rows)
+
+
+def _measures(record: Record) -> Iterator[dict[str, Any]]:
+    for name, entry in record["perplexity"].items():
+        yield {
+            "measure": "perplexity",
+            "name": name,
+            **{k: entry[k] for k in ("value", "low", "high", "dense")},
+            "chance": None,
+            "n": entry.get("documents"),
+        }
+    for name, entry in record["accuracy"].items():
+        value, stderr = entry["value"], entry["stderr"] or 0.0
+        yield {
+            "measure": "accuracy",
+            "name": name,
+            "value": value,
+            "low": value - stderr,
+            "high": value + stderr,
+            "dense": entry["dense"],
+            "chance": entry.get("chance"),
+            "n": entry["n"],
+        }
+
+
+def stages(records: Sequence[Record]) -> pd.DataFrame:
+    """One row per point and stage: seconds, tokens, steps, peak bytes, figures, `cached`."""
+    rows = []
+    for record in records:
+        for order, stage in enumerate(record["stages"]):
+            figures = stage.get("figures") or {}
+            plain = {k: v for k, v in stage.items() if k != "figures"}
+            plain["stage"] = plain.pop("name")
+            rows.append(_key(record) | {"order": order} | plain | figures)
+    return pd.DataFrame(rows)
+
+
+def over_seeds(frame: pd.DataFrame) -> pd.DataFrame:
+    """Measures averaged over seeds; with several seeds `low` and `high` are mean -/+ std."""
+    by = [*SETTING, *SERIES, "sparsity_target", "measure", "name"]
+    groups = frame.groupby(by, dropna=False, sort=True)
+    mean = groups[["sparsity_realised", "flops_ratio", "value", "low", "high", "dense", "chance"]]
+    merged = mean.mean()
+    merged["seeds"] = groups["seed"].nunique()
+    spread = groups["value"].std()
+    several = merged["seeds"] > 1
+    merged.loc[several, "low"] = (merged["value"] - spread)[several]
+    merged.loc[several, "high"] = (merged["value"] + spread)[several]
+    return merged.reset_index()
+
+
+def label(method: str, variant: str) -> str:
+    """Name of a line or a row."""
+    return f"{method} ({variant})" if variant else method
+
+
+def slug(setting: Sequence[Any]) -> str:
+    """File-name form of a setting, e.g. `smollm2_135m-sotu-quick`."""
+    words = "-".join(str(part) for part in setting)
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in words)
+
+
+def _key(record: Record) -> dict[str, Any]:
+    identity = record["identity"]
+    return {
+        "model": record["model"],
+        "data": record["data"],
+        "budget": identity["budget"],
+        "method": record["method"],
+        "variant": record.get("variant") or "",
+        "seed": record["seed"],
+        "sparsity_target": record["sparsity_target"],
+        "sparsity_realised": record["sparsity_realised"],
+        "flops_ratio": record["flops_ratio"],
+        "added_parameters": record.get("added_parameters"),
+        "fingerprint": identity["fingerprint"],
+    }

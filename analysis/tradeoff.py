@@ -1,0 +1,154 @@
+"""Quality against sparsity and against FLOPs: one line per method, the dense model beside it.
+
+python analysis/tradeoff.py results_dir=results [out_dir=results/plots]
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, cast
+
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from analysis import frames, style, tables
+from analysis.cli import Paths, run
+
+log = logging.getLogger(__name__)
+
+AXES = {"sparsity_realised": "realised sparsity", "flops_ratio": "FLOPs (routed / dense)"}
+ROW_HEIGHT_IN = 2.0
+
+
+def main(paths: Paths) -> None:
+    """Draw one figure and write one table per (model, data, budget)."""
+    measured = frames.measures(frames.read_store(paths.results_dir))
+    averaged = frames.over_seeds(measured)
+    for setting, part in averaged.groupby(frames.SETTING):
+        name = frames.slug(cast("tuple[Any, ...]", setting))
+        title = " · ".join(str(word) for word in cast("tuple[Any, ...]", setting))
+        with style.paper():
+            written = style.save(draw(part, title), paths.out_dir / f"tradeoff-{name}")
+        written += write_tables(part, paths.out_dir / f"tradeoff-{name}")
+        for path in written:
+            log.info("wrote %s", path)
+
+
+def draw(part: pd.DataFrame, title: str) -> Figure:
+    """One row of panels per measure, one column per cost axis."""
+    rows = sorted({(m, n) for m, n in part[["measure", "name"]].itertuples(index=False)})
+    rows.sort(key=lambda row: row[0] != "perplexity")
+    part = part.assign(
+        line=[frames.label(m, v) for m, v in zip(part.method, part.variant, strict=True)]
+    )
+    looks = style.looks(set(part.line) - {"dense"})
+    figure, grid = plt.subplots(
+        len(rows),
+        len(AXES),
+        figsize=(2 * style.COLUMN_WIDTH_IN, ROW_HEIGHT_IN * len(rows) + 0.7),
+        squeeze=False,
+        sharex="col",
+        sharey="row",
+        layout="constrained",
+    )
+    for (measure, name), axes in zip(rows, grid, strict=True):
+        chosen = part[(part.measure == measure) & (part.name == name)]
+        for (cost, cost_label), panel in zip(AXES.items(), axes, strict=True):
+            _panel(panel, chosen, cost, looks)
+            if panel in grid[-1]:
+                panel.set_xlabel(cost_label)
+        _scale(axes[0], measure, name)
+    for panel, cost in zip(grid[-1], AXES, strict=True):
+        if cost == "flops_ratio":
+            panel.invert_xaxis()
+    handles = dict(zip(*reversed(grid[0][0].get_legend_handles_labels()), strict=True))
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside upper center", ncols=4, frameon=False
+    )
+    figure.suptitle(title, fontsize=8)
+    return figure
+
+
+def _panel(panel: Axes, chosen: pd.DataFrame, cost: str, looks: dict[str, dict[str, Any]]) -> None:
+    dense = float(chosen["dense"].iloc[0])
+    panel.axhline(dense, color=style.REFERENCE, linestyle=(0, (4, 2)), linewidth=1, label="dense")
+    chance = chosen["chance"].dropna()
+    if len(chance):
+        panel.axhline(float(chance.iloc[0]), color=style.REFERENCE, linestyle=":", linewidth=1)
+        panel.annotate(
+            "chance",
+            (0.01, float(chance.iloc[0])),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 2),
+            textcoords="offset points",
+            fontsize=6.5,
+            color=style.REFERENCE,
+        )
+    for line, points in chosen[chosen.line != "dense"].groupby("line"):
+        ordered = points.sort_values(cost)
+        error = [ordered.value - ordered.low, ordered.high - ordered.value]
+        panel.errorbar(
+            ordered[cost],
+            ordered.value,
+            yerr=[e.clip(lower=0) for e in error],
+            label=str(line),
+            elinewidth=0.8,
+            **looks[str(line)],
+        )
+
+
+def _scale(panel: Axes, measure: str, name: str) -> None:
+    if measure == "accuracy":
+        panel.set_ylabel(f"{name.replace('_', ' ')}\naccuracy")
+        panel.set_ylim(bottom=0)
+        return
+    panel.set_ylabel(f"{name} perplexity")
+    panel.set_yscale("log")
+    low, high = panel.get_ylim()
+    steps = (1.0,) if high / low > 100 else (1.0, 2.0, 5.0)
+    panel.yaxis.set_major_locator(LogLocator(base=10, subs=steps))
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    panel.yaxis.set_minor_formatter(NullFormatter())
+
+
+def write_tables(part: pd.DataFrame, stem: Path) -> list[Path]:
+    """The figure's numbers: `<stem>.csv` in full precision, `<stem>.md` to read."""
+    csv = tables.write(stem.parent / f"{stem.name}.csv", part.to_csv(index=False))
+    text = tables.markdown(summary(part))
+    return [csv, tables.write(stem.parent / f"{stem.name}.md", text)]
+
+
+def summary(part: pd.DataFrame) -> pd.DataFrame:
+    """One row per method and target, a column per measure, formatted."""
+    rows = []
+    by = [*frames.SERIES, "sparsity_target"]
+    for (method, variant, target), point in part.groupby(by, dropna=False):
+        first = point.iloc[0]
+        row = {
+            "method": frames.label(str(method), str(variant)),
+            "target": f"{target:.2f}",
+            "realised": f"{first.sparsity_realised:.3f}",
+            "FLOPs": f"{first.flops_ratio:.3f}",
+        }
+        for entry in point.sort_values("measure", ascending=False).itertuples():
+            row |= _cells(entry)
+        rows.append(row)
+    return pd.DataFrame(rows).fillna("")
+
+
+def _cells(entry: Any) -> dict[str, str]:
+    if entry.measure == "accuracy":
+        half = (entry.high - entry.low) / 2
+        return {str(entry.name): f"{entry.value:.3f} ± {half:.3f}"}
+    return {
+        f"{entry.name} perplexity": f"{entry.value:.2f} [{entry.low:.2f}, {entry.high:.2f}]",
+        f"{entry.name} / dense": f"{entry.value / entry.dense:.3f}",
+    }
+
+
+if __name__ == "__main__":
+    run(main, __doc__)
