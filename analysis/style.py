@@ -48,7 +48,7 @@ SETTINGS: dict[str, Any] = {
 def paper() -> Iterator[None]:
     """Apply the style inside the block; draws without a display."""
     mpl.use("Agg")
-    with mpl.rc_context(SETTINGS):
+    with mpl.rc_context(SETTINGS)  # type: ignore[arg-type]:
         yield
 
 
@@ -64,7 +64,7 @@ def looks(names: Iterable[str]) -> dict[str, dict[str, Any]]:
         chosen[name] = {
             "color": _free(COLOURS, start, [look["color"] for look in chosen.values()]),
             "marker": _free(MARKERS, start // 7, [look["marker"] for look in chosen.values()]),
-            "linestyle": _free(LINES, start // 63, [l["linestyle"] for l in chosen.values()]),
+            "linestyle": _free(LINES, start // 63, [k["linestyle"] for k in chosen.values()]),
         }
     return chosen
 

@@ -123,7 +123,7 @@ class Loop:
                 losses.append(loss.detach())
                 rates.append(rate)
             norm = nn.utils.clip_grad_norm_(list(stage.parameters), stage.clip_norm)
-            value = _finite(stage, step, torch.stack(losses).mean(), norm)
+            value = _finite(stage, step, budget.steps, torch.stack(losses).mean(), norm)
             optimiser.step()
             schedule.step()
             optimiser.zero_grad(set_to_none=True)
@@ -194,6 +194,8 @@ class Loop:
     def _batches(self, budget: StageBudget) -> Iterator[Tensor]:
         """Endless batches; every row once an epoch, in an order drawn from the stage's seed."""
         rows = self.rows(budget)
+        if len(rows) == 0:
+            raise UserError("the training text is shorter than one row of this stage")
         order = torch.randperm(len(rows))
         while True:
             while len(order) < budget.batch_size:
@@ -244,13 +246,13 @@ def _optimiser(stage: Stage, budget: StageBudget) -> tuple[Any, Any]:
     return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
 
 
-def _finite(stage: Stage, step: int, loss: Tensor, gradient_norm: Tensor) -> float:
+def _finite(stage: Stage, step: int, steps: int, loss: Tensor, gradient_norm: Tensor) -> float:
     """The loss as a number; one transfer for both checks."""
     value, norm = torch.stack([loss.float(), gradient_norm.float()]).tolist()
     for name, figure in (("loss", value), ("gradient norm", norm)):
         if not math.isfinite(figure):
             raise TrainingDiverged(
-                f"stage {stage.name}: {name} is {figure} at step {step + 1}; "
+                f"stage {stage.name}: {name} is {figure} at step {step + 1} of {steps}; "
                 f"lower its learning rate (now {stage.lr:g})"
             )
     return float(value)

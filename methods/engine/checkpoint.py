@@ -73,9 +73,12 @@ def load_tensors(method: Method, path: Path) -> None:
     """Strictly load a safetensors file into a method that is already set up.
 
     Raises:
-        BadCheckpoint: names or shapes differ.
+        BadCheckpoint: missing or damaged file, other names or shapes.
     """
-    tensors = load_file(str(path))
+    try:
+        tensors = load_file(str(path))
+    except (OSError, SafetensorError) as error:
+        raise BadCheckpoint(f"{path} is missing or damaged: {error}") from error
     own = method.state_dict()
     wrong = sorted(set(own) ^ set(tensors)) or [k for k in own if own[k].shape != tensors[k].shape]
     if wrong:
@@ -88,17 +91,20 @@ def read_settings(folder: Path | str) -> dict[str, Any]:
     """The JSON part of a saved routed model.
 
     Raises:
-        BadCheckpoint: no such file, another format.
+        BadCheckpoint: no such file, damaged, another format.
     """
     path = Path(folder) / SETTINGS
     try:
         settings = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise BadCheckpoint(
             f"{folder} holds no saved routed model ({SETTINGS}: {error})"
         ) from error
-    if settings.get("format") != FORMAT:
-        raise BadCheckpoint(f"{path} has format {settings.get('format')}, expected {FORMAT}")
+    found = settings.get("format") if isinstance(settings, dict) else None
+    if found != FORMAT:
+        raise BadCheckpoint(f"{path} has format {found}, expected {FORMAT}")
+    if not (isinstance(settings.get("target"), str) and isinstance(settings.get("options"), dict)):
+        raise BadCheckpoint(f"{path} does not say which method to build")
     return settings
 
 
@@ -107,7 +113,13 @@ def _build(target: str, options: dict[str, Any]) -> Method:
     module, _, name = target.rpartition(".")
     if not module.startswith("methods.") or module.startswith("methods.engine"):
         raise BadCheckpoint(f"{target!r} is not a method of this package")
-    cls = getattr(importlib.import_module(module), name, None)
+    try:
+        cls = getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError as error:
+        raise BadCheckpoint(f"{target!r} is not a method of this package") from error
     if not (isinstance(cls, type) and issubclass(cls, Method)):
         raise BadCheckpoint(f"{target!r} is not a method of this package")
-    return cls(**options)
+    try:
+        return cls(**options)
+    except (TypeError, ValueError) as error:
+        raise BadCheckpoint(f"{target} cannot be built with the saved options: {error}") from error
