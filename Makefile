@@ -13,7 +13,7 @@ sweep: $(READY)
 	$(BIN)/python analysis/training_time.py results_dir=$(RESULTS)/sweep
 
 compare: $(READY)
-	$(BIN)/python runners/sweep.py +experiment=compare results_dir=$(RESULTS)/compare -m
+	$(BIN)/python runners/sweep.py experiment=compare results_dir=$(RESULTS)/compare -m
 	$(BIN)/python analysis/tradeoff.py results_dir=$(RESULTS)/compare
 	$(BIN)/python analysis/training_time.py results_dir=$(RESULTS)/compare
 

@@ -48,7 +48,7 @@ SETTINGS: dict[str, Any] = {
 def paper() -> Iterator[None]:
     """Apply the style inside the block; draws without a display."""
     mpl.use("Agg")
-    with mpl.rc_context(SETTINGS)  # type: ignore[arg-type]:
+    with mpl.rc_context(SETTINGS):  # type: ignore[arg-type]
         yield
 
 

@@ -67,9 +67,14 @@ def draw(part: pd.DataFrame, title: str) -> Figure:
             panel.invert_xaxis()
     handles = dict(zip(*reversed(grid[0][0].get_legend_handles_labels()), strict=True))
     figure.legend(
-        handles.values(), handles.keys(), loc="outside upper center", ncols=4, frameon=False
+        handles.values(),
+        handles.keys(),
+        title=title,
+        title_fontsize=8,
+        loc="outside upper center",
+        ncols=4,
+        frameon=False,
     )
-    figure.suptitle(title, fontsize=8)
     return figure
 
 

@@ -84,6 +84,8 @@ class RouteContext:
     """True in a training stage; only then may a method sample or look along the sequence."""
     anneal: float
     """Progress of the current stage, 0 at its first step and 1 at its last."""
+    target: float | None = None
+    """Sparsity that this training step aims at; None outside training."""
 
 
 @dataclass

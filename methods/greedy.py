@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -45,6 +45,8 @@ class Greedy(Method):
         train: `routers` runs the gradient stage, `none` keeps the start.
         router_lr: of the gradient stage, constant.
         bce_weight: of the top-k membership loss.
+        targets: train one model for these sparsities in turn, shared by all points of a sweep;
+            empty trains for the point's own.
     """
 
     paper = "arXiv 2404.02258"
@@ -61,6 +63,7 @@ class Greedy(Method):
         train: Literal["none", "routers"] = "none",
         router_lr: float = 2e-3,
         bce_weight: float = 1.0,
+        targets: Sequence[float] = (),
     ) -> None:
         super().__init__(sparsity=sparsity)
         forecast = bypass == "forecast"
@@ -69,6 +72,7 @@ class Greedy(Method):
         self.router_start, self.train_what = router_start, train
         self.sensitivity, self.damping = sensitivity, damping
         self.router_lr, self.bce_weight = router_lr, bce_weight
+        self.targets = tuple(targets)
 
     def setup(self, shape: Shape) -> None:
         super().setup(shape)
@@ -80,7 +84,8 @@ class Greedy(Method):
         scores = self.routers(site, x_BTD)
         if not ctx.training:
             return self.decide(scores)
-        execute = top_share(scores.detach(), ctx.valid_BT, 1.0 - self.sparsity)
+        target = self.sparsity if ctx.target is None else ctx.target
+        execute = top_share(scores.detach(), ctx.valid_BT, 1.0 - target)
         logits = scores - self.threshold
         gate = straight_through(torch.sigmoid(logits) * execute, execute)
         membership = functional.binary_cross_entropy_with_logits(
@@ -103,7 +108,8 @@ class Greedy(Method):
                 parameters=list(self.routers.parameters()),
                 budget=budget.routers,
                 lr=self.router_lr,
-                per_target=True,
+                per_target=not self.targets,
+                targets=self.targets,
                 calibrate_first=self.router_start == "recoverability",
             )
 

@@ -36,7 +36,7 @@ def check_config(cfg: Mapping[str, Any]) -> None:
     if saved is None:
         _check_model(cfg["model"])
     else:
-        _check_saved(saved, cfg["base_model"])
+        _check_saved(saved, cfg.get("base_model"))
     _check_budget(cfg["budget"])
     folder = cfg["data"].get("dir")
     if folder is not None and not Path(folder).expanduser().is_dir():

@@ -150,7 +150,7 @@ class Loop:
                 teacher = hidden_states(self.model, batch)
         with routed(self.model, self.method):
             routing = routing_of(self.model)
-            routing.training, routing.anneal = True, progress_share
+            routing.training, routing.anneal, routing.target = True, progress_share, target
             if teacher is None:
                 task = language_model_loss(self.model, batch)
             else:
@@ -194,8 +194,11 @@ class Loop:
     def _batches(self, budget: StageBudget) -> Iterator[Tensor]:
         """Endless batches; every row once an epoch, in an order drawn from the stage's seed."""
         rows = self.rows(budget)
-        if len(rows) == 0:
-            raise UserError("the training text is shorter than one row of this stage")
+        if len(rows) < budget.batch_size:
+            raise UserError(
+                f"the training text gives {len(rows)} rows of {budget.seq_len} tokens, fewer than "
+                f"a batch of {budget.batch_size}: give more text or a smaller budget"
+            )
         order = torch.randperm(len(rows))
         while True:
             while len(order) < budget.batch_size:

@@ -61,6 +61,8 @@ class Routing:
     training: bool = False
     """True makes methods sample and gates carry gradient."""
     anneal: float = 0.0
+    target: float | None = None
+    """Sparsity that a training step aims at."""
     paused: bool = False
     """True runs the dense model, for a teacher's logits in the middle of training."""
     observer: Callable[[Site, Decision, Tensor], None] | None = None
@@ -72,7 +74,9 @@ class Routing:
         """Ask the method, bypass padding, count."""
         valid, positions = self.state.valid_BT, self.state.positions_BT
         assert valid is not None and positions is not None
-        context = RouteContext(unit.residual_BTD, positions, valid, self.training, self.anneal)
+        context = RouteContext(
+            unit.residual_BTD, positions, valid, self.training, self.anneal, self.target
+        )
         decision = self.method.route(unit.site, unit.x_BTD, context)
         decision.execute_BT = decision.execute_BT & valid
         self.counters.add(unit.site, decision.execute_BT, positions)

@@ -1,44 +1,28 @@
-"""Small random models and the real method configs, shrunk."""
+"""The real method configs, shrunk, and small random models of every family."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from methods.base import Method
 from methods.engine.families import FAMILIES
-from runners.assets import tiny_model
 from runners.build import build_budget, build_method
 from runners.loop import Loop
 from runners.probe import ModelProbe, ProbeText
+from tests.conftest import CONF, compose_tiny, token_rows
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
 SMALL = {"rank": 4, "router_width": 8}
-TINY_BUDGET = [
-    "budget.seq_len=32",
-    "budget.fit_tokens=512",
-    "budget.calibration_tokens=512",
-    "budget.sensitivity_tokens=64",
-    "budget.forecasters={steps:3,batch_size:2,seq_len:16,accumulate:1}",
-    "budget.routers={steps:3,batch_size:2,seq_len:32,accumulate:1}",
-]
 
 
-def compose_config(*overrides: str) -> dict[str, Any]:
-    """A real config on the tiny model, with a tiny budget."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        words = ["model=tiny", "tracking=off", "dtype=float32", *TINY_BUDGET, *overrides]
-        cfg = compose("sweep", overrides=words)
-    config = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(config, dict)
+def method_config(name: str, *overrides: str) -> dict[str, Any]:
+    """A resolved point of a real method config, its modules small enough for the tiny model."""
+    config = compose_tiny(f"method={name}", *overrides)
     for key in SMALL.keys() & config["method"].keys():
         config["method"][key] = SMALL[key]
     return config
@@ -46,48 +30,80 @@ def compose_config(*overrides: str) -> dict[str, Any]:
 
 @pytest.fixture(params=METHODS)
 def config(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return compose_config(f"method={request.param}", "sparsity=0.4")
+    return method_config(request.param, "sparsity=0.4")
 
 
 @pytest.fixture(params=sorted(FAMILIES))
-def family(request: pytest.FixtureRequest) -> str:
-    return request.param
+def family_model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """Each supported family in turn."""
+    return small_model(request.param)
 
 
-@pytest.fixture
-def model() -> PreTrainedModel:
-    return tiny("llama")
+def small_model(family: str = "llama", *, layers: int = 2, **options: Any) -> PreTrainedModel:
+    """Frozen, float32, width 32, grouped heads, no end-of-text token.
+
+    The heads together are wider than the model, norms and biases differ from their neutral
+    start, so a mix-up of sizes, norms or projections shows.
+    """
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=61,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        **{"head_dim": 8 if family == "qwen2" else 12, "initializer_range": 0.2, **options},
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=None,
+    )
+    torch.manual_seed(11)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    frozen: PreTrainedModel = model.eval().requires_grad_(False)
+    return frozen
 
 
-def tiny(family: str) -> PreTrainedModel:
-    """Frozen random model with outputs large enough to see."""
-    model, _ = tiny_model(family=family, seed=3)
-    return model.eval().requires_grad_(False)
-
-
-def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
-    """Token ids of the byte vocabulary, special tokens left out."""
-    return torch.randint(3, 250, shape, generator=torch.Generator().manual_seed(seed))
+def small_ids(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Token ids of `small_model`, special ones left out."""
+    return torch.randint(3, 61, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def probe_for(model: PreTrainedModel, method: Method) -> ModelProbe:
-    """Random rows for every question."""
-    text = ProbeText(random_ids(16, 32), random_ids(32, 32, seed=1), random_ids(2, 32, seed=2))
+    """Random byte rows for every question, for the tiny model of the configs."""
+    text = ProbeText(
+        train=token_rows(16, 32),
+        calibration=token_rows(32, 32, seed=1),
+        sensitivity=token_rows(2, 32),
+    )
     return ModelProbe(model, method, text)
 
 
+Train = Callable[[dict[str, Any], PreTrainedModel], Method]
+
+
 @pytest.fixture
-def trained() -> Callable[[dict[str, Any], PreTrainedModel], Method]:
+def trained() -> Train:
     """Run a method's whole recipe on random text, calibration included."""
 
     def run(config: dict[str, Any], model: PreTrainedModel) -> Method:
         method = build_method(config, model)
-        budget = build_budget(config)
         probe = probe_for(model, method)
-        rows = lambda stage: random_ids(8, stage.seq_len, seed=4)  # noqa: E731
-        loop = Loop(model, method, probe, rows, objective=config["objective"], seed=0)
+        loop = Loop(
+            model,
+            method,
+            probe,
+            lambda stage: token_rows(8, stage.seq_len, seed=4),
+            objective=config["objective"],
+            seed=0,
+        )
         method.fit(probe)
-        for stage in method.stages(budget):
+        for stage in method.stages(build_budget(config)):
             loop.run(stage)
         method.calibrate(probe, method.sparsity)
         return method

@@ -1,0 +1,156 @@
+"""The analysis reads a store alone: figures, tables, and one line for a user's mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from matplotlib import image
+
+from analysis import frames, style, tables, tradeoff, training_time
+from analysis.cli import AnalysisError, Paths
+from tests.analysis.store import stage, write_point
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def store(tmp_path):
+    folder = tmp_path / "results"
+    shared = stage("forecasters", 30.0, explained_variance_mlp=0.4)
+    for index, sparsity in enumerate((0.3, 0.5, 0.7)):
+        first = {**shared, "cached": index > 0}
+        write_point(
+            folder,
+            "informed",
+            sparsity,
+            perplexity=30.0 + 100 * sparsity,
+            stages=[first, stage("calibrate", 1.0 + index)],
+        )
+        write_point(folder, "random", sparsity, perplexity=10.0 ** (2 + 4 * sparsity))
+    write_point(folder, "dense", 0.0, perplexity=20.0)
+    return folder
+
+
+def test_broken_and_failed_records_are_left_out_and_named(store, caplog):
+    (store / "torn").mkdir()
+    (store / "torn" / "result.json").write_text('{"status": "comp')
+    (store / "running").mkdir()
+    write_point(store, "greedy", 0.5, perplexity=1.0, status="failed", reason="no luck")
+    write_point(store, "greedy", 0.6, perplexity=1.0, schema_version=99)
+    records = frames.read_store(store)
+    assert len(records) == 7
+    assert "no luck" in caplog.text and "torn" in caplog.text and "99" in caplog.text
+
+
+def test_empty_store_is_one_clear_line(tmp_path):
+    with pytest.raises(AnalysisError, match="no complete result"):
+        frames.read_store(tmp_path)
+
+
+def test_seeds_become_mean_and_std(tmp_path):
+    for seed, value in enumerate((30.0, 34.0, 38.0)):
+        write_point(tmp_path, "informed", 0.5, perplexity=value, seed=seed)
+    averaged = frames.over_seeds(frames.measures(frames.read_store(tmp_path)))
+    row = averaged[averaged.measure == "perplexity"].iloc[0]
+    assert (row["value"], row["low"], row["high"], row["seeds"]) == (34.0, 30.0, 38.0, 3)
+
+
+def test_settings_never_share_a_figure(store, tmp_path):
+    write_point(store, "informed", 0.4, perplexity=9.0, data="other")
+    tradeoff.main(Paths(store, tmp_path / "plots"))
+    names = {path.name for path in (tmp_path / "plots").glob("*.csv")}
+    assert names == {"tradeoff-tiny-sotu-quick.csv", "tradeoff-tiny-other-quick.csv"}
+    assert set(pd.read_csv(tmp_path / "plots/tradeoff-tiny-other-quick.csv")["data"]) == {"other"}
+
+
+def test_figure_has_each_line_its_errors_and_the_dense_reference(store):
+    averaged = frames.over_seeds(frames.measures(frames.read_store(store)))
+    with style.paper():
+        figure = tradeoff.draw(averaged, "title")
+    panel = figure.axes[0]
+    handles, labels = panel.get_legend_handles_labels()
+    assert set(labels) == {"dense", "informed", "random"}
+    drawn = dict(zip(labels, handles, strict=True))
+    assert list(drawn["informed"].lines[0].get_ydata()) == [60.0, 80.0, 100.0]
+    assert list(drawn["informed"].lines[0].get_xdata()) == pytest.approx([0.31, 0.51, 0.71])
+    assert drawn["informed"].has_yerr
+    assert panel.get_yscale() == "log"
+
+
+def test_figure_files_are_not_blank(store, tmp_path):
+    tradeoff.main(Paths(store, tmp_path))
+    picture = image.imread(tmp_path / "tradeoff-tiny-sotu-quick.png")
+    assert picture[..., :3].std() > 0.05
+    assert (tmp_path / "tradeoff-tiny-sotu-quick.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_summary_gives_the_records_numbers(store):
+    averaged = frames.over_seeds(frames.measures(frames.read_store(store)))
+    row = tradeoff.summary(averaged).set_index(["method", "target"]).loc[("informed", "0.50")]
+    assert row["sotu perplexity"] == "80.00 [72.00, 88.00]"
+    assert row["sotu / dense"] == "4.000"
+    assert row["choice_task"] == "0.550 ± 0.020"
+
+
+def test_a_shared_stage_is_paid_once(store):
+    costs = training_time.cost_table(frames.stages(frames.read_store(store))).set_index("stage")
+    assert costs.loc["forecasters", "seconds"] == 30.0
+    assert (costs.loc["forecasters", "runs"], costs.loc["forecasters", "points"]) == (1, 3)
+    assert costs.loc["calibrate", "seconds"] == 6.0
+    assert costs.loc["total", "seconds"] == 36.0
+    assert costs.loc["forecasters", "explained_variance_mlp"] == pytest.approx(0.4)
+
+
+def test_training_time_is_written_in_three_forms(store, tmp_path):
+    training_time.main(Paths(store, tmp_path))
+    stem = "training_time-tiny-sotu-quick"
+    assert "| informed | forecasters | 30.0 |" in (tmp_path / f"{stem}.md").read_text()
+    assert r"\toprule" in (tmp_path / f"{stem}.tex").read_text()
+    assert len(pd.read_csv(tmp_path / f"{stem}.csv")) == 3
+
+
+def test_latex_escapes_every_special_character():
+    frame = pd.DataFrame({"a_b": ["50% & #1 ~x^2 {y} \\z $"]})
+    body = tables.latex(frame).splitlines()
+    assert body[2] == r"a\_b \\"
+    assert body[4] == (
+        r"50\% \& \#1 \textasciitilde{}x\textasciicircum{}2 \{y\} \textbackslash{}z \$ \\"
+    )
+
+
+def test_looks_differ_within_a_picture_and_repeat_between_pictures():
+    names = ["informed", "greedy", "random", "skipgpt", "mod"]
+    looks = style.looks(names)
+    assert len({look["color"] for look in looks.values()}) == len(names)
+    assert len({look["marker"] for look in looks.values()}) == len(names)
+    assert style.looks(reversed(names)) == looks
+
+
+@pytest.mark.parametrize("script", ["tradeoff", "training_time"])
+@pytest.mark.parametrize("argument", ["results_dir=/nope", "nonsense", "colour=red"])
+def test_mistakes_end_in_one_line(script, argument):
+    done = subprocess.run(
+        [sys.executable, f"analysis/{script}.py", argument],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("error: ")
+
+
+def test_analysis_loads_no_torch():
+    code = (
+        "import sys, json, analysis.tradeoff, analysis.training_time;"
+        "print(json.dumps([m for m in ('torch', 'methods', 'runners') if m in sys.modules]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout) == []

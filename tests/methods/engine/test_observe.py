@@ -1,0 +1,90 @@
+"""Units under the dense forward against hooks on the plain model."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from methods.base import Site
+from methods.engine.observe import bypassed, gradient_norms, observed
+from tests.methods.conftest import small_ids, small_model
+from tests.methods.engine.scripted import Scripted, all_sites, brute_force, padded
+
+
+def module_of(model, site):
+    layer = model.model.layers[site.layer]
+    return layer.self_attn if site.kind == "attention" else layer.mlp
+
+
+def delta(output):
+    return output[0] if isinstance(output, tuple) else output
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_views_are_the_modules_inputs_and_outputs_without_padding(family_model, side):
+    ids, mask = padded(small_ids(2, 9), (0, 3), side)
+    inputs, outputs, hooks = {}, {}, []
+    for site in all_sites(family_model, "unit"):
+
+        def keep(module, args, kwargs, out, site=site):
+            inputs[site] = args[0] if args else kwargs["hidden_states"]
+            outputs[site] = delta(out)
+
+        module = module_of(family_model, site)
+        hooks.append(module.register_forward_hook(keep, with_kwargs=True))
+    views = []
+    with torch.no_grad(), observed(family_model, views.append):
+        logits = family_model(input_ids=ids, attention_mask=mask).logits
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(logits, family_model(input_ids=ids, attention_mask=mask).logits)
+    assert [view.site for view in views] == all_sites(family_model, "unit")
+    real = mask.bool()
+    for view in views:
+        assert view.x_ND.shape == view.y_ND.shape == view.residual_ND.shape == (15, 32)
+        assert torch.equal(view.x_ND, inputs[view.site][real])
+        assert torch.allclose(view.y_ND, outputs[view.site][real], atol=1e-5)
+    for before, after in zip(views, views[1:], strict=False):
+        assert torch.allclose(before.residual_ND + before.y_ND, after.residual_ND, atol=1e-5)
+
+
+def test_bypassed_sites_are_skipped_by_every_token():
+    model, ids = small_model(layers=3), small_ids(1, 8)
+    sites = frozenset({Site(0, "mlp"), Site(1, "attention"), Site(2, "block")})
+    with torch.no_grad(), bypassed(model, sites):
+        found = model(input_ids=ids).logits[0]
+    never = Scripted({site: torch.zeros(1, 8, dtype=torch.bool) for site in sites})
+    assert torch.allclose(found, brute_force(model, ids[0], never, 0), atol=2e-4)
+
+
+def loss_of(model, ids, mask):
+    logits = model(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)
+    return logits[..., 7][mask.bool()].sum()
+
+
+def test_gradient_norms_equal_retained_gradients():
+    model = small_model()
+    ids, mask = padded(small_ids(2, 9), (0, 3), "left")
+    sums = {}
+    with gradient_norms(model, sums):
+        for _ in range(2):
+            loss_of(model, ids, mask).backward()
+    assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
+    assert not model.get_input_embeddings()._forward_hooks
+    kept = {}
+    for site in all_sites(model, "unit"):
+
+        def keep(module, args, out, site=site):
+            kept[site] = delta(out)
+            kept[site].retain_grad()
+
+        module_of(model, site).register_forward_hook(keep)
+    model.requires_grad_(True)
+    loss_of(model, ids, mask).backward()
+    assert sums.keys() == kept.keys()
+    for site, output in kept.items():
+        expected = 2 * float(output.grad[mask.bool()].double().square().sum())
+        assert float(sums[site]) == pytest.approx(expected, rel=1e-4)
+        assert not math.isclose(expected, 0.0)
