@@ -8,7 +8,7 @@ from torch import Tensor
 
 def straight_through(soft: Tensor, hard: Tensor) -> Tensor:
     """Value of `hard`, gradient of `soft` (Bengio et al., arXiv 1308.3432)."""
-    return hard.to(soft.dtype) + soft - soft.detach()
+    return hard.to(soft.dtype) + (soft - soft.detach())
 
 
 def gumbel_gate(scores: Tensor, *, tau: float) -> Tensor:

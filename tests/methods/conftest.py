@@ -39,21 +39,22 @@ def family_model(request: pytest.FixtureRequest) -> PreTrainedModel:
     return small_model(request.param)
 
 
-def small_model(family: str = "llama", *, layers: int = 2, **options: Any) -> PreTrainedModel:
-    """Frozen, float32, width 32, grouped heads, no end-of-text token.
+def small_model(family: str = "llama", *, layers: int = 2, width: int = 32) -> PreTrainedModel:
+    """Frozen, float32, grouped heads, no end-of-text token.
 
-    The heads together are wider than the model, norms and biases differ from their neutral
-    start, so a mix-up of sizes, norms or projections shows.
+    Head sizes differ from width / heads where the family allows it, norms and biases from their
+    neutral start, so a mix-up of sizes, norms or projections shows.
     """
     config = AutoConfig.for_model(
         family,
         vocab_size=61,
-        hidden_size=32,
+        hidden_size=width,
         intermediate_size=48,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        **{"head_dim": 8 if family == "qwen2" else 12, "initializer_range": 0.2, **options},
+        head_dim=8 if family == "qwen2" else 12,
+        initializer_range=0.2,
         tie_word_embeddings=False,
         pad_token_id=0,
         bos_token_id=1,

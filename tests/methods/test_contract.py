@@ -9,10 +9,16 @@ import torch
 
 from methods.engine.checkpoint import from_pretrained, save_pretrained
 from methods.engine.wrap import routed
-from runners.build import build_method, method_options
-from tests.methods.conftest import compose_config, probe_for, random_ids
+from runners.build import build_budget, build_method, method_options
+from tests.conftest import token_rows
+from tests.methods.conftest import method_config, probe_for
 
 SPARSITY = 0.4
+
+
+@pytest.fixture
+def model(tiny_llama):
+    return tiny_llama
 
 
 @pytest.fixture
@@ -27,7 +33,7 @@ def logits_of(model, method, ids, **kwargs):
 
 
 def test_all_executed_equals_dense(config, model, method):
-    ids = random_ids(3, 20)
+    ids = token_rows(3, 20)
     method.threshold.fill_(float("-inf"))
     out, usage = logits_of(model, method, ids)
     assert torch.equal(out, model(input_ids=ids).logits)
@@ -44,14 +50,14 @@ def test_target_is_met_on_calibration_text(config, model, method):
 def test_routing_changes_the_output(config, model, method):
     if not method.sites():
         pytest.skip("routes nowhere")
-    ids = random_ids(2, 20)
+    ids = token_rows(2, 20)
     out, usage = logits_of(model, method, ids)
     assert usage.sparsity() > 0.1
     assert not torch.allclose(out, model(input_ids=ids).logits, atol=1e-3)
 
 
 def test_evaluation_is_deterministic(config, model, method):
-    ids = random_ids(3, 20)
+    ids = token_rows(3, 20)
     first, _ = logits_of(model, method, ids)
     torch.manual_seed(99)
     second, _ = logits_of(model, method, ids)
@@ -59,9 +65,9 @@ def test_evaluation_is_deterministic(config, model, method):
 
 
 def test_causal(config, model, method):
-    ids = random_ids(2, 20)
+    ids = token_rows(2, 20)
     changed = ids.clone()
-    changed[:, 12:] = random_ids(2, 8, seed=5)
+    changed[:, 12:] = token_rows(2, 8, seed=5)
     first, _ = logits_of(model, method, ids)
     second, _ = logits_of(model, method, changed)
     assert torch.allclose(first[:, :12], second[:, :12], atol=1e-5)
@@ -69,7 +75,7 @@ def test_causal(config, model, method):
 
 
 def test_prefill_chunks_and_decode_equal_one_pass(config, model, method):
-    ids = random_ids(2, 20)
+    ids = token_rows(2, 20)
     whole, _ = logits_of(model, method, ids)
     with torch.no_grad(), routed(model, method):
         cache, parts = None, []
@@ -82,7 +88,7 @@ def test_prefill_chunks_and_decode_equal_one_pass(config, model, method):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_is_neither_counted_nor_seen(config, model, method, side):
-    ids, pad = random_ids(1, 14), torch.zeros(1, 6, dtype=torch.long)
+    ids, pad = token_rows(1, 14), torch.zeros(1, 6, dtype=torch.long)
     mask = torch.ones_like(ids)
     parts = [(pad, pad), (ids, mask)] if side == "left" else [(ids, mask), (pad, pad)]
     tokens, masks = (torch.cat(x, 1) for x in zip(*parts, strict=True))
@@ -94,7 +100,7 @@ def test_padding_is_neither_counted_nor_seen(config, model, method, side):
 
 
 def test_batch_rows_are_independent(config, model, method):
-    ids = random_ids(3, 16)
+    ids = token_rows(3, 16)
     together, _ = logits_of(model, method, ids)
     for row in range(3):
         alone, _ = logits_of(model, method, ids[row : row + 1])
@@ -117,7 +123,7 @@ def test_save_and_load_round_trip(config, model, method, tmp_path):
     options = method_options(config)
     save_pretrained(method, tmp_path, target=target, options=options, base={})
     again = from_pretrained(tmp_path, model)
-    ids = random_ids(2, 16)
+    ids = token_rows(2, 16)
     assert torch.equal(logits_of(model, method, ids)[0], logits_of(model, again, ids)[0])
     suffixes = {path.suffix for path in tmp_path.iterdir()}
     assert suffixes == {".json", ".safetensors"}
@@ -133,12 +139,12 @@ def test_shared_stages_do_not_depend_on_the_target(config, model, trained):
     name = config["method"]["name"]
     states = []
     for sparsity in (0.2, 0.6):
-        other = compose_config(f"method={name}", f"sparsity={sparsity}")
+        other = method_config(name, f"sparsity={sparsity}")
         method = build_method(other, model)
-        states.append({s.name: s.per_target for s in method.stages(_budget(other))})
+        states.append({s.name: s.per_target for s in method.stages(build_budget(other))})
         probe = probe_for(model, method)
         method.fit(probe)
-        for stage in method.stages(_budget(other)):
+        for stage in method.stages(build_budget(other)):
             if stage.fit is not None and not stage.per_target:
                 torch.manual_seed(0)
                 stage.fit(probe)
@@ -149,7 +155,7 @@ def test_shared_stages_do_not_depend_on_the_target(config, model, trained):
 
 
 def test_generate(config, model, method):
-    ids = random_ids(2, 8)
+    ids = token_rows(2, 8)
     with routed(model, method) as routed_model:
         out = routed_model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
         step = ids
@@ -157,9 +163,3 @@ def test_generate(config, model, method):
             logits = routed_model(input_ids=step).logits[:, -1]
             step = torch.cat([step, logits.argmax(-1, keepdim=True)], 1)
     assert torch.equal(out, step)
-
-
-def _budget(config):
-    from runners.build import build_budget
-
-    return build_budget(config)

@@ -58,5 +58,5 @@ def test_an_unsupported_family_is_one_clear_error(use):
 def test_a_layer_without_the_expected_module_is_refused():
     model = small_model()
     del model.model.layers[1].mlp
-    with pytest.raises(UnsupportedModel, match="unexpected layer in llama.*mlp"):
+    with pytest.raises(UnsupportedModel, match=r"unexpected layer in llama.*mlp"):
         routed(model, Dense(sparsity=0.0)).__enter__()

@@ -135,7 +135,7 @@ def test_another_models_checkpoint_is_refused(saved):
     with pytest.raises(BadCheckpoint, match="does not fit"):
         from_pretrained(folder, small_model(layers=3))
     with pytest.raises(BadCheckpoint, match="does not fit"):
-        from_pretrained(folder, small_model(hidden_size=64))
+        from_pretrained(folder, small_model(width=64))
 
 
 def test_a_refused_file_leaves_the_method_alone(saved):

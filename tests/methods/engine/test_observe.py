@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -46,7 +47,7 @@ def test_views_are_the_modules_inputs_and_outputs_without_padding(family_model, 
         assert view.x_ND.shape == view.y_ND.shape == view.residual_ND.shape == (15, 32)
         assert torch.equal(view.x_ND, inputs[view.site][real])
         assert torch.allclose(view.y_ND, outputs[view.site][real], atol=1e-5)
-    for before, after in zip(views, views[1:], strict=False):
+    for before, after in itertools.pairwise(views):
         assert torch.allclose(before.residual_ND + before.y_ND, after.residual_ND, atol=1e-5)
 
 

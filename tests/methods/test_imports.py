@@ -1,0 +1,114 @@
+"""Who may import whom (the layers of the project), read from the source."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+OWN = {"methods", "runners", "analysis", "tests"}
+ENGINE = sorted((ROOT / "methods" / "engine").glob("*.py"))
+PARTS = [*sorted((ROOT / "methods" / "parts").glob("*.py")), ROOT / "methods" / "base.py"]
+METHOD_FILES = [p for p in sorted((ROOT / "methods").glob("*.py")) if p.stem != "base"]
+RUNNERS = sorted((ROOT / "runners").glob("*.py"))
+ANALYSIS = sorted((ROOT / "analysis").glob("*.py"))
+
+
+def imported(path: Path) -> Iterator[str]:
+    """Dotted names of the modules that a file imports, `a.b` for `from a import b` of a package."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield str(node.module)
+
+
+def outside(path: Path, allowed_own: tuple[str, ...], allowed_libraries: set[str]) -> list[str]:
+    """Imports of a file that its layer does not allow; the standard library always is."""
+    bad = []
+    for name in imported(path):
+        top = name.partition(".")[0]
+        if top in OWN:
+            fine = any(name == own or name.startswith(f"{own}.") for own in allowed_own)
+        else:
+            fine = top in sys.stdlib_module_names or top in allowed_libraries
+        if not fine:
+            bad.append(name)
+    return bad
+
+
+def test_there_is_something_to_check():
+    assert all(len(files) >= 4 for files in (ENGINE, PARTS, METHOD_FILES, RUNNERS, ANALYSIS))
+    assert "methods.base" in set(imported(ROOT / "methods" / "informed.py"))
+
+
+@pytest.mark.parametrize("path", PARTS, ids=lambda path: path.stem)
+def test_parts_and_base_use_torch_alone(path):
+    assert outside(path, ("methods.base", "methods.parts"), {"torch"}) == []
+
+
+@pytest.mark.parametrize("path", METHOD_FILES, ids=lambda path: path.stem)
+def test_a_method_uses_base_and_parts(path):
+    assert outside(path, ("methods.base", "methods.parts"), {"torch"}) == []
+
+
+@pytest.mark.parametrize("path", ENGINE, ids=lambda path: path.stem)
+def test_the_engine_knows_no_method(path):
+    allowed = {"torch", "transformers", "safetensors"}
+    assert outside(path, ("methods.base", "methods.engine"), allowed) == []
+
+
+@pytest.mark.parametrize("path", RUNNERS, ids=lambda path: path.stem)
+def test_runners_name_no_method(path):
+    own = [name for name in imported(path) if name.partition(".")[0] in OWN]
+    fine = ("methods.base", "methods.engine", "runners")
+    assert [n for n in own if not any(n == f or n.startswith(f"{f}.") for f in fine)] == []
+
+
+@pytest.mark.parametrize("path", ANALYSIS, ids=lambda path: path.stem)
+def test_analysis_reads_the_store_only(path):
+    assert outside(path, ("analysis",), {"pandas", "matplotlib", "numpy"}) == []
+
+
+def test_no_type_check_on_a_method():
+    names = {"Method"}
+    for path in METHOD_FILES:
+        tree = ast.parse(path.read_text())
+        names |= {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
+    for path in [*ENGINE, *RUNNERS, *PARTS, *METHOD_FILES]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance":
+                asked = {n.id for n in ast.walk(node.args[1]) if isinstance(n, ast.Name)}
+                assert not asked & names, f"{path.name}:{node.lineno}"
+
+
+@pytest.mark.parametrize("folder", ["runners", "analysis"])
+def test_no_script_shadows_a_package(folder):
+    """`python runners/sweep.py` puts runners/ first on sys.path."""
+    installed = set(metadata.packages_distributions()) - OWN
+    forbidden = installed | set(sys.stdlib_module_names) | {"evaluate", "datasets", "tokenizers"}
+    stems = {path.stem for path in (ROOT / folder).glob("*.py")} - {"__init__"}
+    assert stems and not stems & forbidden
+
+
+def test_methods_import_without_the_runners_libraries():
+    code = (
+        "import sys, pkgutil, importlib\n"
+        "for name in ('hydra', 'omegaconf', 'lm_eval', 'wandb', 'pandas', 'matplotlib'):\n"
+        "    sys.modules[name] = None\n"
+        "import methods\n"
+        "for found in pkgutil.walk_packages(methods.__path__, 'methods.'):\n"
+        "    importlib.import_module(found.name)\n"
+        "print(len([m for m in sys.modules if m.startswith('methods.')]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) > 20
