@@ -8,14 +8,14 @@ RESULTS ?= results
 .PHONY: sweep compare forecasters test slow lint format clean
 
 sweep: $(READY)
-	$(BIN)/python runners/sweep.py method=informed sparsity=0.3,0.5,0.7 results_dir=$(RESULTS)/sweep -m
-	$(BIN)/python analysis/tradeoff.py results_dir=$(RESULTS)/sweep
-	$(BIN)/python analysis/training_time.py results_dir=$(RESULTS)/sweep
+	$(BIN)/python runners/sweep.py method=informed sparsity=0.3,0.5,0.7 results_dir=$(RESULTS) -m
+	$(BIN)/python analysis/tradeoff.py results_dir=$(RESULTS)
+	$(BIN)/python analysis/training_time.py results_dir=$(RESULTS)
 
 compare: $(READY)
-	$(BIN)/python runners/sweep.py experiment=compare results_dir=$(RESULTS)/compare -m
-	$(BIN)/python analysis/tradeoff.py results_dir=$(RESULTS)/compare
-	$(BIN)/python analysis/training_time.py results_dir=$(RESULTS)/compare
+	$(BIN)/python runners/sweep.py experiment=compare results_dir=$(RESULTS) -m
+	$(BIN)/python analysis/tradeoff.py results_dir=$(RESULTS)
+	$(BIN)/python analysis/training_time.py results_dir=$(RESULTS)
 
 test: $(READY)
 	$(BIN)/python -m pytest
