@@ -12,6 +12,10 @@ sweep: $(READY)
 	$(BIN)/python analysis/tradeoff.py results_dir=$(RESULTS)
 	$(BIN)/python analysis/training_time.py results_dir=$(RESULTS)
 
+forecasters: $(READY)
+	$(BIN)/python runners/sweep.py experiment=forecasters results_dir=$(RESULTS)/forecasters -m
+	$(BIN)/python analysis/training_time.py results_dir=$(RESULTS)/forecasters
+
 compare: $(READY)
 	$(BIN)/python runners/sweep.py experiment=compare results_dir=$(RESULTS) -m
 	$(BIN)/python analysis/tradeoff.py results_dir=$(RESULTS)

@@ -39,8 +39,8 @@ class Informed(Method):
         bypass: `forecast`, or `skip` for the ablation without forecasters.
         rank: of the forecasters (paper: 100 at D = 4096, saturating near 50).
         forecaster_fit: `closed_form` (one dense pass) or `sgd` (the paper's stage 1).
-        activation: inside the forecasters; the paper's is `silu`, the closed form needs
-            `identity`.
+        activation: inside the forecasters; None is `identity` for the closed form, the paper's
+            `silu` for `sgd`.
         forecaster_lr: of `sgd`.
         router: `linear`, or the published `mlp` (D -> width -> ReLU -> 2).
         router_width: hidden width of `mlp`; 0 means D // 4.
@@ -68,7 +68,7 @@ class Informed(Method):
         bypass: Literal["forecast", "skip"] = "forecast",
         rank: int = 64,
         forecaster_fit: Fit = "closed_form",
-        activation: Activation = "identity",
+        activation: Activation | None = None,
         forecaster_lr: float = 1e-3,
         damping: float = 1e-3,
         router: RouterKind = "linear",

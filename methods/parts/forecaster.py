@@ -57,7 +57,8 @@ class Forecasters(nn.Module):
         rank: r of every forecaster.
         fit: `closed_form` (reduced-rank ridge regression, identity activation) or `sgd`
             (the paper's: SmoothL1 on the unit's output under the dense forward).
-        activation: between the two linears; the closed form needs `identity`.
+        activation: between the two linears; None is `identity` for the closed form, which needs
+            it, and the paper's `silu` for `sgd`.
         damping: ridge penalty relative to the mean input variance.
         lr: learning rate of `sgd`, cosine schedule (paper: 1e-3).
     """
@@ -67,13 +68,14 @@ class Forecasters(nn.Module):
         *,
         rank: int,
         fit: Fit = "closed_form",
-        activation: Activation = "identity",
+        activation: Activation | None = None,
         damping: float = 1e-3,
         lr: float = 1e-3,
     ) -> None:
         super().__init__()
         if fit not in ("closed_form", "sgd"):
             raise ValueError(f"forecaster fit must be 'closed_form' or 'sgd', not {fit!r}")
+        activation = activation or ("identity" if fit == "closed_form" else "silu")
         if fit == "closed_form" and activation != "identity":
             raise ValueError("a closed-form forecaster is linear: activation must be 'identity'")
         self.rank, self.fit, self.activation = rank, fit, activation
