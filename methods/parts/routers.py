@@ -41,6 +41,8 @@ class Router(nn.Module):
         if kind not in ("linear", "mlp"):
             raise ValueError(f"router must be 'linear' or 'mlp', not {kind!r}")
         inner = (hidden or width // 4) if kind == "mlp" else width
+        if inner < 1:
+            raise ValueError(f"an mlp router needs a hidden width of at least 1, not {inner}")
         self.inner: nn.Linear | None = None
         if kind == "mlp":
             self.inner = nn.Linear(width, inner)
