@@ -14,7 +14,7 @@ from runners.tasks import check_tasks
 
 CHOICES = {
     "objective": ("lm", "distill"),
-    "mode": ("masked",),
+    "mode": ("masked", "gathered"),
     "dtype": ("auto", "float32", "bfloat16", "float16"),
 }
 

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from methods.base import Decision, Method, RouteContext, Site
 from methods.engine.adapter import LayerParts, decoder, layers_of, shape_of
 from methods.engine.counters import Counters
+from methods.engine.gathered_attention import attend_rows
 from methods.engine.padding import valid_and_positions
+from methods.engine.rows import Rows, take
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Mode = Literal["masked"]
+Mode = Literal["masked", "gathered"]
 
 
 @dataclass
@@ -34,6 +36,8 @@ class Unit:
     x_BTD: Tensor
     run: Callable[[], Tensor]
     """Executes the unit for every token: the residual stream that leaves it, [B, T, D]."""
+    run_rows: Callable[[Rows], Tensor]
+    """Executes the unit for these tokens only: what it adds to their residual stream, [N, D]."""
 
 
 class Executor(Protocol):
@@ -107,7 +111,7 @@ def routed(model: PreTrainedModel, method: Method, mode: Mode = "masked") -> Ite
     Args:
         model: a causal LM of a supported family, weights untouched.
         method: already set up for the model's shape (`attach` does that).
-        mode: `masked` computes every token and blends.
+        mode: `masked` computes every token and blends; `gathered` computes what is executed.
 
     Yields:
         The same model object, with `model.routing` (a `Routing`) set.
@@ -116,9 +120,13 @@ def routed(model: PreTrainedModel, method: Method, mode: Mode = "masked") -> Ite
         UnsupportedModel: no adapter for the family.
         ValueError: unknown mode, a model that is already routed, a site outside the model.
     """
+    from methods.engine.gathered import GatheredExecutor
     from methods.engine.masked import MaskedExecutor
 
-    executors = {"masked": MaskedExecutor}
+    executors: dict[str, Callable[[Routing], Executor]] = {
+        "masked": MaskedExecutor,
+        "gathered": GatheredExecutor,
+    }
     if mode not in executors:
         raise ValueError(f"mode must be one of {', '.join(executors)}, not {mode!r}")
     if getattr(model, "routing", None) is not None:
@@ -203,14 +211,30 @@ def _layer_forward(
     block, attention, mlp = (Site(index, k) for k in ("block", "attention", "mlp"))
     original = part.layer.forward
 
-    def step(site: Site, residual: Tensor, norm: nn.Module, run: Callable[..., Tensor]) -> Tensor:
+    def step(
+        site: Site,
+        residual: Tensor,
+        norm: nn.Module,
+        run: Callable[[Tensor, Tensor], Tensor],
+        run_rows: Callable[[Tensor, Tensor, Rows], Tensor],
+    ) -> Tensor:
         x = norm(residual)
         if site not in sites:
             return run(residual, x)
-        return executor(Unit(site, residual, x, lambda: run(residual, x)))
+        unit = Unit(
+            site,
+            residual,
+            x,
+            run=lambda: run(residual, x),
+            run_rows=lambda rows: run_rows(residual, x, rows),
+        )
+        return executor(unit)
 
     def run_mlp(residual: Tensor, x: Tensor) -> Tensor:
         return residual + part.mlp(x)
+
+    def mlp_rows(residual: Tensor, x: Tensor, rows: Rows) -> Tensor:
+        return part.mlp(take(x, rows.index_N))
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if paused():
@@ -225,10 +249,19 @@ def _layer_forward(
             attended = run_attention(residual, x)
             return run_mlp(attended, part.mlp_norm(attended))
 
+        def attention_rows(residual: Tensor, x: Tensor, rows: Rows) -> Tensor:
+            return attend_rows(part.attention, x, rows, **kwargs)
+
+        def block_rows(residual: Tensor, x: Tensor, rows: Rows) -> Tensor:
+            attended = attend_rows(part.attention, x, rows, **kwargs)
+            middle = take(residual, rows.index_N) + attended
+            return attended + part.mlp(part.mlp_norm(middle))
+
+        norm = part.attention_norm
         if block in sites:
-            return step(block, hidden_states, part.attention_norm, run_block)
-        attended = step(attention, hidden_states, part.attention_norm, run_attention)
-        return step(mlp, attended, part.mlp_norm, run_mlp)
+            return step(block, hidden_states, norm, run_block, block_rows)
+        attended = step(attention, hidden_states, norm, run_attention, attention_rows)
+        return step(mlp, attended, part.mlp_norm, run_mlp, mlp_rows)
 
     return forward
 

@@ -26,8 +26,8 @@ def method(config, model, trained):
     return trained(config, model)
 
 
-def logits_of(model, method, ids, **kwargs):
-    with torch.no_grad(), routed(model, method) as routed_model:
+def logits_of(model, method, ids, mode="masked", **kwargs):
+    with torch.no_grad(), routed(model, method, mode) as routed_model:
         out = routed_model(input_ids=ids, **kwargs).logits
         return out, routed_model.routing.counters.read()
 
@@ -97,6 +97,14 @@ def test_padding_is_neither_counted_nor_seen(config, model, method, side):
     assert torch.allclose(padded[masks.bool()], alone[0], atol=1e-4)
     assert usage.tokens == usage_alone.tokens == 14
     assert usage.executed == usage_alone.executed
+
+
+def test_gathered_equals_masked(config, model, method):
+    ids = token_rows(3, 20)
+    masked, usage = logits_of(model, method, ids)
+    gathered, usage_gathered = logits_of(model, method, ids, mode="gathered")
+    assert torch.allclose(gathered, masked, atol=1e-4)
+    assert usage_gathered.executed == usage.executed
 
 
 def test_batch_rows_are_independent(config, model, method):

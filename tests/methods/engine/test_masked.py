@@ -29,8 +29,8 @@ def batch(side):
 
 
 @torch.no_grad()
-def routed_logits(model, method, ids, mask):
-    with routed(model, method):
+def routed_logits(model, method, ids, mask, mode="masked"):
+    with routed(model, method, mode):
         return model(input_ids=ids, attention_mask=mask).logits
 
 

@@ -1,0 +1,57 @@
+"""Which tokens of a batch a unit executes, as indices that a gather can use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Executed tokens of a [B, T] batch, in order of sequence, then of position."""
+
+    index_N: Tensor
+    """int64: place of each token in the flattened batch, b * T + t."""
+    counts: list[int]
+    """Executed tokens of each sequence; their sum is N."""
+    tokens: int
+    """T."""
+
+    def per_sequence(self) -> list[tuple[int, Tensor]]:
+        """(b, places t of its executed tokens) of each sequence that executes any."""
+        parts = self.index_N.split(self.counts)
+        return [(b, part - b * self.tokens) for b, part in enumerate(parts) if len(part)]
+
+
+def executed_rows(execute_BT: Tensor) -> Rows:
+    """Rows of a bool mask; one transfer to the host, for the counts."""
+    index = execute_BT.flatten().nonzero().squeeze(1)
+    return Rows(index, execute_BT.sum(1).tolist(), execute_BT.shape[1])
+
+
+def take(values_BTD: Tensor, index_N: Tensor) -> Tensor:
+    """[B, T, D] -> [N, D]."""
+    return values_BTD.flatten(0, 1).index_select(0, index_N)
+
+
+def put(residual_BTD: Tensor, index_N: Tensor, delta_ND: Tensor) -> None:
+    """Add each row's delta to its token, in place."""
+    residual_BTD.view(-1, residual_BTD.shape[-1]).index_add_(
+        0, index_N, delta_ND.to(residual_BTD.dtype)
+    )
+
+
+def bypassed_index(execute_BT: Tensor, valid_BT: Tensor) -> Tensor:
+    """Places in the flattened batch of real tokens that are not executed, int64 [M]."""
+    return (valid_BT & ~execute_BT).flatten().nonzero().squeeze(1)
+
+
+def queries_before(keys: int, places_N: Tensor, tokens: int) -> Tensor:
+    """Causal mask of gathered queries, bool [N, keys]: True where a query sees a key.
+
+    The last of `tokens` queries sees the last of `keys` keys; earlier ones one less each.
+    """
+    last = places_N + (keys - tokens)
+    return torch.arange(keys, device=places_N.device) <= last[:, None]
