@@ -43,7 +43,7 @@ def test_equals_brute_force(family_model, granularity, side):
         assert torch.allclose(out[row][real], expected, atol=2e-4), row
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     family=st.sampled_from(sorted(FAMILIES)),
     granularity=st.sampled_from(["unit", "block"]),
