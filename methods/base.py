@@ -201,8 +201,8 @@ class Stage:
     calibrate_first: bool = False
     """Set the threshold for the target (or for each of `targets`) before the first step."""
     targets: Sequence[float] = ()
-    """Train for several target sparsities in turn: before each step the threshold of the next
-    target is set, and moved afterwards towards what would have realised it."""
+    """Train for several target sparsities in turn; each step runs at the threshold that was
+    calibrated for its target before the stage (0 without `calibrate_first`)."""
     report: Callable[[Probe], dict[str, float]] | None = None
     """Figures worth keeping in the result record, measured after the stage."""
 
