@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from methods.engine.evict import KeptKeys
@@ -23,30 +24,56 @@ class GatheredExecutor:
 
     def __call__(self, unit: Unit) -> Tensor:
         """Residual stream after the unit, [B, T, D]."""
-        if self.routing.training:
+        routing = self.routing
+        if routing.training:
             return self.masked(unit)
-        decision = self.routing.decide(unit)
-        evicts = self.routing.method.kv_policy == "evict" and unit.attends
-        execute = decision.execute_BT
-        keys_BT = _keys_in_sight(unit, execute) if evicts else None
-        self.routing.counters.add(unit.site, execute, keys_BT)
-        rows = executed_rows(execute)
+        evicts = routing.method.kv_policy == "evict" and unit.attends
+        with routing.clock.part("router"):
+            execute = routing.decide(unit).execute_BT
+            keys_BT = _keys_in_sight(unit, execute) if evicts else None
+            routing.counters.add(unit.site, execute, keys_BT)
+        if execute.numel() == 1 and not evicts:
+            return self._one_token(unit, bool(execute))
+        with routing.clock.part("rows"):
+            rows = executed_rows(execute)
         if len(rows.index_N) == execute.numel() and not evicts:
-            return unit.run()
+            with routing.clock.part(unit.site.kind):
+                return unit.run()
         return self._add(unit, rows, execute)
 
+    def _one_token(self, unit: Unit, execute: bool) -> Tensor:
+        """Decoding one sequence: a number decides, and nothing is gathered."""
+        clock = self.routing.clock
+        if execute:
+            with clock.part(unit.site.kind):
+                return unit.run()
+        if unit.attends:
+            with clock.part("keys"):
+                unit.write_keys()
+        with clock.part("forecast"):
+            estimate = self.routing.method.approximate(unit.site, unit.x_BTD)
+            return unit.residual_BTD if estimate is None else unit.residual_BTD + estimate
+
     def _add(self, unit: Unit, rows: Rows, execute_BT: Tensor) -> Tensor:
-        method, valid_BT = self.routing.method, self.routing.state.valid_BT
+        method, valid_BT, clock = (
+            self.routing.method,
+            self.routing.state.valid_BT,
+            self.routing.clock,
+        )
         assert valid_BT is not None
-        delta_ND = unit.run_rows(rows, method.kv_policy)
-        after = unit.residual_BTD.clone()
-        if len(delta_ND):
-            put(after, rows.index_N, delta_ND)
-        bypassed = bypassed_index(execute_BT, valid_BT)
+        with clock.part(unit.site.kind):
+            delta_ND = unit.run_rows(rows, method.kv_policy)
+        with clock.part("scatter"):
+            after = unit.residual_BTD.clone()
+            if len(delta_ND):
+                put(after, rows.index_N, delta_ND)
+            bypassed = bypassed_index(execute_BT, valid_BT)
         if len(bypassed):
-            estimate = method.approximate(unit.site, take(unit.x_BTD, bypassed)[None])
-            if estimate is not None:
-                put(after, bypassed, estimate[0])
+            with clock.part("forecast"):
+                x_1MD = take(unit.x_BTD, bypassed)[None]
+                estimate = method.approximate(unit.site, x_1MD)
+                if estimate is not None:
+                    put(after, bypassed, estimate[0])
         return after
 
 
@@ -57,4 +84,4 @@ def _keys_in_sight(unit: Unit, execute_BT: Tensor) -> Tensor:
     layer = None if cache is None or len(cache.layers) <= index else cache.layers[index]
     if not isinstance(layer, KeptKeys) or not layer.counts:
         return rank
-    return rank + rank.new_tensor(layer.counts)[:, None]
+    return rank + torch.tensor(layer.counts, device=rank.device)[:, None]

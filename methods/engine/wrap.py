@@ -16,6 +16,7 @@ from torch import Tensor
 
 from methods.base import Decision, Kind, Method, RouteContext, Site
 from methods.engine.adapter import LayerParts, decoder, layers_of, shape_of
+from methods.engine.clock import Clock, NoClock
 from methods.engine.counters import Counters
 from methods.engine.padding import valid_and_positions
 from methods.engine.unit import LayerInputs, Unit
@@ -59,6 +60,10 @@ class Routing:
     """True runs the dense model, for a teacher's logits in the middle of training."""
     observer: Callable[[Site, Decision, Tensor], None] | None = None
     """Called with (site, decision, valid_BT) after each decision."""
+    clock: Clock = field(default_factory=NoClock)
+    """Told what the gathered path is about to do."""
+    draw: Callable[[Site, Tensor], Tensor] | None = None
+    """(site, valid_BT) -> execute_BT instead of the router's decision, to time any sparsity."""
     decisions: dict[Site, Decision] = field(default_factory=dict)
     """Decisions of the last training forward, with gradient."""
 
@@ -70,6 +75,8 @@ class Routing:
             unit.residual_BTD, positions, valid, self.training, self.anneal, self.target
         )
         decision = self.method.route(unit.site, unit.x_BTD, context)
+        if self.draw is not None:
+            decision.execute_BT = self.draw(unit.site, valid)
         decision.execute_BT = decision.execute_BT & valid
         if self.training:
             self.decisions[unit.site] = decision
