@@ -96,7 +96,7 @@ def attend_reference(
     first_N: Tensor | None,
 ) -> Tensor:
     """`attend` in PyTorch, in float32, one sequence at a time; every row against every slot."""
-    rows, heads, _ = query_NHd.shape
+    rows, heads, width = query_NHd.shape
     batch, kv_heads, slots, _ = key_BKSd.shape
     device = query_NHd.device
     place_N, slot_S = torch.arange(rows, device=device), torch.arange(slots, device=device)
@@ -114,12 +114,12 @@ def attend_reference(
         if first_N is not None:
             lower_N = first_N
         seen_NS = (slot_S <= last_N[:, None]) & (slot_S >= lower_N[:, None])
-        query = query_NHd.float().view(rows, kv_heads, heads // kv_heads, -1)
+        query = query_NHd.float().view(rows, kv_heads, heads // kv_heads, width)
         scores = torch.einsum("nkgd,ksd->nkgs", query, key_BKSd[b].float()) * scale
         scores = scores.masked_fill(~seen_NS[:, None, None], float("-inf"))
         used_S = (seen_NS & own_N[:, None]).any(0)
         value = value_BKSd[b].float().masked_fill(~used_S[:, None], 0)
         out = torch.einsum("nkgs,ksd->nkgd", scores.softmax(-1), value)
-        out = out.reshape(rows, heads, -1).to(query_NHd.dtype)
+        out = out.reshape(rows, heads, width).to(query_NHd.dtype)
         out_NHd = torch.where(own_N[:, None, None], out, out_NHd)
     return out_NHd

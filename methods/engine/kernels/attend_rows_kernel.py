@@ -52,7 +52,7 @@ def over_keys(
             inside = lane < width
             key = tl.load(key_tile, mask=inside[:, None], other=0.0)
             value = tl.load(value_tile, mask=inside[None, :], other=0.0)
-        scores = dot(query, key, tl.zeros([ROWS, KEYS], tl.float32)) * scale
+        scores = dot(query, key, tl.zeros([ROWS, KEYS], tl.float32), "ieee") * scale
         if MASKED:
             seen = (slot[None, :] < visible[:, None]) & (slot[None, :] >= lower[:, None])
             scores = tl.where(seen, scores, float("-inf"))
@@ -61,7 +61,7 @@ def over_keys(
         weight = tl.exp2(scores - base[:, None])
         decay = tl.exp2(peak - base)
         total = total * decay + tl.sum(weight, 1)
-        acc = dot(weight.to(value.dtype), value, acc * decay[:, None])
+        acc = dot(weight.to(value.dtype), value, acc * decay[:, None], "ieee")
         peak = higher
     return acc, peak, total
 

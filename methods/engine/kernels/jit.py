@@ -29,7 +29,7 @@ except ImportError:
 
 
 @jit  # type: ignore[untyped-decorator]
-def dot(a, b, acc, PRECISION: tl.constexpr = "ieee"):  # type: ignore[no-untyped-def]
+def dot(a, b, acc, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
     """acc + a @ b in float32; the interpreter keeps bfloat16 as bits and needs it widened."""
     if EMULATE:
         a = a.to(tl.float32)

@@ -93,7 +93,7 @@ def rows_kernel(
         else:
             a = tl.load(x_tile + start, mask=inner[None, :] < inputs - start, other=0.0)
             b = tl.load(weight_tile + start, mask=inner[:, None] < inputs - start, other=0.0)
-        acc = dot(a, b, acc)
+        acc = dot(a, b, acc, "ieee")
     if BIAS:
         acc += tl.load(bias_ptr + weight_row).to(tl.float32)[None, :]
 

@@ -82,13 +82,13 @@ def swiglu_kernel(
     for start in range(0, inputs, INNER):
         if EVEN:
             x = tl.load(x_tile + start)
-            gate = dot(x, tl.load(gate_tile + start), gate)
-            up = dot(x, tl.load(up_tile + start), up)
+            gate = dot(x, tl.load(gate_tile + start), gate, "ieee")
+            up = dot(x, tl.load(up_tile + start), up, "ieee")
         else:
             deep = inner[:, None] < inputs - start
             x = tl.load(x_tile + start, mask=inner[None, :] < inputs - start, other=0.0)
-            gate = dot(x, tl.load(gate_tile + start, mask=deep, other=0.0), gate)
-            up = dot(x, tl.load(up_tile + start, mask=deep, other=0.0), up)
+            gate = dot(x, tl.load(gate_tile + start, mask=deep, other=0.0), gate, "ieee")
+            up = dot(x, tl.load(up_tile + start, mask=deep, other=0.0), up, "ieee")
     if GATE_BIAS:
         gate += tl.load(gate_bias_ptr + weight_row).to(tl.float32)[None, :]
     if UP_BIAS:
