@@ -18,6 +18,7 @@ from methods.base import Decision, Method, RouteContext, Site
 from methods.engine.adapter import LayerParts, decoder, layers_of, shape_of
 from methods.engine.counters import Counters
 from methods.engine.gathered_attention import attend_rows
+from methods.engine.lora import applied, suspended
 from methods.engine.padding import valid_and_positions
 from methods.engine.rows import Rows, take
 
@@ -99,7 +100,8 @@ class Routing:
         """Run the untouched computation inside the block."""
         self.paused = True
         try:
-            yield
+            with suspended(self.method.adapter):
+                yield
         finally:
             self.paused = False
 
@@ -137,7 +139,10 @@ def routed(model: PreTrainedModel, method: Method, mode: Mode = "masked") -> Ite
     if sites - known:
         raise ValueError(f"sites outside the model: {sorted(sites - known)}")
     routing = Routing(method=method, counters=Counters(shape))
-    with swapped(model, sites, executors[mode](routing), routing.state, lambda: routing.paused):
+    with (
+        applied(method.adapter),
+        swapped(model, sites, executors[mode](routing), routing.state, lambda: routing.paused),
+    ):
         hook = decoder(model).register_forward_pre_hook(
             lambda *_: None if routing.paused else _count(routing)
         )
