@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from methods.engine.evict import KeptKeys
 from methods.engine.masked import MaskedExecutor
-from methods.engine.rows import bypassed_index, executed_rows, put, take
-from methods.engine.wrap import Routing, Unit
+from methods.engine.rows import Rows, bypassed_index, executed_rows, put, rank_BT, take
+from methods.engine.unit import Unit
+from methods.engine.wrap import Routing
 
 
 class GatheredExecutor:
@@ -24,16 +26,35 @@ class GatheredExecutor:
         if self.routing.training:
             return self.masked(unit)
         decision = self.routing.decide(unit)
-        valid = self.routing.state.valid_BT
-        assert valid is not None
-        rows = executed_rows(decision.execute_BT)
-        if len(rows.index_N) == decision.execute_BT.numel():
+        evicts = self.routing.method.kv_policy == "evict" and unit.attends
+        execute = decision.execute_BT
+        keys_BT = _keys_in_sight(unit, execute) if evicts else None
+        self.routing.counters.add(unit.site, execute, keys_BT)
+        rows = executed_rows(execute)
+        if len(rows.index_N) == execute.numel() and not evicts:
             return unit.run()
+        return self._add(unit, rows, execute)
+
+    def _add(self, unit: Unit, rows: Rows, execute_BT: Tensor) -> Tensor:
+        method, valid_BT = self.routing.method, self.routing.state.valid_BT
+        assert valid_BT is not None
+        delta_ND = unit.run_rows(rows, method.kv_policy)
         after = unit.residual_BTD.clone()
-        put(after, rows.index_N, unit.run_rows(rows))
-        bypassed = bypassed_index(decision.execute_BT, valid)
+        if len(delta_ND):
+            put(after, rows.index_N, delta_ND)
+        bypassed = bypassed_index(execute_BT, valid_BT)
         if len(bypassed):
-            estimate = self.routing.method.approximate(unit.site, take(unit.x_BTD, bypassed)[None])
+            estimate = method.approximate(unit.site, take(unit.x_BTD, bypassed)[None])
             if estimate is not None:
                 put(after, bypassed, estimate[0])
         return after
+
+
+def _keys_in_sight(unit: Unit, execute_BT: Tensor) -> Tensor:
+    """Under `evict`: executed tokens up to and including each one, those in the cache first."""
+    cache, rank = unit.inputs.past_key_values, rank_BT(execute_BT)
+    index = unit.site.layer
+    layer = None if cache is None or len(cache.layers) <= index else cache.layers[index]
+    if not isinstance(layer, KeptKeys) or not layer.counts:
+        return rank
+    return rank + rank.new_tensor(layer.counts)[:, None]
