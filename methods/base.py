@@ -160,13 +160,6 @@ class Probe(Protocol):
     def sensitivity(self) -> dict[Site, float]:
         """Root mean square, over tokens and dimensions, of d(LM loss)/d(unit output)."""
 
-    def gradient_moments(self) -> dict[Site, Tensor]:
-        """Second moment [D, D] over tokens of d(LM loss)/d(unit output), float32.
-
-        With E[g gᵀ] = M, an error e of the output is worth eᵀ M e to second order (the
-        empirical Fisher approximation of the loss's curvature).
-        """
-
     def routed_scores(self, threshold: float) -> RoutedScores:
         """Route calibration text with this threshold and report what it realised."""
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from methods.base import Stage, StageBudget
 from runners.errors import UserError
 
-
 LEAST_SIZE = 1e-3
 """Root mean square below which a parameter counts as this large: what starts at zero can move."""
 
