@@ -39,8 +39,8 @@ class Greedy(Method):
     Args:
         bypass: `skip`, or `forecast` for the ablation that gives greedy a forecaster.
         rank: of the forecasters, if any.
-        router_start: `recoverability` regresses log ||what a bypass would miss||, as informed
-            routing's start does; `none` starts at random.
+        router_start: `recoverability` regresses log ||what a skip would miss||, as informed
+            routing's start does for a forecast; `none` starts at random.
         sensitivity: weight the regression by each unit's loss sensitivity.
         train: `routers` runs the gradient stage, `none` keeps the start.
         router_lr: of the gradient stage, constant.
@@ -118,12 +118,9 @@ class Greedy(Method):
         return SiteCost(route=self.routers.at(site).flops_per_token, approximate=estimate)
 
     def _start_routers(self, probe: Probe) -> None:
+        """What a *skip* would miss, whatever a bypassed token gets: the router stays greedy's."""
         fit_recoverability(
-            probe,
-            self.routers,
-            self.forecasters,
-            damping=self.damping,
-            sensitivity=self.sensitivity,
+            probe, self.routers, None, damping=self.damping, sensitivity=self.sensitivity
         )
 
     def _routed_loss(self, view: RoutedView) -> Tensor:

@@ -53,6 +53,16 @@ def _head(shape: Shape, tokens: int) -> float:
     return tokens * 2.0 * shape.width * shape.vocab
 
 
+def kv_bytes_ratio(method: Method, usage: Usage) -> float:
+    """Keys and values that the routed model keeps over those that the dense one keeps.
+
+    1 under KV policy `keep`; under `evict` the executed share of (token, attention unit) pairs.
+    """
+    if method.kv_policy == "keep":
+        return 1.0
+    return 1.0 - usage.sparsity("attention")
+
+
 def _query_side(shape: Shape) -> float:
     return 2.0 * 2.0 * shape.width * shape.heads * shape.head_dim
 

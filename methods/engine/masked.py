@@ -21,6 +21,8 @@ class MaskedExecutor:
         """Residual stream after the unit, [B, T, D]."""
         decision = self.routing.decide(unit)
         executed = self._execute(unit, decision)
+        if self.routing.unit_observer is not None:
+            self.routing.unit_observer(unit, decision, executed)
         estimate = self.routing.method.approximate(unit.site, unit.x_BTD)
         bypassed = unit.residual_BTD if estimate is None else unit.residual_BTD + estimate
         if not self.routing.training:

@@ -18,6 +18,7 @@ from methods.base import Decision, Kind, Method, RouteContext, Site
 from methods.engine.adapter import LayerParts, decoder, layers_of, shape_of
 from methods.engine.clock import Clock, NoClock
 from methods.engine.counters import Counters
+from methods.engine.lora import applied, suspended
 from methods.engine.padding import valid_and_positions
 from methods.engine.unit import LayerInputs, Unit
 
@@ -64,6 +65,8 @@ class Routing:
     """Told what the gathered path is about to do."""
     draw: Callable[[Site, Tensor], Tensor] | None = None
     """(site, valid_BT) -> execute_BT instead of the router's decision, to time any sparsity."""
+    unit_observer: Callable[[Unit, Decision, Tensor], None] | None = None
+    """Called by the masked path with (unit, decision, residual stream after execution)."""
     decisions: dict[Site, Decision] = field(default_factory=dict)
     """Decisions of the last training forward, with gradient."""
 
@@ -93,7 +96,8 @@ class Routing:
         """Run the untouched computation inside the block."""
         self.paused = True
         try:
-            yield
+            with suspended(self.method.adapter):
+                yield
         finally:
             self.paused = False
 
@@ -131,7 +135,10 @@ def routed(model: PreTrainedModel, method: Method, mode: Mode = "masked") -> Ite
     if sites - known:
         raise ValueError(f"sites outside the model: {sorted(sites - known)}")
     routing = Routing(method=method, counters=Counters(shape))
-    with swapped(model, sites, executors[mode](routing), routing.state, lambda: routing.paused):
+    with (
+        applied(method.adapter),
+        swapped(model, sites, executors[mode](routing), routing.state, lambda: routing.paused),
+    ):
         stack = decoder(model)
         hooks = [
             stack.register_forward_pre_hook(lambda *_: _start_count(routing)),
