@@ -7,6 +7,7 @@ from torch import Tensor
 
 from methods.engine.evict import KeptKeys
 from methods.engine.masked import MaskedExecutor
+from methods.engine.one_token import OneToken
 from methods.engine.rows import Rows, bypassed_index, executed_rows, put, rank_BT, take
 from methods.engine.unit import Unit
 from methods.engine.wrap import Routing
@@ -21,38 +22,30 @@ class GatheredExecutor:
 
     def __init__(self, routing: Routing) -> None:
         self.routing, self.masked = routing, MaskedExecutor(routing)
+        self.one_token = OneToken(routing)
 
     def __call__(self, unit: Unit) -> Tensor:
         """Residual stream after the unit, [B, T, D]."""
         routing = self.routing
+        if routing.training or torch.is_grad_enabled():
+            self.one_token.forget()
         if routing.training:
             return self.masked(unit)
         evicts = routing.method.kv_policy == "evict" and unit.attends
+        if unit.residual_BTD.shape[:2] == (1, 1) and not evicts:
+            done = self.one_token(unit)
+            if done is not None:
+                return done
         with routing.clock.part("router"):
             execute = routing.decide(unit).execute_BT
             keys_BT = _keys_in_sight(unit, execute) if evicts else None
             routing.counters.add(unit.site, execute, keys_BT)
-        if execute.numel() == 1 and not evicts:
-            return self._one_token(unit, bool(execute))
         with routing.clock.part("rows"):
             rows = executed_rows(execute)
         if len(rows.index_N) == execute.numel() and not evicts:
             with routing.clock.part(unit.site.kind):
                 return unit.run()
         return self._add(unit, rows, execute)
-
-    def _one_token(self, unit: Unit, execute: bool) -> Tensor:
-        """Decoding one sequence: a number decides, and nothing is gathered."""
-        clock = self.routing.clock
-        if execute:
-            with clock.part(unit.site.kind):
-                return unit.run()
-        if unit.attends:
-            with clock.part("keys"):
-                unit.write_keys()
-        with clock.part("forecast"):
-            estimate = self.routing.method.approximate(unit.site, unit.x_BTD)
-            return unit.residual_BTD if estimate is None else unit.residual_BTD + estimate
 
     def _add(self, unit: Unit, rows: Rows, execute_BT: Tensor) -> Tensor:
         method, valid_BT, clock = (

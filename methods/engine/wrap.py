@@ -20,7 +20,7 @@ from methods.engine.clock import Clock, NoClock
 from methods.engine.counters import Counters
 from methods.engine.lora import applied, suspended
 from methods.engine.padding import valid_and_positions
-from methods.engine.unit import LayerInputs, Unit
+from methods.engine.unit import LayerInputs, Unit, normed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,6 +43,8 @@ class ForwardState:
     positions_BT: Tensor | None = None
     past: int = 0
     """Tokens that the cache held before this forward."""
+    threshold: float | None = None
+    """The method's threshold on the host, read once a forward where a path needs it there."""
 
 
 @dataclass
@@ -69,6 +71,11 @@ class Routing:
     """Called by the masked path with (unit, decision, residual stream after execution)."""
     decisions: dict[Site, Decision] = field(default_factory=dict)
     """Decisions of the last training forward, with gradient."""
+
+    @property
+    def watched(self) -> bool:
+        """True if somebody reads decisions as they are made."""
+        return self.observer is not None or self.unit_observer is not None
 
     def decide(self, unit: Unit) -> Decision:
         """Ask the method; padding is bypassed. The executor counts what it executes."""
@@ -201,6 +208,7 @@ def _read_inputs(state: ForwardState, args: tuple[Any, ...], kwargs: dict[str, A
     if tokens is None:
         tokens = kwargs["inputs_embeds"]
     cache = kwargs.get("past_key_values")
+    state.threshold = None
     state.past = int(cache.get_seq_length()) if cache is not None else 0
     state.valid_BT, state.positions_BT = valid_and_positions(
         args[1] if len(args) > 1 else kwargs.get("attention_mask"),
@@ -242,7 +250,7 @@ def _layer_forward(
         for kind in kinds:
             norm = part.mlp_norm if kind == "mlp" else part.attention_norm
             site = Site(index, kind)
-            unit = Unit(site, part, hidden_states, norm(hidden_states), inputs)
+            unit = Unit(site, part, hidden_states, normed(norm, hidden_states), inputs)
             hidden_states = executor(unit) if site in sites else unit.run()
         return hidden_states
 
