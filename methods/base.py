@@ -8,12 +8,17 @@ Shapes: B batch, T tokens, D model width, N valid tokens of a batch (padding rem
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from methods.recipe import Budget as Budget
+from methods.recipe import LoraSpec as LoraSpec
+from methods.recipe import Stage as Stage
+from methods.recipe import StageBudget as StageBudget
 
 Kind = Literal["attention", "mlp", "block"]
 KVPolicy = Literal["keep", "evict"]
@@ -90,7 +95,7 @@ class RouteContext:
 
 @dataclass
 class UnitView:
-    """One unit under the dense forward: what a forecaster learns from."""
+    """One unit under the dense (or the routed) forward: what a forecaster learns from."""
 
     site: Site
     x_ND: Tensor
@@ -99,6 +104,8 @@ class UnitView:
     """The unit's output, before the residual addition."""
     residual_ND: Tensor
     """Residual stream that enters the unit."""
+    execute_N: Tensor | None = None
+    """bool, under the routed forward: which tokens execute the unit."""
 
 
 @dataclass
@@ -129,6 +136,8 @@ class RoutedScores:
     """float32, same length: units that each score decides for (a block's count 2)."""
     total_weight: float
     """Pairs over all units, never routed ones included."""
+    is_mlp: Tensor
+    """bool, same length: True for the score of an MLP unit."""
 
 
 class Probe(Protocol):
@@ -138,6 +147,12 @@ class Probe(Protocol):
 
     def stream(self, visit: Callable[[UnitView], None], split: str = "train") -> None:
         """Call `visit` for every unit and batch under the dense forward, without gradient."""
+
+    def stream_routed(self, visit: Callable[[UnitView], None]) -> None:
+        """The same for every routed site under the routed forward, on train text.
+
+        Every unit runs for every token; those that bypass it go on with their estimate.
+        """
 
     def loss(self, bypassed: Collection[Site]) -> float:
         """LM loss in nats per token on calibration text with these sites bypassed by all."""
@@ -150,69 +165,30 @@ class Probe(Protocol):
 
 
 @dataclass(frozen=True)
-class StageBudget:
-    """How much one stage may spend."""
-
-    steps: int
-    batch_size: int
-    seq_len: int
-    accumulate: int = 1
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that the stage reads in all."""
-        return self.steps * self.accumulate * self.batch_size * self.seq_len
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Equal for all methods that are compared."""
-
-    name: str
-    fit_tokens: int
-    """Tokens of training text that a training-free fit reads."""
-    calibration_tokens: int
-    sensitivity_tokens: int
-    forecasters: StageBudget
-    """Unit-wise regression by gradient."""
-    routers: StageBudget
-    """Gradient training of routers (and of what is trained with them)."""
-
-
-@dataclass
-class Stage:
-    """One step of a recipe: either `fit` (no gradient) or `loss` with `parameters`."""
-
-    name: str
-    fit: Callable[[Probe], None] | None = None
-    loss: Callable[[UnitView], Tensor] | Callable[[RoutedView], Tensor] | None = None
-    forward: Literal["dense", "routed"] = "routed"
-    """`dense`: `loss` sees a UnitView per unit; `routed`: a RoutedView per batch."""
-    parameters: Sequence[nn.Parameter] = field(default_factory=list)
-    budget: StageBudget | None = None
-    lr: float = 1e-3
-    schedule: Literal["constant", "cosine"] = "constant"
-    warmup: float = 0.0
-    """Share of the steps with a linearly rising learning rate."""
-    weight_decay: float = 0.01
-    clip_norm: float = 1.0
-    per_target: bool = False
-    """True if the product depends on the target sparsity; others are shared by a sweep."""
-    calibrate_first: bool = False
-    """Set the threshold for the target (or for each of `targets`) before the first step."""
-    targets: Sequence[float] = ()
-    """Train for several target sparsities in turn; each step runs at the threshold that was
-    calibrated for its target before the stage (0 without `calibrate_first`)."""
-    report: Callable[[Probe], dict[str, float]] | None = None
-    """Figures worth keeping in the result record, measured after the stage."""
-
-
-@dataclass(frozen=True)
 class SiteCost:
     """Analytic FLOPs that a method adds per token at one site (multiply and add count two)."""
 
     route: float = 0.0
     approximate: float = 0.0
+
+
+@dataclass(frozen=True)
+class LinearUnit:
+    """A site whose decision and estimate are plain maps of the unit's normalised input x.
+
+    It executes where x @ score_D + offset is above the threshold; a bypassed token gets
+    up @ act(down @ x + down_bias) + bias, or nothing without `down_rD`. All float32.
+    """
+
+    score_D: Tensor
+    offset: Tensor
+    """0-dim."""
+    down_rD: Tensor | None = None
+    down_bias_r: Tensor | None = None
+    up_Dr: Tensor | None = None
+    bias_D: Tensor | None = None
+    silu: bool = False
+    """SiLU between the two maps; else none."""
 
 
 class Method(nn.Module):
@@ -222,7 +198,7 @@ class Method(nn.Module):
     buffer, so that saving and loading keeps the decision exactly.
     """
 
-    kv_policy: ClassVar[KVPolicy] = "keep"
+    kv_policy: KVPolicy = "keep"
     paper: ClassVar[str] = ""
     threshold: Tensor
 
@@ -232,6 +208,8 @@ class Method(nn.Module):
             raise ValueError(f"sparsity must lie in [0, 1), not {sparsity}")
         self.sparsity = sparsity
         self.shape: Shape | None = None
+        self.adapter: nn.Module | None = None
+        """LoRA factors of a stage with `lora`; the engine makes and applies them."""
         self.register_buffer("threshold", torch.tensor(float("-inf")))
 
     def setup(self, shape: Shape) -> None:
@@ -257,9 +235,19 @@ class Method(nn.Module):
         """What a bypassed token gets instead of the unit's output; None means skip (zero)."""
         return None
 
+    def linear(self, site: Site) -> LinearUnit | None:
+        """What `route` and `approximate` do at evaluation, if it is this simple.
+
+        Fused execution then calls neither of the two; None (the default) keeps to them.
+        """
+        return None
+
     def cost(self, site: Site) -> SiteCost:
         """Analytic FLOPs per token that routing and approximating add at this site."""
         return SiteCost()
+
+    def adopt(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Take the shapes of saved tensors, by state name, that a fit may have chosen."""
 
     def fit(self, probe: Probe) -> None:
         """Training-free fitting, before `stages`; must not depend on the target sparsity."""

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from methods.base import Decision, Method, RoutedScores, Shape, Site, UnitView
 from methods.engine.adapter import decoder, shape_of
-from methods.engine.observe import bypassed, gradient_norms, observed
+from methods.engine.observe import bypassed, observed, observed_routed, unit_gradients
 from methods.engine.wrap import routed, routing_of
 from runners.losses import language_model_loss
 from runners.progress import progress
@@ -43,6 +43,7 @@ class ModelProbe:
         self.batch_tokens = batch_tokens
         self.shape: Shape = shape_of(model.config)
         self.tokens_read = 0
+        self._sensitivity: dict[Site, float] | None = None
 
     @torch.no_grad()
     def stream(self, visit: Callable[[UnitView], None], split: str = "train") -> None:
@@ -50,6 +51,12 @@ class ModelProbe:
         rows = self.text.train if split == "train" else self.text.calibration
         with observed(self.model, visit):
             self._run_decoder(rows, f"dense pass ({split})")
+
+    @torch.no_grad()
+    def stream_routed(self, visit: Callable[[UnitView], None]) -> None:
+        """Routed forward over the train split at the method's threshold."""
+        with observed_routed(self.model, self.method, visit):
+            self._run_decoder(self.text.train, "routed pass (train)")
 
     @torch.no_grad()
     def loss(self, bypassed_sites: Collection[Site]) -> float:
@@ -63,13 +70,22 @@ class ModelProbe:
         return total / count
 
     def sensitivity(self) -> dict[Site, float]:
-        """Root mean square of d(mean LM loss)/d(unit output), from backward passes."""
+        """Root mean square of d(mean LM loss)/d(unit output), from backward passes; made once."""
+        if self._sensitivity is None:
+            self._sensitivity = self._measure_sensitivity()
+        return dict(self._sensitivity)
+
+    def _measure_sensitivity(self) -> dict[Site, float]:
         sums: dict[Site, Tensor] = {}
         count = 0
-        with gradient_norms(self.model, sums):
+
+        def add(site: Site, gradient_ND: Tensor) -> None:
+            total = gradient_ND.float().square().sum(-1).sum()
+            sums[site] = sums[site] + total if site in sums else total
+
+        with unit_gradients(self.model, add):
             for batch in progress(self._batches(self.text.sensitivity), "sensitivity"):
-                loss = language_model_loss(self.model, batch)
-                loss.backward()
+                language_model_loss(self.model, batch).backward()
                 count += batch.numel()
         scale = count * self.shape.width
         return {site: float((total / scale).sqrt()) for site, total in sums.items()}
@@ -79,11 +95,13 @@ class ModelProbe:
         """Route the calibration text with this threshold; the method's own is put back."""
         scores: list[Tensor] = []
         weights: list[Tensor] = []
+        is_mlp: list[Tensor] = []
 
         def observe(site: Site, decision: Decision, valid_BT: Tensor) -> None:
             kept = decision.scores_BT[valid_BT].float()
             scores.append(kept)
             weights.append(torch.full_like(kept, float(len(site.units))))
+            is_mlp.append(torch.full_like(kept, site.kind == "mlp", dtype=torch.bool))
 
         before = self.method.threshold.clone()
         self.method.threshold.fill_(threshold)
@@ -101,6 +119,7 @@ class ModelProbe:
             scores=torch.cat(scores) if scores else empty,
             weights=torch.cat(weights) if weights else empty,
             total_weight=float(usage.tokens * len(self.shape.units())),
+            is_mlp=torch.cat(is_mlp) if is_mlp else empty.bool(),
         )
 
     def _run_decoder(self, rows: Tensor, label: str) -> None:

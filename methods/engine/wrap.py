@@ -2,7 +2,7 @@
 
 `routed` swaps the decoder layers' `forward`; weights, classes and everything else stay as they
 are, so `generate`, lm-eval and hooks keep working. Each unit is handed to an *executor* as a
-`Unit`: the residual stream, the normalised input, and closures that run the real computation.
+`Unit`: the residual stream, the normalised input, and how to run the real computation.
 """
 
 from __future__ import annotations
@@ -12,32 +12,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from methods.base import Decision, Method, RouteContext, Site
+from methods.base import Decision, Kind, Method, RouteContext, Site
 from methods.engine.adapter import LayerParts, decoder, layers_of, shape_of
+from methods.engine.clock import Clock, NoClock
 from methods.engine.counters import Counters
-from methods.engine.gathered_attention import attend_rows
+from methods.engine.lora import applied, suspended
 from methods.engine.padding import valid_and_positions
-from methods.engine.rows import Rows, take
+from methods.engine.unit import LayerInputs, Unit, normed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Mode = Literal["masked", "gathered"]
-
-
-@dataclass
-class Unit:
-    """One sublayer or block of one forward call."""
-
-    site: Site
-    residual_BTD: Tensor
-    x_BTD: Tensor
-    run: Callable[[], Tensor]
-    """Executes the unit for every token: the residual stream that leaves it, [B, T, D]."""
-    run_rows: Callable[[Rows], Tensor]
-    """Executes the unit for these tokens only: what it adds to their residual stream, [N, D]."""
 
 
 class Executor(Protocol):
@@ -53,6 +41,10 @@ class ForwardState:
 
     valid_BT: Tensor | None = None
     positions_BT: Tensor | None = None
+    past: int = 0
+    """Tokens that the cache held before this forward."""
+    threshold: float | None = None
+    """The method's threshold on the host, read once a forward where a path needs it there."""
 
 
 @dataclass
@@ -71,19 +63,31 @@ class Routing:
     """True runs the dense model, for a teacher's logits in the middle of training."""
     observer: Callable[[Site, Decision, Tensor], None] | None = None
     """Called with (site, decision, valid_BT) after each decision."""
+    clock: Clock = field(default_factory=NoClock)
+    """Told what the gathered path is about to do."""
+    draw: Callable[[Site, Tensor], Tensor] | None = None
+    """(site, valid_BT) -> execute_BT instead of the router's decision, to time any sparsity."""
+    unit_observer: Callable[[Unit, Decision, Tensor], None] | None = None
+    """Called by the masked path with (unit, decision, residual stream after execution)."""
     decisions: dict[Site, Decision] = field(default_factory=dict)
     """Decisions of the last training forward, with gradient."""
 
+    @property
+    def watched(self) -> bool:
+        """True if somebody reads decisions as they are made."""
+        return self.observer is not None or self.unit_observer is not None
+
     def decide(self, unit: Unit) -> Decision:
-        """Ask the method, bypass padding, count."""
+        """Ask the method; padding is bypassed. The executor counts what it executes."""
         valid, positions = self.state.valid_BT, self.state.positions_BT
         assert valid is not None and positions is not None
         context = RouteContext(
             unit.residual_BTD, positions, valid, self.training, self.anneal, self.target
         )
         decision = self.method.route(unit.site, unit.x_BTD, context)
+        if self.draw is not None:
+            decision.execute_BT = self.draw(unit.site, valid)
         decision.execute_BT = decision.execute_BT & valid
-        self.counters.add(unit.site, decision.execute_BT, positions)
         if self.training:
             self.decisions[unit.site] = decision
         if self.observer is not None:
@@ -99,7 +103,8 @@ class Routing:
         """Run the untouched computation inside the block."""
         self.paused = True
         try:
-            yield
+            with suspended(self.method.adapter):
+                yield
         finally:
             self.paused = False
 
@@ -137,21 +142,33 @@ def routed(model: PreTrainedModel, method: Method, mode: Mode = "masked") -> Ite
     if sites - known:
         raise ValueError(f"sites outside the model: {sorted(sites - known)}")
     routing = Routing(method=method, counters=Counters(shape))
-    with swapped(model, sites, executors[mode](routing), routing.state, lambda: routing.paused):
-        hook = decoder(model).register_forward_pre_hook(
-            lambda *_: None if routing.paused else _count(routing)
-        )
+    with (
+        applied(method.adapter),
+        swapped(model, sites, executors[mode](routing), routing.state, lambda: routing.paused),
+    ):
+        stack = decoder(model)
+        hooks = [
+            stack.register_forward_pre_hook(lambda *_: _start_count(routing)),
+            stack.register_forward_hook(lambda *_: _end_count(routing)),
+        ]
         model.routing = routing  # type: ignore[assignment]
         try:
             yield model
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
             del model.routing
 
 
-def _count(routing: Routing) -> None:
-    assert routing.state.valid_BT is not None and routing.state.positions_BT is not None
-    routing.counters.start_forward(routing.state.valid_BT, routing.state.positions_BT)
+def _start_count(routing: Routing) -> None:
+    if not routing.paused:
+        assert routing.state.valid_BT is not None and routing.state.positions_BT is not None
+        routing.counters.start_forward(routing.state.valid_BT, routing.state.positions_BT)
+
+
+def _end_count(routing: Routing) -> None:
+    if not routing.paused:
+        routing.counters.end_forward()
 
 
 def attach(model: PreTrainedModel, method: Method) -> Method:
@@ -176,7 +193,7 @@ def swapped(
     before = [part.layer.__dict__.get("forward") for part in parts]
     try:
         for index, part in enumerate(parts):
-            part.layer.forward = _layer_forward(index, part, sites, executor, paused)
+            part.layer.forward = _layer_forward(index, part, sites, executor, state, paused)
         yield
     finally:
         hook.remove()
@@ -191,11 +208,13 @@ def _read_inputs(state: ForwardState, args: tuple[Any, ...], kwargs: dict[str, A
     if tokens is None:
         tokens = kwargs["inputs_embeds"]
     cache = kwargs.get("past_key_values")
+    state.threshold = None
+    state.past = int(cache.get_seq_length()) if cache is not None else 0
     state.valid_BT, state.positions_BT = valid_and_positions(
         args[1] if len(args) > 1 else kwargs.get("attention_mask"),
         batch=tokens.shape[0],
         tokens=tokens.shape[1],
-        past=int(cache.get_seq_length()) if cache is not None else 0,
+        past=state.past,
         device=tokens.device,
     )
 
@@ -205,63 +224,35 @@ def _layer_forward(
     part: LayerParts,
     sites: frozenset[Site],
     executor: Executor,
+    state: ForwardState,
     paused: Callable[[], bool],
 ) -> Callable[..., Tensor]:
     """A pre-norm decoder layer in which routed units go through the executor."""
-    block, attention, mlp = (Site(index, k) for k in ("block", "attention", "mlp"))
     original = part.layer.forward
-
-    def step(
-        site: Site,
-        residual: Tensor,
-        norm: nn.Module,
-        run: Callable[[Tensor, Tensor], Tensor],
-        run_rows: Callable[[Tensor, Tensor, Rows], Tensor],
-    ) -> Tensor:
-        x = norm(residual)
-        if site not in sites:
-            return run(residual, x)
-        unit = Unit(
-            site,
-            residual,
-            x,
-            run=lambda: run(residual, x),
-            run_rows=lambda rows: run_rows(residual, x, rows),
-        )
-        return executor(unit)
-
-    def run_mlp(residual: Tensor, x: Tensor) -> Tensor:
-        return residual + part.mlp(x)
-
-    def mlp_rows(residual: Tensor, x: Tensor, rows: Rows) -> Tensor:
-        return part.mlp(take(x, rows.index_N))
+    kinds: tuple[Kind, ...] = ("attention", "mlp")
+    if Site(index, "block") in sites:
+        kinds = ("block",)
+    window = getattr(part.attention, "sliding_window", None)
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if paused():
             return original(hidden_states, *args, **kwargs)
         if args:
             kwargs["attention_mask"] = args[0]
-
-        def run_attention(residual: Tensor, x: Tensor) -> Tensor:
-            return residual + part.attention(hidden_states=x, **kwargs)[0]
-
-        def run_block(residual: Tensor, x: Tensor) -> Tensor:
-            attended = run_attention(residual, x)
-            return run_mlp(attended, part.mlp_norm(attended))
-
-        def attention_rows(residual: Tensor, x: Tensor, rows: Rows) -> Tensor:
-            return attend_rows(part.attention, x, rows, **kwargs)
-
-        def block_rows(residual: Tensor, x: Tensor, rows: Rows) -> Tensor:
-            attended = attend_rows(part.attention, x, rows, **kwargs)
-            middle = take(residual, rows.index_N) + attended
-            return attended + part.mlp(part.mlp_norm(middle))
-
-        norm = part.attention_norm
-        if block in sites:
-            return step(block, hidden_states, norm, run_block, block_rows)
-        attended = step(attention, hidden_states, norm, run_attention, attention_rows)
-        return step(mlp, attended, part.mlp_norm, run_mlp, mlp_rows)
+        inputs = LayerInputs(
+            position_embeddings=kwargs.pop("position_embeddings"),
+            attention_mask=kwargs.pop("attention_mask", None),
+            past_key_values=kwargs.pop("past_key_values", None),
+            past=state.past,
+            window=window,
+            others=kwargs,
+        )
+        for kind in kinds:
+            norm = part.mlp_norm if kind == "mlp" else part.attention_norm
+            site = Site(index, kind)
+            unit = Unit(site, part, hidden_states, normed(norm, hidden_states), inputs)
+            hidden_states = executor(unit) if site in sites else unit.run()
+        return hidden_states
 
     return forward
 
