@@ -26,11 +26,16 @@ DECODE = (
 MIDDLE = (Tiles(64, 32, 128, 4, 4), Tiles(64, 64, 64, 4, 4), Tiles(64, 128, 64, 4, 4))
 """From 17 to 64 rows the weights are still most of the traffic: narrow tiles, many programs."""
 
+EXACT = (Tiles(64, 64, 32, 4, 3),)
+"""Float32 without tensor cores: larger tiles only compile for minutes."""
+
 tuner = Tuner()
 
 
-def tile_choices(rows: int) -> tuple[Tiles, ...]:
+def tile_choices(rows: int, dtype: torch.dtype) -> tuple[Tiles, ...]:
     """Candidates for a problem of so many rows at most, best guess first."""
+    if dtype == torch.float32 and rows > 16:
+        return EXACT
     if rows <= 16:
         return DECODE
     return MIDDLE if rows <= 64 else PREFILL
@@ -112,6 +117,7 @@ def check_layout(**tensors: Tensor | None) -> None:
             raise ValueError(f"{name} must be contiguous in its last dimension")
 
 
+@torch.compiler.disable
 def launch_rows(
     x: Tensor,
     index_N: Tensor,
@@ -159,4 +165,4 @@ def launch_rows(
         return lambda tiles: launch(tiles, index, rows, scratch)
 
     key = (bucket(len(index_N)), outputs, inputs, x.dtype, x.device, gather, add)
-    launch(tuner.pick(key, tile_choices(len(index_N)), trial), index_N, count, out)
+    launch(tuner.pick(key, tile_choices(len(index_N), x.dtype), trial), index_N, count, out)

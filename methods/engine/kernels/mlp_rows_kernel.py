@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from methods.engine.kernels.jit import Tiles, Tuner, bucket, dot, jit, tl
-from methods.engine.kernels.linear_rows_kernel import check_layout, tile_of
+from methods.engine.kernels.linear_rows_kernel import EXACT, check_layout, tile_of
 
 PREFILL = (
     Tiles(128, 128, 64, 8, 3),
@@ -29,8 +29,10 @@ MIDDLE = (Tiles(64, 32, 128, 4, 3), Tiles(64, 64, 64, 4, 4), Tiles(64, 128, 64, 
 tuner = Tuner()
 
 
-def tile_choices(rows: int) -> tuple[Tiles, ...]:
+def tile_choices(rows: int, dtype: torch.dtype) -> tuple[Tiles, ...]:
     """Candidates for a problem of so many rows at most, best guess first."""
+    if dtype == torch.float32 and rows > 16:
+        return EXACT
     if rows <= 16:
         return DECODE
     return MIDDLE if rows <= 64 else PREFILL
@@ -100,6 +102,7 @@ def swiglu_kernel(
     tl.store(out_tile, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+@torch.compiler.disable
 def launch_swiglu(
     x_ND: Tensor,
     index_N: Tensor,
@@ -147,5 +150,5 @@ def launch_swiglu(
         return lambda tiles: launch(tiles, index, rows)
 
     key = (bucket(len(index_N)), outputs, inputs, x_ND.dtype, x_ND.device)
-    launch(tuner.pick(key, tile_choices(len(index_N)), trial), index_N, count)
+    launch(tuner.pick(key, tile_choices(len(index_N), x_ND.dtype), trial), index_N, count)
     return out_NF

@@ -72,6 +72,7 @@ def partition_kernel(
     tl.store(index_ptr + rank, place.to(tl.int64), mask=inside)
 
 
+@torch.compiler.disable
 def launch_partition(execute_BT: Tensor, valid_BT: Tensor) -> Partition:
     """`partition` by the kernel; arguments as there."""
     batch, tokens = execute_BT.shape

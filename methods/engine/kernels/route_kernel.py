@@ -193,6 +193,7 @@ def tile_sizes(rows: int, width: int, rank: int) -> tuple[int, int, int]:
     return tile, floor_power(slices), 128 if rows > 64 else 64
 
 
+@torch.compiler.disable
 def launch_route(
     x_ND: Tensor,
     residual_ND: Tensor,

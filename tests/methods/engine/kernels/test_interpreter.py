@@ -22,6 +22,7 @@ FOLDER = Path(__file__).parent / "interpreted"
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 @pytest.mark.skipif(torch.cuda.is_available() or interpreting(), reason="the folder runs directly")
+@pytest.mark.timeout(900)
 def test_under_the_interpreter():
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(FOLDER)],

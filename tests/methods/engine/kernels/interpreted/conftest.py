@@ -22,7 +22,7 @@ def small_tiles():
     """Every edge of a tile is met by a problem of a few dozen rows."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (linear_rows_kernel, mlp_rows_kernel):
-            patch.setattr(module, "tile_choices", lambda rows: SMALL)
+            patch.setattr(module, "tile_choices", lambda *_: SMALL)
         patch.setattr(attend_rows_launch, "PREFILL", SMALL)
         patch.setattr(attend_rows_launch, "DECODE", SMALL)
         yield

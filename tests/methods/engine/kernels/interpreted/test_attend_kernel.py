@@ -86,7 +86,7 @@ def check(
     assert close(found[:count], expected.to(dtype))
 
 
-@settings(max_examples=14, deadline=None, derandomize=True)
+@settings(max_examples=10, deadline=None, derandomize=True)
 @given(
     batch=st.integers(1, 3),
     tokens=st.sampled_from([1, 2, 17, 33]),
@@ -102,7 +102,7 @@ def test_keep(device, small_tiles, **drawn):
     check(device, **drawn)
 
 
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=7, deadline=None, derandomize=True)
 @given(
     batch=st.integers(1, 3),
     tokens=st.sampled_from([1, 3, 19, 34]),
