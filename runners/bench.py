@@ -15,17 +15,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from methods.base import Method, Site
-from methods.engine.cache import allocated_bytes, cache_bytes, roomy_cache
+from methods.engine.cache import roomy_cache
 from methods.engine.clock import PartClock
 from methods.engine.counters import Usage
 from methods.engine.flops import flops_ratio
+from methods.engine.kernels.choose import Kernels
 from methods.engine.traffic import dense_bytes, routed_bytes
 from methods.engine.wrap import Routing, routed, routing_of
+from runners.decoder import Decoder
 from runners.stopwatch import Timing, interleaved, ratio, timed
 
 Draw = Callable[[Site, Tensor], Tensor]
-DRAWS = 16
-"""Different random decisions per site."""
 
 
 class Bench:
@@ -37,6 +37,8 @@ class Bench:
         ids_RT: int64 rows of text, as long as the longest case.
         draw: decisions instead of the router's (which still runs); None takes the router's.
         warmup, repeats: rounds before the clock, and timed ones.
+        kernels: of the gathered path.
+        graphs: decode by CUDA graphs, dense and routed alike.
     """
 
     def __init__(
@@ -48,10 +50,13 @@ class Bench:
         draw: Draw | None,
         warmup: int,
         repeats: int,
-        kernels: str = "auto",
+        kernels: Kernels = "auto",
+        graphs: bool = False,
     ) -> None:
         self.model, self.method, self.ids_RT, self.draw = model, method, ids_RT, draw
-        self.warmup, self.repeats, self.kernels = warmup, repeats, kernels
+        self.warmup, self.repeats = warmup, repeats
+        self.kernels: Kernels = kernels
+        self.graphs = graphs
         self.device = next(model.parameters()).device
 
     @torch.no_grad()
@@ -79,39 +84,38 @@ class Bench:
 
     @torch.no_grad()
     def decode(self, context: int, batch: int, steps: int) -> dict[str, Any]:
-        """`steps` tokens after a real cache of `context` tokens, one forward each."""
+        """`steps` tokens after a real cache of `context` tokens, one forward each.
+
+        With `graphs` both models replay a CUDA graph of one step, over a static cache.
+        """
         ids = self._rows(batch, context + steps)
-        caches = [roomy_cache(self.model) for _ in range(2)]
-        usage: list[Usage] = []
-        self.model(input_ids=ids[:, :context], past_key_values=caches[0], logits_to_keep=1)
-        with self._routed():
-            self.model(input_ids=ids[:, :context], past_key_values=caches[1], logits_to_keep=1)
-        held = [cache_bytes(cache) for cache in caches]
-        allocated = [allocated_bytes(cache) for cache in caches]
-
-        def forward(cache: Any) -> None:
-            for place in range(context, context + steps):
-                self.model(input_ids=ids[:, place : place + 1], past_key_values=cache)
-
-        def run_dense() -> float:
-            taken = timed(lambda: forward(caches[0]), self.device)
-            caches[0].crop(-steps)
-            return taken
+        dense_steps = Decoder(self.model, ids, context, graphs=self.graphs)
+        with self._routed() as routing:
+            routed_steps = Decoder(self.model, ids, context, graphs=self.graphs)
+            routing.reset_counters()
+            routed_steps.run(steps, graph=False)
+            usage = routing.counters.read()
+            clock = PartClock(self.device)
+            routing.clock = clock
+            whole = timed(lambda: routed_steps.run(steps, graph=False), self.device)
 
         def run_routed() -> float:
-            with self._routed() as routing:
-                taken = timed(lambda: forward(caches[1]), self.device)
-                usage.append(routing.counters.read())
-            caches[1].crop(-steps)
-            return taken
+            with self._routed():
+                return timed(lambda: routed_steps.run(steps), self.device)
 
-        dense, sparse = self._interleave([run_dense, run_routed], f"decode {batch} x {context}")
-        reads = dense_bytes(self.model, usage[-1])
-        bound = reads / routed_bytes(self.model, self.method, usage[-1])
-        entry = self._entry(dense, sparse, batch * steps, bound, usage[-1])
-        for name, pair in (("cache_bytes", held), ("cache_allocated_bytes", allocated)):
-            entry[name] = dict(zip(("dense", "routed"), pair, strict=True))
-        parts = self._parts(lambda: forward(caches[1]))
+        dense, sparse = self._interleave(
+            [lambda: timed(lambda: dense_steps.run(steps), self.device), run_routed],
+            f"decode {batch} x {context}",
+        )
+        reads = dense_bytes(self.model, usage)
+        bound = reads / routed_bytes(self.model, self.method, usage)
+        entry = self._entry(dense, sparse, batch * steps, bound, usage)
+        for name in ("cache_bytes", "cache_allocated_bytes"):
+            entry[name] = {
+                "dense": getattr(dense_steps, name),
+                "routed": getattr(routed_steps, name),
+            }
+        parts = _with_rest(clock, whole)
         return {"context": context, "batch": batch, "steps": steps, **entry, "parts_s": parts}
 
     def _interleave(self, runs: list[Callable[[], float]], label: str) -> list[Timing]:
@@ -145,12 +149,11 @@ class Bench:
         with self._routed() as routing:
             clock = PartClock(self.device)
             routing.clock = clock
-            whole = timed(forward, self.device)
-        return {**clock.seconds, "other": max(0.0, whole - sum(clock.seconds.values()))}
+            return _with_rest(clock, timed(forward, self.device))
 
     @contextmanager
     def _routed(self) -> Iterator[Routing]:
-        with routed(self.model, self.method, "gathered"):
+        with routed(self.model, self.method, "gathered", kernels=self.kernels):
             routing = routing_of(self.model)
             routing.draw = self.draw
             yield routing
@@ -159,30 +162,5 @@ class Bench:
         return self.ids_RT[:batch, :tokens].to(self.device)
 
 
-class RandomDraw:
-    """Bernoulli decisions at a sparsity, a few drawn per site and shape, then replayed in turn.
-
-    Args:
-        sparsity: over all units of the model; sites that cover only part of them bypass more.
-        covered: share of all units that the method routes.
-
-    Raises:
-        ValueError: more than the method's sites can bypass.
-    """
-
-    def __init__(self, sparsity: float, covered: float, seed: int, device: torch.device) -> None:
-        if sparsity > covered:
-            raise ValueError(f"sparsity {sparsity} is out of reach: {covered:.3f} of units routed")
-        self.share = sparsity / covered if covered else 0.0
-        self.generator = torch.Generator(device=device).manual_seed(seed)
-        self.turn: dict[Site, int] = {}
-        self.drawn: dict[tuple[Site, int, tuple[int, ...]], Tensor] = {}
-
-    def __call__(self, site: Site, valid_BT: Tensor) -> Tensor:
-        """Bool [B, T]."""
-        turn = self.turn[site] = (self.turn.get(site, 0) + 1) % DRAWS
-        key = (site, turn, tuple(valid_BT.shape))
-        if key not in self.drawn:
-            draw = torch.rand(valid_BT.shape, generator=self.generator, device=valid_BT.device)
-            self.drawn[key] = draw >= self.share
-        return self.drawn[key]
+def _with_rest(clock: PartClock, whole: float) -> dict[str, float]:
+    return {**clock.seconds, "other": max(0.0, whole - sum(clock.seconds.values()))}

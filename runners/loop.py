@@ -192,7 +192,7 @@ class Loop:
             return dict.fromkeys(targets, 0.0)
         found = {}
         for target in targets:
-            self.method.calibrate(self.probe, target)
+            self.method.calibrate(self.probe.sample(), target)
             found[target] = float(self.method.threshold)
         return found
 

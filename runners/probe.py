@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,8 +43,13 @@ class ModelProbe:
         self.model, self.method, self.text = model, method, text
         self.batch_tokens = batch_tokens
         self.shape: Shape = shape_of(model.config)
-        self.tokens_read = 0
+        self._read = [0]
         self._sensitivity: dict[Site, float] | None = None
+
+    @property
+    def tokens_read(self) -> int:
+        """Tokens that passed the model, those of samples included."""
+        return self._read[0]
 
     @torch.no_grad()
     def stream(self, visit: Callable[[UnitView], None], split: str = "train") -> None:
@@ -90,6 +96,13 @@ class ModelProbe:
         scale = count * self.shape.width
         return {site: float((total / scale).sqrt()) for site, total in sums.items()}
 
+    def sample(self) -> ModelProbe:
+        """The same on a quarter of the calibration text; the tokens count here."""
+        rows = self.text.calibration[: max(1, len(self.text.calibration) // 4)]
+        part = copy.copy(self)
+        part.text = replace(self.text, calibration=rows)
+        return part
+
     @torch.no_grad()
     def routed_scores(self, threshold: float) -> RoutedScores:
         """Route the calibration text with this threshold; the method's own is put back."""
@@ -129,5 +142,5 @@ class ModelProbe:
     def _batches(self, rows: Tensor) -> list[Tensor]:
         size = max(1, self.batch_tokens // rows.shape[1])
         device = next(self.model.parameters()).device
-        self.tokens_read += rows.numel()
+        self._read[0] += rows.numel()
         return [rows[i : i + size].to(device) for i in range(0, len(rows), size)]

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from methods.base import Method
-from runners.bench import Bench, RandomDraw
+from runners.bench import Bench
 from runners.corpus import pack_tokens
+from runners.draws import RandomDraw
 from runners.errors import UserError
 from runners.point import Point
 from runners.provenance import provenance
@@ -48,6 +49,7 @@ def measure(point: Point, settings: Mapping[str, Any]) -> dict[str, Any]:
         warmup=warmup,
         repeats=repeats,
         kernels=settings["kernels"],
+        graphs=device.type == "cuda" if settings["graphs"] == "auto" else settings["graphs"],
     )
     prefill = [
         _logged("prefill", bench.prefill(tokens, batch))
@@ -64,6 +66,8 @@ def measure(point: Point, settings: Mapping[str, Any]) -> dict[str, Any]:
         "trained": settings["trained"],
         "warmup": warmup,
         "repeats": repeats,
+        "graphs": bench.graphs,
+        "kernels": settings["kernels"],
         "attention": point.base.model.config._attn_implementation,
         "dtype": str(point.base.model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),

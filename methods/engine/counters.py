@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from methods.base import Shape, Site
+from methods.engine.padding import capturing
 
 
 class Counters:
@@ -46,6 +47,10 @@ class Counters:
     def end_forward(self) -> None:
         """Add what the forward noted; a few operations whatever the number of sites."""
         assert self._valid_BT is not None and self._keys_BT is not None, "start_forward first"
+        if capturing():
+            # a replay would add the same tensors again and again: graphs are not counted
+            self._open = []
+            return
         valid = self._valid_BT
         self._tokens = _plus(self._tokens, _sums(valid[None], self._keys_BT, valid)[0])
         if self._open:

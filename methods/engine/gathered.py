@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from methods.engine.evict import KeptKeys
+from methods.engine.fused import FusedExecutor
+from methods.engine.kernels.choose import use_triton
 from methods.engine.masked import MaskedExecutor
 from methods.engine.one_token import OneToken
 from methods.engine.rows import Rows, bypassed_index, executed_rows, put, rank_BT, take
@@ -23,6 +25,7 @@ class GatheredExecutor:
     def __init__(self, routing: Routing) -> None:
         self.routing, self.masked = routing, MaskedExecutor(routing)
         self.one_token = OneToken(routing)
+        self.fused = FusedExecutor(routing, routing.kernels)
 
     def __call__(self, unit: Unit) -> Tensor:
         """Residual stream after the unit, [B, T, D]."""
@@ -31,6 +34,8 @@ class GatheredExecutor:
             self.one_token.forget()
         if routing.training:
             return self.masked(unit)
+        if use_triton(routing.kernels, unit.x_BTD) and self.fused.covers(unit):
+            return self.fused(unit)
         evicts = routing.method.kv_policy == "evict" and unit.attends
         if unit.residual_BTD.shape[:2] == (1, 1) and not evicts:
             done = self.one_token(unit)

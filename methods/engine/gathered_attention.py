@@ -66,7 +66,7 @@ def attend_rows(
         sequences = _kept_by_executed(attention, x_ND, rows, inputs, angles)
     if not len(x_ND):
         return x_BTD.new_zeros(0, x_BTD.shape[-1])
-    query_NHd = _rotate(_heads(attention, "q", x_ND), *angles)
+    query_NHd = rotate(heads_of(attention, "q", x_ND), *angles)
     out = torch.empty_like(query_NHd)
     start = 0
     for sequence in sequences:
@@ -83,15 +83,15 @@ def _kept_by_all(
     """Policy `keep`: keys of every token, the cache's first; they enter it whatever follows."""
     key, value = keys_of_all(attention, x_BTD, inputs)
     # a window has dropped keys before the first, a static cache has empty slots after the last
-    first = min(inputs.past, key.shape[2] - rows.tokens)
+    first = min(int(inputs.past), key.shape[2] - rows.tokens)
     return _split_by_sequence(key, value, first, rows, inputs.attention_mask)
 
 
 def keys_of_all(attention: Any, x_BTD: Tensor, inputs: LayerInputs) -> tuple[Tensor, Tensor]:
     """Keys and values of every token, after those of the cache, which they enter: [B, K, S, d]."""
     cos, sin = (angle.unsqueeze(2) for angle in inputs.position_embeddings)
-    key = _rotate(_heads(attention, "k", x_BTD), cos, sin).transpose(1, 2)
-    value = _heads(attention, "v", x_BTD).transpose(1, 2)
+    key = rotate(heads_of(attention, "k", x_BTD), cos, sin).transpose(1, 2)
+    value = heads_of(attention, "v", x_BTD).transpose(1, 2)
     if inputs.past_key_values is not None:
         key, value = inputs.past_key_values.update(key, value, attention.layer_idx)
     return key, value
@@ -122,8 +122,8 @@ def _kept_by_executed(
     if not len(x_ND):
         kept.skip(rows)
         return iter(())
-    key = _rotate(_heads(attention, "k", x_ND), *angles)
-    before = kept.append(key, _heads(attention, "v", x_ND), rows)
+    key = rotate(heads_of(attention, "k", x_ND), *angles)
+    before = kept.append(key, heads_of(attention, "v", x_ND), rows)
     return _kept_sequences(kept, before, rows, inputs.window)
 
 
@@ -197,11 +197,15 @@ def _both(causal_NS: Tensor, mask_NS: Tensor) -> Tensor:
     return mask_NS.masked_fill(~causal_NS, torch.finfo(mask_NS.dtype).min)
 
 
-def _heads(attention: Any, name: str, x: Tensor) -> Tensor:
+def heads_of(attention: Any, name: str, x: Tensor) -> Tensor:
     """Projection `name` (q, k or v) split into heads and normed: [..., D] -> [..., heads, d]."""
-    projected = getattr(attention, f"{name}_proj")(x)
+    return split_heads(attention, name, getattr(attention, f"{name}_proj")(x))
+
+
+def split_heads(attention: Any, name: str, projected: Tensor) -> Tensor:
+    """[..., heads * d] -> [..., heads, d], normed where the family does."""
     number = projected.shape[-1] // attention.head_dim
-    heads: Tensor = projected.view(*x.shape[:-1], number, attention.head_dim)
+    heads: Tensor = projected.view(*projected.shape[:-1], number, attention.head_dim)
     norm = getattr(attention, f"{name}_norm", None)
     return heads if norm is None else norm(heads)
 
@@ -215,7 +219,7 @@ def _angles(inputs: LayerInputs, rows: Rows, batch: int) -> tuple[Tensor, Tensor
     return cos, sin
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding, halves paired (Su et al., arXiv 2104.09864)."""
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-b, a), dim=-1) * sin

@@ -41,5 +41,5 @@ class MaskedExecutor:
             kept = layer_of(cache, unit.site.layer, FlaggedKeys).note(execute)
         tokens = execute.shape[1]
         self.routing.counters.add(unit.site, execute, kept.long().cumsum(1)[:, -tokens:])
-        mask = visible(kept, unit.inputs.attention_mask, past=unit.inputs.past, tokens=tokens)
+        mask = visible(kept, unit.inputs.attention_mask, past=int(unit.inputs.past), tokens=tokens)
         return unit.run(unit.inputs.masked_by(mask))

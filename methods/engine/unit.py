@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from methods.base import KVPolicy, Site
@@ -24,8 +24,8 @@ class LayerInputs:
     attention_mask: Tensor | None
     """None (causal), or [B, 1, T, keys], bool or additive."""
     past_key_values: Any
-    past: int
-    """Tokens that the cache held when the forward began."""
+    past: int | Tensor
+    """Tokens that the cache held when the forward began; a tensor while a graph is captured."""
     window: int | None
     """Sliding-window size of this layer's attention, if it has one."""
     others: dict[str, Any]
@@ -111,14 +111,19 @@ def normed(norm: Any, x: Tensor) -> Tensor:
     return out
 
 
+def is_swiglu(mlp: Any) -> bool:
+    """True for down(silu(gate(x)) * up(x)), by the names that the known families use."""
+    silu = type(getattr(mlp, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
+    return silu and all(hasattr(mlp, f"{name}_proj") for name in ("gate", "up", "down"))
+
+
 def swiglu(mlp: Any, x_ND: Tensor) -> Tensor:
     """The MLP on gathered rows, [N, D], with its intermediates in place where nothing needs them.
 
     At thousands of rows the intermediates are larger than the caches; writing each once instead
     of three times is a quarter of the time of the module's own forward.
     """
-    usual = isinstance(getattr(mlp, "act_fn", None), nn.SiLU) and hasattr(mlp, "gate_proj")
-    if not usual or torch.is_grad_enabled():
+    if not is_swiglu(mlp) or torch.is_grad_enabled():
         delta: Tensor = mlp(x_ND)
         return delta
     hidden = functional.silu(mlp.gate_proj(x_ND), inplace=True)

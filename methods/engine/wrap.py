@@ -18,8 +18,9 @@ from methods.base import Decision, Kind, Method, RouteContext, Site
 from methods.engine.adapter import LayerParts, decoder, layers_of, shape_of
 from methods.engine.clock import Clock, NoClock
 from methods.engine.counters import Counters
+from methods.engine.kernels.choose import Kernels
 from methods.engine.lora import applied, suspended
-from methods.engine.padding import valid_and_positions
+from methods.engine.padding import leading_padding, tokens_in, valid_and_positions
 from methods.engine.unit import LayerInputs, Unit, normed
 
 if TYPE_CHECKING:
@@ -41,8 +42,12 @@ class ForwardState:
 
     valid_BT: Tensor | None = None
     positions_BT: Tensor | None = None
-    past: int = 0
-    """Tokens that the cache held before this forward."""
+    past: int | Tensor = 0
+    """Tokens that the cache held before this forward; a 0-dim tensor while a graph is captured."""
+    first_valid_B: Tensor | None = None
+    """int64: leading padding slots of each sequence; None if there is no mask."""
+    contiguous: bool = True
+    """False if padding stands between real tokens, or behind those of the cache."""
     threshold: float | None = None
     """The method's threshold on the host, read once a forward where a path needs it there."""
 
@@ -63,6 +68,8 @@ class Routing:
     """True runs the dense model, for a teacher's logits in the middle of training."""
     observer: Callable[[Site, Decision, Tensor], None] | None = None
     """Called with (site, decision, valid_BT) after each decision."""
+    kernels: Kernels = "auto"
+    """Fused Triton kernels: on CUDA (auto), always (triton), never (torch)."""
     clock: Clock = field(default_factory=NoClock)
     """Told what the gathered path is about to do."""
     draw: Callable[[Site, Tensor], Tensor] | None = None
@@ -110,13 +117,16 @@ class Routing:
 
 
 @contextmanager
-def routed(model: PreTrainedModel, method: Method, mode: Mode = "masked") -> Iterator[Any]:
+def routed(
+    model: PreTrainedModel, method: Method, mode: Mode = "masked", *, kernels: Kernels = "auto"
+) -> Iterator[Any]:
     """Route `model` with `method` inside the block; the model is restored on any exit.
 
     Args:
         model: a causal LM of a supported family, weights untouched.
         method: already set up for the model's shape (`attach` does that).
         mode: `masked` computes every token and blends; `gathered` computes what is executed.
+        kernels: of `gathered`; `auto` takes fused Triton kernels on CUDA, PyTorch elsewhere.
 
     Yields:
         The same model object, with `model.routing` (a `Routing`) set.
@@ -141,7 +151,7 @@ def routed(model: PreTrainedModel, method: Method, mode: Mode = "masked") -> Ite
     sites = frozenset(method.sites())
     if sites - known:
         raise ValueError(f"sites outside the model: {sorted(sites - known)}")
-    routing = Routing(method=method, counters=Counters(shape))
+    routing = Routing(method=method, counters=Counters(shape), kernels=kernels)
     with (
         applied(method.adapter),
         swapped(model, sites, executors[mode](routing), routing.state, lambda: routing.paused),
@@ -209,9 +219,11 @@ def _read_inputs(state: ForwardState, args: tuple[Any, ...], kwargs: dict[str, A
         tokens = kwargs["inputs_embeds"]
     cache = kwargs.get("past_key_values")
     state.threshold = None
-    state.past = int(cache.get_seq_length()) if cache is not None else 0
+    mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+    state.past = 0 if cache is None else tokens_in(cache)
+    state.first_valid_B, state.contiguous = leading_padding(mask, tokens.shape[1])
     state.valid_BT, state.positions_BT = valid_and_positions(
-        args[1] if len(args) > 1 else kwargs.get("attention_mask"),
+        mask,
         batch=tokens.shape[0],
         tokens=tokens.shape[1],
         past=state.past,

@@ -167,9 +167,9 @@ class Forecasters(nn.Module):
         fit_closed_form(probe, self, damping=self.damping, allocate=self.allocate)
 
     def explained_variance(self, probe: Probe) -> dict[str, float]:
-        """1 - residual / total variance on calibration text, mean over the units of a kind."""
+        """1 - residual / total variance on a share of the calibration text, mean of each kind."""
         tally = ExplainedVariance(self)
-        probe.stream(tally, split="calibration")
+        probe.sample().stream(tally, split="calibration")
         return tally.by_kind()
 
     def _put(self, key: str, rank: int) -> None:
