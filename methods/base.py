@@ -8,7 +8,7 @@ Shapes: B batch, T tokens, D model width, N valid tokens of a batch (padding rem
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
@@ -68,6 +68,10 @@ class Decision:
     """float32: execute where above the threshold; read by calibration and analysis."""
     auxiliary: Tensor | None = None
     """Scalar side loss of the router, training only (for example BCE to a top-k membership)."""
+    scale_BT: Tensor | None = None
+    """float: factor of what the token gets, the unit's output or the estimate; None means 1.
+    It carries the gradient of a gate that scales instead of sampling, and the blend itself then
+    follows the hard mask."""
 
 
 @dataclass
@@ -86,6 +90,9 @@ class RouteContext:
     """Progress of the current stage, 0 at its first step and 1 at its last."""
     target: float | None = None
     """Sparsity that this training step aims at; None outside training."""
+    output: Callable[[], Tensor] | None = None
+    """Computes what the unit would add to every token's residual stream, [B, T, D]. An oracle
+    may look; a method that does has not saved anything yet."""
 
 
 @dataclass
@@ -115,6 +122,12 @@ class RoutedView:
     """Mean of the decisions' side losses (zero if there are none)."""
     sparsity: float
     """Target of this step: the point's own, or one of the stage's `targets`."""
+    decisions: dict[Site, Decision] = field(default_factory=dict)
+    """What each routed site decided, in execution order, with gradient."""
+    valid_BT: Tensor | None = None
+    """bool: False for padding."""
+    anneal: float = 1.0
+    """Progress of the stage, 0 at its first step and 1 at its last."""
 
 
 @dataclass
@@ -139,8 +152,11 @@ class Probe(Protocol):
     def stream(self, visit: Callable[[UnitView], None], split: str = "train") -> None:
         """Call `visit` for every unit and batch under the dense forward, without gradient."""
 
-    def loss(self, bypassed: Collection[Site]) -> float:
-        """LM loss in nats per token on calibration text with these sites bypassed by all."""
+    def loss(self, bypassed: Collection[Site], tokens: int | None = None) -> float:
+        """LM loss in nats per token with these sites bypassed by all.
+
+        On the calibration text, or with `tokens` on about so many tokens of the training text.
+        """
 
     def sensitivity(self) -> dict[Site, float]:
         """Root mean square, over tokens and dimensions, of d(LM loss)/d(unit output)."""
@@ -224,6 +240,8 @@ class Method(nn.Module):
 
     kv_policy: ClassVar[KVPolicy] = "keep"
     paper: ClassVar[str] = ""
+    upper_bound: ClassVar[bool] = False
+    """True for an oracle: no contender, and marked so in the record, tables and plots."""
     threshold: Tensor
 
     def __init__(self, *, sparsity: float) -> None:
@@ -242,6 +260,23 @@ class Method(nn.Module):
         """Where this method routes; by default every attention and every MLP unit."""
         assert self.shape is not None, "setup() comes first"
         return self.shape.units()
+
+    def reach(self) -> float:
+        """Largest sparsity that the sites allow: their share of the model's units."""
+        assert self.shape is not None, "setup() comes first"
+        return sum(len(site.units) for site in self.sites()) / len(self.shape.units())
+
+    def achievable(self, sparsity: float) -> float:
+        """What the method can realise of a target; the nearest step where it is discrete."""
+        return sparsity
+
+    def fixed(self) -> Mapping[Site, bool]:
+        """Sites whose decision is the same for every token: True executes, False bypasses.
+
+        The engine asks no router there, and a unit that all bypass costs nothing: neither its
+        norm nor its keys and values are computed.
+        """
+        return {}
 
     def route(self, site: Site, x_BTD: Tensor, ctx: RouteContext) -> Decision:
         """Decide for each token whether to execute the unit.

@@ -15,6 +15,8 @@ class Counters:
     """Sums over valid tokens since the last reset, as int64 tensors on the model's device."""
 
     shape: Shape
+    dropped: frozenset[Site] = frozenset()
+    """Sites that every token bypasses and that are never asked."""
     tokens: Tensor | int = 0
     """Valid tokens that passed."""
     context: Tensor | int = 0
@@ -44,6 +46,9 @@ class Counters:
         values = torch.stack([v.to(device, torch.int64) for v in flat]).tolist()
         tokens, context, rest = values[0], values[1], values[2:]
         usage = Usage(shape=self.shape, tokens=tokens, context=context)
+        usage.dropped = frozenset(unit for site in self.dropped for unit in site.units)
+        usage.executed |= dict.fromkeys(usage.dropped, 0)
+        usage.executed_context |= dict.fromkeys(usage.dropped, 0)
         for i, site in enumerate(sites):
             for unit in site.units:
                 usage.executed[unit] = rest[i]
@@ -63,6 +68,8 @@ class Usage:
     executed_context: dict[Site, int] = field(default_factory=dict)
     decided: dict[Site, int] = field(default_factory=dict)
     """Per routed site (blocks not split): tokens executed."""
+    dropped: frozenset[Site] = frozenset()
+    """Units that every token bypasses: without a decision, and without keys and values."""
 
     def rate(self, unit: Site) -> float:
         """Bypassed share of the tokens at one unit; 0 where the method does not route."""

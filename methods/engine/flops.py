@@ -29,7 +29,8 @@ def routed_flops(method: Method, usage: Usage) -> float:
         if unit.kind == "mlp":
             total += done * _mlp(shape)
             continue
-        kv_tokens = usage.tokens if method.kv_policy == "keep" else done
+        keeps = method.kv_policy == "keep" and unit not in usage.dropped
+        kv_tokens = usage.tokens if keeps else done
         total += done * _query_side(shape) + kv_tokens * _key_value_side(shape)
         total += usage.executed_context.get(unit, usage.context) * _scores(shape)
     for site, done in usage.decided.items():

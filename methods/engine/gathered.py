@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from methods.engine.masked import MaskedExecutor
+from methods.engine.masked import MaskedExecutor, executed_part
 from methods.engine.rows import bypassed_index, executed_rows, put, take
 from methods.engine.wrap import Routing, Unit
 
@@ -28,12 +28,17 @@ class GatheredExecutor:
         assert valid is not None
         rows = executed_rows(decision.execute_BT)
         if len(rows.index_N) == decision.execute_BT.numel():
-            return unit.run()
+            return executed_part(unit, decision)
+        if unit.after_BTD is not None:
+            return self.masked.blend(unit, decision)
+        scale = None if decision.scale_BT is None else decision.scale_BT[..., None]
         after = unit.residual_BTD.clone()
-        put(after, rows.index_N, unit.run_rows(rows))
+        output = unit.run_rows(rows)
+        put(after, rows.index_N, output if scale is None else output * take(scale, rows.index_N))
         bypassed = bypassed_index(decision.execute_BT, valid)
         if len(bypassed):
             estimate = self.routing.method.approximate(unit.site, take(unit.x_BTD, bypassed)[None])
             if estimate is not None:
-                put(after, bypassed, estimate[0])
+                part = estimate[0] if scale is None else estimate[0] * take(scale, bypassed)
+                put(after, bypassed, part)
         return after

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from methods.base import Decision, Method, RouteContext, Site
 from methods.engine.adapter import LayerParts, decoder, layers_of, shape_of
 from methods.engine.counters import Counters
+from methods.engine.dropped import hold_place
 from methods.engine.gathered_attention import attend_rows
 from methods.engine.padding import valid_and_positions
 from methods.engine.rows import Rows, take
@@ -34,10 +35,17 @@ class Unit:
     site: Site
     residual_BTD: Tensor
     x_BTD: Tensor
-    run: Callable[[], Tensor]
-    """Executes the unit for every token: the residual stream that leaves it, [B, T, D]."""
+    execute: Callable[[], Tensor]
     run_rows: Callable[[Rows], Tensor]
     """Executes the unit for these tokens only: what it adds to their residual stream, [N, D]."""
+    after_BTD: Tensor | None = None
+    """Result of `run`, once it was asked for."""
+
+    def run(self) -> Tensor:
+        """Executes the unit for every token, once: the residual stream that leaves it."""
+        if self.after_BTD is None:
+            self.after_BTD = self.execute()
+        return self.after_BTD
 
 
 class Executor(Protocol):
@@ -79,7 +87,13 @@ class Routing:
         valid, positions = self.state.valid_BT, self.state.positions_BT
         assert valid is not None and positions is not None
         context = RouteContext(
-            unit.residual_BTD, positions, valid, self.training, self.anneal, self.target
+            unit.residual_BTD,
+            positions,
+            valid,
+            self.training,
+            self.anneal,
+            self.target,
+            output=lambda: unit.run() - unit.residual_BTD,
         )
         decision = self.method.route(unit.site, unit.x_BTD, context)
         decision.execute_BT = decision.execute_BT & valid
@@ -92,7 +106,7 @@ class Routing:
 
     def reset_counters(self) -> None:
         """Start counting anew."""
-        self.counters = Counters(self.counters.shape)
+        self.counters = Counters(self.counters.shape, self.counters.dropped)
 
     @contextmanager
     def dense(self) -> Iterator[None]:
@@ -136,8 +150,17 @@ def routed(model: PreTrainedModel, method: Method, mode: Mode = "masked") -> Ite
     sites = frozenset(method.sites())
     if sites - known:
         raise ValueError(f"sites outside the model: {sorted(sites - known)}")
-    routing = Routing(method=method, counters=Counters(shape))
-    with swapped(model, sites, executors[mode](routing), routing.state, lambda: routing.paused):
+    fixed = method.fixed()
+    dropped = frozenset(site for site, runs in fixed.items() if not runs)
+    routing = Routing(method=method, counters=Counters(shape, dropped))
+    with swapped(
+        model,
+        sites - fixed.keys(),
+        executors[mode](routing),
+        routing.state,
+        lambda: routing.paused,
+        dropped,
+    ):
         hook = decoder(model).register_forward_pre_hook(
             lambda *_: None if routing.paused else _count(routing)
         )
@@ -167,8 +190,13 @@ def swapped(
     executor: Executor,
     state: ForwardState,
     paused: Callable[[], bool] = lambda: False,
+    dropped: frozenset[Site] = frozenset(),
 ) -> Iterator[None]:
-    """Send the units of `sites` through `executor`; the layers' forwards are put back on exit."""
+    """Send the units of `sites` through `executor`; the layers' forwards are put back on exit.
+
+    Args:
+        dropped: units that do not run at all.
+    """
     parts = layers_of(model)
     hook = decoder(model).register_forward_pre_hook(
         lambda _, args, kwargs: _read_inputs(state, args, kwargs), with_kwargs=True
@@ -176,7 +204,7 @@ def swapped(
     before = [part.layer.__dict__.get("forward") for part in parts]
     try:
         for index, part in enumerate(parts):
-            part.layer.forward = _layer_forward(index, part, sites, executor, paused)
+            part.layer.forward = _layer_forward(index, part, sites, executor, paused, dropped)
         yield
     finally:
         hook.remove()
@@ -206,6 +234,7 @@ def _layer_forward(
     sites: frozenset[Site],
     executor: Executor,
     paused: Callable[[], bool],
+    dropped: frozenset[Site],
 ) -> Callable[..., Tensor]:
     """A pre-norm decoder layer in which routed units go through the executor."""
     block, attention, mlp = (Site(index, k) for k in ("block", "attention", "mlp"))
@@ -218,6 +247,8 @@ def _layer_forward(
         run: Callable[[Tensor, Tensor], Tensor],
         run_rows: Callable[[Tensor, Tensor, Rows], Tensor],
     ) -> Tensor:
+        if site in dropped:
+            return residual
         x = norm(residual)
         if site not in sites:
             return run(residual, x)
@@ -225,7 +256,7 @@ def _layer_forward(
             site,
             residual,
             x,
-            run=lambda: run(residual, x),
+            execute=lambda: run(residual, x),
             run_rows=lambda rows: run_rows(residual, x, rows),
         )
         return executor(unit)
@@ -258,7 +289,9 @@ def _layer_forward(
             return attended + part.mlp(part.mlp_norm(middle))
 
         norm = part.attention_norm
-        if block in sites:
+        if {block, attention} & dropped:
+            hold_place(part.attention, hidden_states, kwargs.get("past_key_values"))
+        if block in sites or block in dropped:
             return step(block, hidden_states, norm, run_block, block_rows)
         attended = step(attention, hidden_states, norm, run_attention, attention_rows)
         return step(mlp, attended, part.mlp_norm, run_mlp, mlp_rows)
