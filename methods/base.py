@@ -15,6 +15,11 @@ from typing import ClassVar, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from methods.recipe import Budget as Budget
+from methods.recipe import LoraSpec as LoraSpec
+from methods.recipe import Stage as Stage
+from methods.recipe import StageBudget as StageBudget
+
 Kind = Literal["attention", "mlp", "block"]
 KVPolicy = Literal["keep", "evict"]
 
@@ -166,64 +171,6 @@ class Probe(Protocol):
 
 
 @dataclass(frozen=True)
-class StageBudget:
-    """How much one stage may spend."""
-
-    steps: int
-    batch_size: int
-    seq_len: int
-    accumulate: int = 1
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that the stage reads in all."""
-        return self.steps * self.accumulate * self.batch_size * self.seq_len
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Equal for all methods that are compared."""
-
-    name: str
-    fit_tokens: int
-    """Tokens of training text that a training-free fit reads."""
-    calibration_tokens: int
-    sensitivity_tokens: int
-    forecasters: StageBudget
-    """Unit-wise regression by gradient."""
-    routers: StageBudget
-    """Gradient training of routers (and of what is trained with them)."""
-
-
-@dataclass
-class Stage:
-    """One step of a recipe: either `fit` (no gradient) or `loss` with `parameters`."""
-
-    name: str
-    fit: Callable[[Probe], None] | None = None
-    loss: Callable[[UnitView], Tensor] | Callable[[RoutedView], Tensor] | None = None
-    forward: Literal["dense", "routed"] = "routed"
-    """`dense`: `loss` sees a UnitView per unit; `routed`: a RoutedView per batch."""
-    parameters: Sequence[nn.Parameter] = field(default_factory=list)
-    budget: StageBudget | None = None
-    lr: float = 1e-3
-    schedule: Literal["constant", "cosine"] = "constant"
-    warmup: float = 0.0
-    """Share of the steps with a linearly rising learning rate."""
-    weight_decay: float = 0.01
-    clip_norm: float = 1.0
-    per_target: bool = False
-    """True if the product depends on the target sparsity; others are shared by a sweep."""
-    calibrate_first: bool = False
-    """Set the threshold for the target (or for each of `targets`) before the first step."""
-    targets: Sequence[float] = ()
-    """Train for several target sparsities in turn; each step runs at the threshold that was
-    calibrated for its target before the stage (0 without `calibrate_first`)."""
-    report: Callable[[Probe], dict[str, float]] | None = None
-    """Figures worth keeping in the result record, measured after the stage."""
-
-
-@dataclass(frozen=True)
 class SiteCost:
     """Analytic FLOPs that a method adds per token at one site (multiply and add count two)."""
 
@@ -250,6 +197,8 @@ class Method(nn.Module):
             raise ValueError(f"sparsity must lie in [0, 1), not {sparsity}")
         self.sparsity = sparsity
         self.shape: Shape | None = None
+        self.adapter: nn.Module | None = None
+        """LoRA factors of a stage with `lora`; the engine makes and applies them."""
         self.register_buffer("threshold", torch.tensor(float("-inf")))
 
     def setup(self, shape: Shape) -> None:

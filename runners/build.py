@@ -158,4 +158,5 @@ def build_budget(cfg: Mapping[str, Any]) -> Budget:
         sensitivity_tokens=budget["sensitivity_tokens"],
         forecasters=StageBudget(**budget["forecasters"]),
         routers=StageBudget(**budget["routers"]),
+        lora=StageBudget(**budget["lora"]),
     )

@@ -56,7 +56,7 @@ def check_sparsity(value: Any) -> None:
 
 
 def _check_budget(budget: Mapping[str, Any]) -> None:
-    for stage in ("forecasters", "routers"):
+    for stage in ("forecasters", "routers", "lora"):
         for key, value in budget[stage].items():
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"budget.{stage}.{key} must be a whole number >= 1, not {value!r}")

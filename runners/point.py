@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from methods.base import Method, Stage
-from methods.engine.checkpoint import TENSORS, load_tensors, save_pretrained
+from methods.engine.checkpoint import restore, save_pretrained
+from methods.engine.lora import Adapter, attach_lora, describe
 from runners.assets import cache_root
 from runners.build import build_budget, build_method, load_base, method_options
 from runners.corpus import load_documents
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[1]
 STAGE_CODE = [
     ROOT / "methods",
-    *(ROOT / "runners" / f"{n}.py" for n in ("loop", "losses", "probe")),
+    *(ROOT / "runners" / f"{n}.py" for n in ("loop", "losses", "optimise", "probe")),
 ]
 SPLITS = ("train", "calibration", "test")
 
@@ -79,6 +80,8 @@ class Point:
         for stage in self._stages():
             target = self.method.sparsity if stage.per_target else None
             key = content_key(key, stage.name, target)
+            if stage.lora is not None:
+                attach_lora(self.base.model, self.method, stage.lora, seed=self.config["seed"])
             report = self.products.stage(key, self.method, partial(_run, loop, stage))
             self.reports.append(report)
             self.folder.log({"event": "stage", **report})
@@ -103,7 +106,7 @@ class Point:
 
     def restore(self, saved: Path, *, recalibrate: bool) -> None:
         """Load a saved method instead of training it; `recalibrate` moves it to this target."""
-        load_tensors(self.method, saved / TENSORS)
+        restore(self.method, saved, self.base.model)
         if self.config["trained_on_sha256"] != self.base.weights_hash:
             log.warning("%s was trained on other weights (or another dtype) than these", saved)
         if recalibrate:
@@ -116,6 +119,8 @@ class Point:
             evaluation_key(self.config, self.base, test),
             lambda: evaluate(self.config, self.base, test),
         )
+        if isinstance(self.method.adapter, Adapter):
+            self.method.adapter.merged = self.config["merge_lora"]
         routes = bool(self.method.sites())
         scores = evaluate(self.config, self.base, test, self.method) if routes else dense
         record = merge_dense(scores, dense)
@@ -124,6 +129,7 @@ class Point:
         on_calibration = self.probe.routed_scores(threshold).sparsity if routes else 0.0
         record["realised"] = {**record["realised"], "calibration": on_calibration}
         record["added_parameters"] = sum(p.numel() for p in self.method.parameters())
+        record["lora"] = describe(self.method.adapter)
         record["threshold"] = threshold if math.isfinite(threshold) else None
         record["identity"] = {
             "fingerprint": self.folder.path.name,

@@ -19,6 +19,7 @@ from methods.engine.adapter import LayerParts, decoder, layers_of, shape_of
 from methods.engine.counters import Counters
 from methods.engine.dropped import hold_place
 from methods.engine.gathered_attention import attend_rows
+from methods.engine.lora import applied, suspended
 from methods.engine.padding import valid_and_positions
 from methods.engine.rows import Rows, take
 
@@ -113,7 +114,8 @@ class Routing:
         """Run the untouched computation inside the block."""
         self.paused = True
         try:
-            yield
+            with suspended(self.method.adapter):
+                yield
         finally:
             self.paused = False
 
@@ -153,13 +155,10 @@ def routed(model: PreTrainedModel, method: Method, mode: Mode = "masked") -> Ite
     fixed = method.fixed()
     dropped = frozenset(site for site, runs in fixed.items() if not runs)
     routing = Routing(method=method, counters=Counters(shape, dropped))
-    with swapped(
-        model,
-        sites - fixed.keys(),
-        executors[mode](routing),
-        routing.state,
-        lambda: routing.paused,
-        dropped,
+    executor, asked = executors[mode](routing), sites - fixed.keys()
+    with (
+        applied(method.adapter),
+        swapped(model, asked, executor, routing.state, lambda: routing.paused, dropped),
     ):
         hook = decoder(model).register_forward_pre_hook(
             lambda *_: None if routing.paused else _count(routing)
