@@ -259,8 +259,8 @@ def counted_view(routing: Routing, task_loss: Tensor, target: float) -> RoutedVi
     counters = routing.counters
     tokens = torch.as_tensor(counters.tokens, device=task_loss.device)
     rates = {site: done / tokens for site, done in counters.executed.items()}
-    bypassed = sum((1.0 - rate) * len(site.units) for site, rate in rates.items())
-    bypassed = bypassed + sum(len(site.units) for site in counters.dropped)
+    dropped = float(sum(len(site.units) for site in counters.dropped))
+    bypassed = sum(((1.0 - rate) * len(site.units) for site, rate in rates.items()), dropped)
     rate = 1.0 - torch.as_tensor(bypassed) / len(counters.shape.units())
     return RoutedView(task_loss, rate, rates, torch.zeros_like(rate), target)
 
