@@ -241,7 +241,7 @@ def routed_view(routing: Routing, task_loss: Tensor, target: float) -> RoutedVie
         bypassed = bypassed + (1.0 - rate) * len(site.units)
         if decision.auxiliary is not None:
             auxiliary.append(decision.auxiliary)
-    side = torch.stack(auxiliary).mean() if auxiliary else torch.zeros_like(task_loss)
+    side = torch.stack(auxiliary).mean() if auxiliary else torch.zeros_like(bypassed)
     return RoutedView(
         task_loss,
         1.0 - bypassed / units,
@@ -256,12 +256,12 @@ def routed_view(routing: Routing, task_loss: Tensor, target: float) -> RoutedVie
 
 def counted_view(routing: Routing, task_loss: Tensor, target: float) -> RoutedView:
     """The same without gradient, for the forward of a `hard` stage: counts over valid tokens."""
-    counters = routing.counters
-    tokens = torch.as_tensor(counters.tokens, device=task_loss.device)
-    rates = {site: done / tokens for site, done in counters.executed.items()}
-    dropped = float(sum(len(site.units) for site in counters.dropped))
-    bypassed = sum(((1.0 - rate) * len(site.units) for site, rate in rates.items()), dropped)
-    rate = 1.0 - torch.as_tensor(bypassed) / len(counters.shape.units())
+    usage = routing.counters.read()
+    rates = {
+        site: torch.tensor(done / usage.tokens, device=task_loss.device)
+        for site, done in usage.decided.items()
+    }
+    rate = torch.tensor(1.0 - usage.sparsity(), device=task_loss.device)
     return RoutedView(task_loss, rate, rates, torch.zeros_like(rate), target)
 
 

@@ -10,51 +10,79 @@ from torch import Tensor
 from methods.base import Shape, Site
 
 
-@dataclass
 class Counters:
-    """Sums over valid tokens since the last reset, as int64 tensors on the model's device."""
+    """Sums over valid tokens since construction, on the model's device.
 
-    shape: Shape
-    dropped: frozenset[Site] = frozenset()
-    """Sites that every token bypasses and that are never asked."""
-    tokens: Tensor | int = 0
-    """Valid tokens that passed."""
-    context: Tensor | int = 0
-    """Sum over valid tokens of the keys that each attends to (its position + 1)."""
-    executed: dict[Site, Tensor] = field(default_factory=dict)
-    """Per routed site: tokens executed."""
-    executed_context: dict[Site, Tensor] = field(default_factory=dict)
-    """Per routed site: keys attended by executed tokens."""
+    Args:
+        dropped: sites that every token bypasses and that are never asked.
+
+    A decision costs a forward nothing but a list entry: the sums of all sites are formed together
+    when the forward ends, and only `read` brings them to the host.
+    """
+
+    def __init__(self, shape: Shape, dropped: frozenset[Site] = frozenset()) -> None:
+        self.shape, self.dropped = shape, dropped
+        self._tokens: Tensor | None = None
+        """int64 [2]: valid tokens, and keys that they attend to when all is executed."""
+        self._sums: dict[Site, Tensor] = {}
+        """Per routed site, int64 [2]: executed tokens, and keys that they attended to."""
+        self._open: list[tuple[Site, Tensor, Tensor | None]] = []
+        self._valid_BT: Tensor | None = None
+        self._keys_BT: Tensor | None = None
 
     def start_forward(self, valid_BT: Tensor, positions_BT: Tensor) -> None:
-        """Count the tokens of one forward call."""
-        self.tokens = self.tokens + valid_BT.sum()
-        self.context = self.context + ((positions_BT + 1) * valid_BT).sum()
+        """Open the count of one forward call."""
+        self._open = []
+        self._valid_BT, self._keys_BT = valid_BT, positions_BT + 1
 
-    def add(self, site: Site, execute_BT: Tensor, positions_BT: Tensor) -> None:
-        """Count one decision; `execute_BT` is already False for padding."""
-        context = ((positions_BT + 1) * execute_BT).sum()
-        self.executed[site] = self.executed.get(site, 0) + execute_BT.sum()
-        self.executed_context[site] = self.executed_context.get(site, 0) + context
+    def add(self, site: Site, execute_BT: Tensor, keys_BT: Tensor | None = None) -> None:
+        """Note one decision.
+
+        Args:
+            execute_BT: bool, already False for padding.
+            keys_BT: int64, keys that each token's query attends to; None means every token up to
+                its own.
+        """
+        self._open.append((site, execute_BT, keys_BT))
+
+    def end_forward(self) -> None:
+        """Add what the forward noted; a few operations whatever the number of sites."""
+        assert self._valid_BT is not None and self._keys_BT is not None, "start_forward first"
+        self._tokens = _plus(self._tokens, _sums(self._valid_BT[None], self._keys_BT)[0])
+        if self._open:
+            execute_UBT = torch.stack([execute for _, execute, _ in self._open])
+            keys = [self._keys_BT if k is None else k for _, _, k in self._open]
+            plain = all(k is None for _, _, k in self._open)
+            sums_U2 = _sums(execute_UBT, keys[0] if plain else torch.stack(keys))
+            for (site, _, _), sums in zip(self._open, sums_U2, strict=True):
+                self._sums[site] = _plus(self._sums.get(site), sums)
+        self._open = []
 
     def read(self) -> Usage:
         """Bring the sums to the host: one synchronisation for all of them."""
-        sites = list(self.executed)
-        flat = [torch.as_tensor(self.tokens), torch.as_tensor(self.context)]
-        flat += [self.executed[s] for s in sites] + [self.executed_context[s] for s in sites]
-        device = flat[-1].device
-        values = torch.stack([v.to(device, torch.int64) for v in flat]).tolist()
-        tokens, context, rest = values[0], values[1], values[2:]
-        usage = Usage(shape=self.shape, tokens=tokens, context=context)
+        if self._tokens is None:
+            return Usage(shape=self.shape, tokens=0, context=0)
+        sites = list(self._sums)
+        flat = torch.stack([self._tokens, *(self._sums[site] for site in sites)]).tolist()
+        usage = Usage(shape=self.shape, tokens=flat[0][0], context=flat[0][1])
         usage.dropped = frozenset(unit for site in self.dropped for unit in site.units)
         usage.executed |= dict.fromkeys(usage.dropped, 0)
         usage.executed_context |= dict.fromkeys(usage.dropped, 0)
-        for i, site in enumerate(sites):
+        for site, (executed, context) in zip(sites, flat[1:], strict=True):
             for unit in site.units:
-                usage.executed[unit] = rest[i]
-                usage.executed_context[unit] = rest[len(sites) + i]
-            usage.decided[site] = rest[i]
+                usage.executed[unit] = executed
+                usage.executed_context[unit] = context
+            usage.decided[site] = executed
         return usage
+
+
+def _sums(mask_UBT: Tensor, keys: Tensor) -> Tensor:
+    """int64 [U, 2]: tokens in the mask, and the sum of their keys."""
+    return torch.stack([mask_UBT.sum((1, 2)), (mask_UBT * keys).sum((1, 2))], dim=1)
+
+
+def _plus(total: Tensor | None, more: Tensor) -> Tensor:
+    return more if total is None else total + more.to(total.device)
 
 
 @dataclass

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from methods.base import Site, UnitView
 from methods.engine.adapter import shape_of
-from methods.engine.wrap import ForwardState, Unit, swapped
+from methods.engine.unit import Unit
+from methods.engine.wrap import ForwardState, swapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

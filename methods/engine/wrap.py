@@ -2,7 +2,7 @@
 
 `routed` swaps the decoder layers' `forward`; weights, classes and everything else stay as they
 are, so `generate`, lm-eval and hooks keep working. Each unit is handed to an *executor* as a
-`Unit`: the residual stream, the normalised input, and closures that run the real computation.
+`Unit`: the residual stream, the normalised input, and how to run the real computation.
 """
 
 from __future__ import annotations
@@ -12,41 +12,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from methods.base import Decision, Method, RouteContext, Site
+from methods.base import Decision, Kind, Method, RouteContext, Site
 from methods.engine.adapter import LayerParts, decoder, layers_of, shape_of
 from methods.engine.counters import Counters
 from methods.engine.dropped import hold_place
-from methods.engine.gathered_attention import attend_rows
 from methods.engine.lora import applied, suspended
 from methods.engine.padding import valid_and_positions
-from methods.engine.rows import Rows, take
+from methods.engine.unit import LayerInputs, Unit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Mode = Literal["masked", "gathered"]
-
-
-@dataclass
-class Unit:
-    """One sublayer or block of one forward call."""
-
-    site: Site
-    residual_BTD: Tensor
-    x_BTD: Tensor
-    execute: Callable[[], Tensor]
-    run_rows: Callable[[Rows], Tensor]
-    """Executes the unit for these tokens only: what it adds to their residual stream, [N, D]."""
-    after_BTD: Tensor | None = None
-    """Result of `run`, once it was asked for."""
-
-    def run(self) -> Tensor:
-        """Executes the unit for every token, once: the residual stream that leaves it."""
-        if self.after_BTD is None:
-            self.after_BTD = self.execute()
-        return self.after_BTD
 
 
 class Executor(Protocol):
@@ -62,6 +41,8 @@ class ForwardState:
 
     valid_BT: Tensor | None = None
     positions_BT: Tensor | None = None
+    past: int = 0
+    """Tokens that the cache held before this forward."""
 
 
 @dataclass
@@ -84,7 +65,7 @@ class Routing:
     """Decisions of the last training forward, with gradient."""
 
     def decide(self, unit: Unit) -> Decision:
-        """Ask the method, bypass padding, count."""
+        """Ask the method; padding is bypassed. The executor counts what it executes."""
         valid, positions = self.state.valid_BT, self.state.positions_BT
         assert valid is not None and positions is not None
         context = RouteContext(
@@ -98,7 +79,6 @@ class Routing:
         )
         decision = self.method.route(unit.site, unit.x_BTD, context)
         decision.execute_BT = decision.execute_BT & valid
-        self.counters.add(unit.site, decision.execute_BT, positions)
         if self.training:
             self.decisions[unit.site] = decision
         if self.observer is not None:
@@ -160,20 +140,29 @@ def routed(model: PreTrainedModel, method: Method, mode: Mode = "masked") -> Ite
         applied(method.adapter),
         swapped(model, asked, executor, routing.state, lambda: routing.paused, dropped),
     ):
-        hook = decoder(model).register_forward_pre_hook(
-            lambda *_: None if routing.paused else _count(routing)
-        )
+        stack = decoder(model)
+        hooks = [
+            stack.register_forward_pre_hook(lambda *_: _start_count(routing)),
+            stack.register_forward_hook(lambda *_: _end_count(routing)),
+        ]
         model.routing = routing  # type: ignore[assignment]
         try:
             yield model
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
             del model.routing
 
 
-def _count(routing: Routing) -> None:
-    assert routing.state.valid_BT is not None and routing.state.positions_BT is not None
-    routing.counters.start_forward(routing.state.valid_BT, routing.state.positions_BT)
+def _start_count(routing: Routing) -> None:
+    if not routing.paused:
+        assert routing.state.valid_BT is not None and routing.state.positions_BT is not None
+        routing.counters.start_forward(routing.state.valid_BT, routing.state.positions_BT)
+
+
+def _end_count(routing: Routing) -> None:
+    if not routing.paused:
+        routing.counters.end_forward()
 
 
 def attach(model: PreTrainedModel, method: Method) -> Method:
@@ -203,7 +192,9 @@ def swapped(
     before = [part.layer.__dict__.get("forward") for part in parts]
     try:
         for index, part in enumerate(parts):
-            part.layer.forward = _layer_forward(index, part, sites, executor, paused, dropped)
+            part.layer.forward = _layer_forward(
+                index, part, sites, executor, state, paused, dropped
+            )
         yield
     finally:
         hook.remove()
@@ -218,11 +209,12 @@ def _read_inputs(state: ForwardState, args: tuple[Any, ...], kwargs: dict[str, A
     if tokens is None:
         tokens = kwargs["inputs_embeds"]
     cache = kwargs.get("past_key_values")
+    state.past = int(cache.get_seq_length()) if cache is not None else 0
     state.valid_BT, state.positions_BT = valid_and_positions(
         args[1] if len(args) > 1 else kwargs.get("attention_mask"),
         batch=tokens.shape[0],
         tokens=tokens.shape[1],
-        past=int(cache.get_seq_length()) if cache is not None else 0,
+        past=state.past,
         device=tokens.device,
     )
 
@@ -232,68 +224,40 @@ def _layer_forward(
     part: LayerParts,
     sites: frozenset[Site],
     executor: Executor,
+    state: ForwardState,
     paused: Callable[[], bool],
     dropped: frozenset[Site],
 ) -> Callable[..., Tensor]:
     """A pre-norm decoder layer in which routed units go through the executor."""
-    block, attention, mlp = (Site(index, k) for k in ("block", "attention", "mlp"))
     original = part.layer.forward
-
-    def step(
-        site: Site,
-        residual: Tensor,
-        norm: nn.Module,
-        run: Callable[[Tensor, Tensor], Tensor],
-        run_rows: Callable[[Tensor, Tensor, Rows], Tensor],
-    ) -> Tensor:
-        if site in dropped:
-            return residual
-        x = norm(residual)
-        if site not in sites:
-            return run(residual, x)
-        unit = Unit(
-            site,
-            residual,
-            x,
-            execute=lambda: run(residual, x),
-            run_rows=lambda rows: run_rows(residual, x, rows),
-        )
-        return executor(unit)
-
-    def run_mlp(residual: Tensor, x: Tensor) -> Tensor:
-        return residual + part.mlp(x)
-
-    def mlp_rows(residual: Tensor, x: Tensor, rows: Rows) -> Tensor:
-        return part.mlp(take(x, rows.index_N))
+    kinds: tuple[Kind, ...] = ("attention", "mlp")
+    if Site(index, "block") in sites | dropped:
+        kinds = ("block",)
+    holds = bool({Site(index, "block"), Site(index, "attention")} & dropped)
+    kinds = tuple(kind for kind in kinds if Site(index, kind) not in dropped)
+    window = getattr(part.attention, "sliding_window", None)
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if paused():
             return original(hidden_states, *args, **kwargs)
         if args:
             kwargs["attention_mask"] = args[0]
-
-        def run_attention(residual: Tensor, x: Tensor) -> Tensor:
-            return residual + part.attention(hidden_states=x, **kwargs)[0]
-
-        def run_block(residual: Tensor, x: Tensor) -> Tensor:
-            attended = run_attention(residual, x)
-            return run_mlp(attended, part.mlp_norm(attended))
-
-        def attention_rows(residual: Tensor, x: Tensor, rows: Rows) -> Tensor:
-            return attend_rows(part.attention, x, rows, **kwargs)
-
-        def block_rows(residual: Tensor, x: Tensor, rows: Rows) -> Tensor:
-            attended = attend_rows(part.attention, x, rows, **kwargs)
-            middle = take(residual, rows.index_N) + attended
-            return attended + part.mlp(part.mlp_norm(middle))
-
-        norm = part.attention_norm
-        if {block, attention} & dropped:
-            hold_place(part.attention, hidden_states, kwargs.get("past_key_values"))
-        if block in sites or block in dropped:
-            return step(block, hidden_states, norm, run_block, block_rows)
-        attended = step(attention, hidden_states, norm, run_attention, attention_rows)
-        return step(mlp, attended, part.mlp_norm, run_mlp, mlp_rows)
+        inputs = LayerInputs(
+            position_embeddings=kwargs.pop("position_embeddings"),
+            attention_mask=kwargs.pop("attention_mask", None),
+            past_key_values=kwargs.pop("past_key_values", None),
+            past=state.past,
+            window=window,
+            others=kwargs,
+        )
+        if holds:
+            hold_place(part.attention, hidden_states, inputs.past_key_values)
+        for kind in kinds:
+            norm = part.mlp_norm if kind == "mlp" else part.attention_norm
+            site = Site(index, kind)
+            unit = Unit(site, part, hidden_states, norm(hidden_states), inputs)
+            hidden_states = executor(unit) if site in sites else unit.run()
+        return hidden_states
 
     return forward
 
