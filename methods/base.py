@@ -102,7 +102,7 @@ class RouteContext:
 
 @dataclass
 class UnitView:
-    """One unit under the dense forward: what a forecaster learns from."""
+    """One unit under the dense (or the routed) forward: what a forecaster learns from."""
 
     site: Site
     x_ND: Tensor
@@ -111,6 +111,8 @@ class UnitView:
     """The unit's output, before the residual addition."""
     residual_ND: Tensor
     """Residual stream that enters the unit."""
+    execute_N: Tensor | None = None
+    """bool, under the routed forward: which tokens execute the unit."""
 
 
 @dataclass
@@ -147,6 +149,8 @@ class RoutedScores:
     """float32, same length: units that each score decides for (a block's count 2)."""
     total_weight: float
     """Pairs over all units, never routed ones included."""
+    is_mlp: Tensor
+    """bool, same length: True for the score of an MLP unit."""
 
 
 class Probe(Protocol):
@@ -157,6 +161,12 @@ class Probe(Protocol):
     def stream(self, visit: Callable[[UnitView], None], split: str = "train") -> None:
         """Call `visit` for every unit and batch under the dense forward, without gradient."""
 
+    def stream_routed(self, visit: Callable[[UnitView], None]) -> None:
+        """The same for every routed site under the routed forward, on train text.
+
+        Every unit runs for every token; those that bypass it go on with their estimate.
+        """
+
     def loss(self, bypassed: Collection[Site], tokens: int | None = None) -> float:
         """LM loss in nats per token with these sites bypassed by all.
 
@@ -165,6 +175,13 @@ class Probe(Protocol):
 
     def sensitivity(self) -> dict[Site, float]:
         """Root mean square, over tokens and dimensions, of d(LM loss)/d(unit output)."""
+
+    def gradient_moments(self) -> dict[Site, Tensor]:
+        """Second moment [D, D] over tokens of d(LM loss)/d(unit output), float32.
+
+        With E[g gᵀ] = M, an error e of the output is worth eᵀ M e to second order (the
+        empirical Fisher approximation of the loss's curvature).
+        """
 
     def routed_scores(self, threshold: float) -> RoutedScores:
         """Route calibration text with this threshold and report what it realised."""
@@ -185,7 +202,7 @@ class Method(nn.Module):
     buffer, so that saving and loading keeps the decision exactly.
     """
 
-    kv_policy: ClassVar[KVPolicy] = "keep"
+    kv_policy: KVPolicy = "keep"
     paper: ClassVar[str] = ""
     upper_bound: ClassVar[bool] = False
     """True for an oracle: no contender, and marked so in the record, tables and plots."""
@@ -244,6 +261,9 @@ class Method(nn.Module):
     def cost(self, site: Site) -> SiteCost:
         """Analytic FLOPs per token that routing and approximating add at this site."""
         return SiteCost()
+
+    def adopt(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Take the shapes of saved tensors, by state name, that a fit may have chosen."""
 
     def fit(self, probe: Probe) -> None:
         """Training-free fitting, before `stages`; must not depend on the target sparsity."""

@@ -96,6 +96,7 @@ class DLLM(Method):
             schedule="cosine",
             warmup=0.2,
             weight_decay=0.02,
+            betas=(0.9, 0.95),
             per_target=True,
         )
 

@@ -96,7 +96,12 @@ class Stage:
     schedule: Literal["constant", "cosine"] = "constant"
     warmup: float = 0.0
     """Share of the steps with a linearly rising learning rate."""
+    relative_lr: bool = False
+    """True makes `lr` a share of each parameter's root mean square at the start (as Adafactor's
+    relative step, Shazeer and Stern, arXiv 1804.04235), so that units of any scale move alike."""
     weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of AdamW."""
     clip_norm: float = 1.0
     per_target: bool = False
     """True if the product depends on the target sparsity; others are shared by a sweep."""
@@ -105,5 +110,8 @@ class Stage:
     targets: Sequence[float] = ()
     """Train for several target sparsities in turn; each step runs at the threshold that was
     calibrated for its target before the stage (0 without `calibrate_first`)."""
+    hold: float = 0.0
+    """Gain of a controller: after each step the threshold of its target moves by `hold` times
+    (target - realised sparsity), so that training runs at the target whatever the scores do."""
     report: Callable[[Probe], dict[str, float]] | None = None
     """Figures worth keeping in the result record, measured after the stage."""

@@ -128,6 +128,7 @@ class Loop:
             schedule.step()
             adamw.zero_grad(set_to_none=True)
             realised = 1.0 - float(torch.stack(rates).mean())
+            thresholds[target] += stage.hold * (target - realised)
             tokens = budget.accumulate * budget.batch_size * budget.seq_len
             figures = {"step": step + 1, "loss": value}
             figures["tokens_per_s"] = tokens / (time.perf_counter() - began)

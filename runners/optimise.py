@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from methods.base import Stage, StageBudget
 from runners.errors import UserError
 
+LEAST_SIZE = 1e-3
+"""Root mean square below which a parameter counts as this large: what starts at zero can move."""
+
 
 class TrainingDiverged(UserError):
     """A loss became NaN or infinite."""
@@ -21,7 +24,14 @@ def optimiser(
     stage: Stage, parameters: Sequence[nn.Parameter], budget: StageBudget
 ) -> tuple[torch.optim.AdamW, Any]:
     """AdamW on the stage's parameters, and its schedule (linear warm-up, then the stage's)."""
-    adamw = torch.optim.AdamW(parameters, lr=stage.lr, weight_decay=stage.weight_decay)
+    groups: list[dict[str, Any]] = [{"params": list(parameters)}]
+    if stage.relative_lr:
+        sizes = torch.stack([_root_mean_square(p) for p in parameters]).clamp_min(LEAST_SIZE)
+        rates = (stage.lr * sizes).tolist()
+        groups = [{"params": [p], "lr": lr} for p, lr in zip(parameters, rates, strict=True)]
+    adamw = torch.optim.AdamW(
+        groups, lr=stage.lr, betas=stage.betas, weight_decay=stage.weight_decay
+    )
     warmup_steps = round(stage.warmup * budget.steps)
 
     def factor(step: int) -> float:
@@ -33,6 +43,10 @@ def optimiser(
         return 0.5 * (1.0 + math.cos(math.pi * share))
 
     return adamw, torch.optim.lr_scheduler.LambdaLR(adamw, factor)
+
+
+def _root_mean_square(parameter: Tensor) -> Tensor:
+    return parameter.detach().float().square().mean().sqrt()
 
 
 def finite(stage: Stage, step: int, steps: int, loss: Tensor, gradient_norm: Tensor) -> float:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from methods.base import Decision, Method, RoutedScores, Shape, Site, UnitView
 from methods.engine.adapter import decoder, shape_of
-from methods.engine.observe import bypassed, gradient_norms, observed
+from methods.engine.observe import bypassed, observed, observed_routed, unit_gradients
 from methods.engine.wrap import routed, routing_of
 from runners.losses import language_model_loss
 from runners.progress import progress
@@ -52,6 +52,12 @@ class ModelProbe:
             self._run_decoder(rows, f"dense pass ({split})")
 
     @torch.no_grad()
+    def stream_routed(self, visit: Callable[[UnitView], None]) -> None:
+        """Routed forward over the train split at the method's threshold."""
+        with observed_routed(self.model, self.method, visit):
+            self._run_decoder(self.text.train, "routed pass (train)")
+
+    @torch.no_grad()
     def loss(self, bypassed_sites: Collection[Site], tokens: int | None = None) -> float:
         """LM loss, nats per token, with some sites skipped by every token."""
         rows = self.text.calibration
@@ -68,25 +74,47 @@ class ModelProbe:
     def sensitivity(self) -> dict[Site, float]:
         """Root mean square of d(mean LM loss)/d(unit output), from backward passes."""
         sums: dict[Site, Tensor] = {}
-        count = 0
-        with gradient_norms(self.model, sums):
-            for batch in progress(self._batches(self.text.sensitivity), "sensitivity"):
-                loss = language_model_loss(self.model, batch)
-                loss.backward()
-                count += batch.numel()
-        scale = count * self.shape.width
+
+        def add(site: Site, gradient_ND: Tensor) -> None:
+            total = gradient_ND.float().square().sum(-1).sum()
+            sums[site] = sums[site] + total if site in sums else total
+
+        scale = self._backward(add) * self.shape.width
         return {site: float((total / scale).sqrt()) for site, total in sums.items()}
+
+    def gradient_moments(self) -> dict[Site, Tensor]:
+        """E[g gᵀ] over tokens at each unit's output, float32 [D, D]."""
+        sums: dict[Site, Tensor] = {}
+
+        def add(site: Site, gradient_ND: Tensor) -> None:
+            gradient = gradient_ND.float()
+            product = gradient.T @ gradient
+            sums[site] = sums[site] + product if site in sums else product
+
+        count = self._backward(add)
+        return {site: total / count for site, total in sums.items()}
+
+    def _backward(self, visit: Callable[[Site, Tensor], None]) -> int:
+        """LM loss of the sensitivity text, batch by batch; returns its tokens."""
+        count = 0
+        with unit_gradients(self.model, visit):
+            for batch in progress(self._batches(self.text.sensitivity), "sensitivity"):
+                language_model_loss(self.model, batch).backward()
+                count += batch.numel()
+        return count
 
     @torch.no_grad()
     def routed_scores(self, threshold: float) -> RoutedScores:
         """Route the calibration text with this threshold; the method's own is put back."""
         scores: list[Tensor] = []
         weights: list[Tensor] = []
+        is_mlp: list[Tensor] = []
 
         def observe(site: Site, decision: Decision, valid_BT: Tensor) -> None:
             kept = decision.scores_BT[valid_BT].float()
             scores.append(kept)
             weights.append(torch.full_like(kept, float(len(site.units))))
+            is_mlp.append(torch.full_like(kept, site.kind == "mlp", dtype=torch.bool))
 
         before = self.method.threshold.clone()
         self.method.threshold.fill_(threshold)
@@ -104,6 +132,7 @@ class ModelProbe:
             scores=torch.cat(scores) if scores else empty,
             weights=torch.cat(weights) if weights else empty,
             total_weight=float(usage.tokens * len(self.shape.units())),
+            is_mlp=torch.cat(is_mlp) if is_mlp else empty.bool(),
         )
 
     def _run_decoder(self, rows: Tensor, label: str) -> None:

@@ -83,14 +83,16 @@ def restore(method: Method, folder: Path | str, model: PreTrainedModel) -> None:
     """
     folder = Path(folder)
     lora = read_settings(folder).get("lora")
-    _load(own_tensors(method), folder / TENSORS)
+    tensors = _read(folder / TENSORS)
+    method.adopt({name: value.shape for name, value in tensors.items()})
+    _copy(tensors, own_tensors(method), folder / TENSORS)
     if lora is None:
         return
     try:
         adapter = attach_lora(model, method, LoraSpec(**lora))
     except (TypeError, ValueError) as error:
         raise BadCheckpoint(f"{folder / SETTINGS} names unusable adapters: {error}") from error
-    _load(adapter.peft_tensors(), folder / ADAPTER_TENSORS)
+    _copy(_read(folder / ADAPTER_TENSORS), adapter.peft_tensors(), folder / ADAPTER_TENSORS)
 
 
 def load_tensors(method: Method, path: Path) -> None:
@@ -99,7 +101,9 @@ def load_tensors(method: Method, path: Path) -> None:
     Raises:
         BadCheckpoint: missing or damaged file, other names or shapes.
     """
-    _load(method.state_dict(), path)
+    tensors = _read(path)
+    method.adopt({name: value.shape for name, value in tensors.items()})
+    _copy(tensors, method.state_dict(), path)
 
 
 def own_tensors(method: Method) -> dict[str, Tensor]:
@@ -107,12 +111,15 @@ def own_tensors(method: Method) -> dict[str, Tensor]:
     return {k: v for k, v in method.state_dict().items() if not k.startswith("adapter.")}
 
 
-def _load(own: Mapping[str, Tensor], path: Path) -> None:
-    """Copy a safetensors file into `own`, which it must fit exactly."""
+def _read(path: Path) -> dict[str, Tensor]:
     try:
-        tensors = load_file(str(path))
+        return load_file(str(path))
     except (OSError, SafetensorError) as error:
         raise BadCheckpoint(f"{path} is missing or damaged: {error}") from error
+
+
+def _copy(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path) -> None:
+    """Fill `own`, which the file's tensors must fit exactly."""
     wrong = sorted(set(own) ^ set(tensors)) or [k for k in own if own[k].shape != tensors[k].shape]
     if wrong:
         raise BadCheckpoint(f"{path} does not fit this method and model: {', '.join(wrong[:4])}")

@@ -20,7 +20,10 @@ class MaskedExecutor:
     def __call__(self, unit: Unit) -> Tensor:
         """Residual stream after the unit, [B, T, D]."""
         decision = self.routing.decide(unit)
-        return self.blend(unit, decision, self._execute(unit, decision))
+        executed = self._execute(unit, decision)
+        if self.routing.unit_observer is not None:
+            self.routing.unit_observer(unit, decision, executed)
+        return self.blend(unit, decision, executed)
 
     def blend(self, unit: Unit, decision: Decision, after_BTD: Tensor) -> Tensor:
         """Residual stream after the unit, from what it gives if every token executes it."""

@@ -61,6 +61,8 @@ class Routing:
     """True runs the dense model, for a teacher's logits in the middle of training."""
     observer: Callable[[Site, Decision, Tensor], None] | None = None
     """Called with (site, decision, valid_BT) after each decision."""
+    unit_observer: Callable[[Unit, Decision, Tensor], None] | None = None
+    """Called by the masked path with (unit, decision, residual stream after execution)."""
     decisions: dict[Site, Decision] = field(default_factory=dict)
     """Decisions of the last training forward, with gradient."""
 
