@@ -106,6 +106,17 @@ def stages(records: Sequence[Record]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def layers(records: Sequence[Record]) -> pd.DataFrame:
+    """One row per point, layer and unit kind: realised sparsity there (`sparsity`)."""
+    rows = []
+    for record in records:
+        for entry in record["realised"]["per_layer"]:
+            for kind in ("attention", "mlp"):
+                own = {"layer": entry["layer"], "kind": kind, "sparsity": entry[kind]}
+                rows.append(_key(record) | own)
+    return pd.DataFrame(rows)
+
+
 def over_seeds(frame: pd.DataFrame) -> pd.DataFrame:
     """Measures averaged over seeds; with several seeds `low` and `high` are mean -/+ std."""
     by = [*SETTING, *SERIES, "sparsity_target", "measure", "name"]
@@ -143,6 +154,8 @@ def _key(record: Record) -> dict[str, Any]:
         "sparsity_target": record["sparsity_target"],
         "sparsity_realised": record["sparsity_realised"],
         "flops_ratio": record["flops_ratio"],
+        "kv_bytes_ratio": record.get("kv_bytes_ratio", 1.0),
+        "kv_policy": record.get("kv_policy", "keep"),
         "added_parameters": record.get("added_parameters"),
         "fingerprint": identity["fingerprint"],
     }

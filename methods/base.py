@@ -176,13 +176,6 @@ class Probe(Protocol):
     def sensitivity(self) -> dict[Site, float]:
         """Root mean square, over tokens and dimensions, of d(LM loss)/d(unit output)."""
 
-    def gradient_moments(self) -> dict[Site, Tensor]:
-        """Second moment [D, D] over tokens of d(LM loss)/d(unit output), float32.
-
-        With E[g gᵀ] = M, an error e of the output is worth eᵀ M e to second order (the
-        empirical Fisher approximation of the loss's curvature).
-        """
-
     def routed_scores(self, threshold: float) -> RoutedScores:
         """Route calibration text with this threshold and report what it realised."""
 
@@ -193,6 +186,25 @@ class SiteCost:
 
     route: float = 0.0
     approximate: float = 0.0
+
+
+@dataclass(frozen=True)
+class LinearUnit:
+    """A site whose decision and estimate are plain maps of the unit's normalised input x.
+
+    It executes where x @ score_D + offset is above the threshold; a bypassed token gets
+    up @ act(down @ x + down_bias) + bias, or nothing without `down_rD`. All float32.
+    """
+
+    score_D: Tensor
+    offset: Tensor
+    """0-dim."""
+    down_rD: Tensor | None = None
+    down_bias_r: Tensor | None = None
+    up_Dr: Tensor | None = None
+    bias_D: Tensor | None = None
+    silu: bool = False
+    """SiLU between the two maps; else none."""
 
 
 class Method(nn.Module):
@@ -256,6 +268,13 @@ class Method(nn.Module):
 
     def approximate(self, site: Site, x_BTD: Tensor) -> Tensor | None:
         """What a bypassed token gets instead of the unit's output; None means skip (zero)."""
+        return None
+
+    def linear(self, site: Site) -> LinearUnit | None:
+        """What `route` and `approximate` do at evaluation, if it is this simple.
+
+        Fused execution then calls neither of the two; None (the default) keeps to them.
+        """
         return None
 
     def cost(self, site: Site) -> SiteCost:

@@ -11,6 +11,7 @@ from torch import Tensor
 from methods.base import (
     Budget,
     Decision,
+    LinearUnit,
     Method,
     Probe,
     RouteContext,
@@ -23,6 +24,7 @@ from methods.base import (
 from methods.parts.expert_choice import membership_loss, top_share
 from methods.parts.forecaster import Forecasters
 from methods.parts.gates import straight_through
+from methods.parts.linear import linear_unit
 from methods.parts.recoverability import fit_recoverability
 from methods.parts.routers import Routers
 
@@ -39,8 +41,8 @@ class Greedy(Method):
     Args:
         bypass: `skip`, or `forecast` for the ablation that gives greedy a forecaster.
         rank: of the forecasters, if any.
-        router_start: `recoverability` regresses log ||what a bypass would miss||, as informed
-            routing's start does; `none` starts at random.
+        router_start: `recoverability` regresses log ||what a skip would miss||, as informed
+            routing's start does for a forecast; `none` starts at random.
         sensitivity: weight the regression by each unit's loss sensitivity.
         train: `routers` runs the gradient stage, `none` keeps the start.
         router_lr: of the gradient stage, constant.
@@ -94,6 +96,9 @@ class Greedy(Method):
     def approximate(self, site: Site, x_BTD: Tensor) -> Tensor | None:
         return None if self.forecasters is None else self.forecasters(site, x_BTD)
 
+    def linear(self, site: Site) -> LinearUnit | None:
+        return linear_unit(self.routers, self.forecasters, site)
+
     def stages(self, budget: Budget) -> Iterable[Stage]:
         if self.forecasters is not None:
             yield self.forecasters.stage(budget.forecasters)
@@ -116,12 +121,9 @@ class Greedy(Method):
         return SiteCost(route=self.routers.at(site).flops_per_token, approximate=estimate)
 
     def _start_routers(self, probe: Probe) -> None:
+        """What a *skip* would miss, whatever a bypassed token gets: the router stays greedy's."""
         fit_recoverability(
-            probe,
-            self.routers,
-            self.forecasters,
-            damping=self.damping,
-            sensitivity=self.sensitivity,
+            probe, self.routers, None, damping=self.damping, sensitivity=self.sensitivity
         )
 
     def _routed_loss(self, view: RoutedView) -> Tensor:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from methods.base import Method
 from methods.engine.counters import Usage
-from methods.engine.flops import flops_ratio
+from methods.engine.flops import flops_ratio, kv_bytes_ratio
 from methods.engine.wrap import routed
 from runners.assets import cache_root
 from runners.build import Base
@@ -52,8 +52,8 @@ def evaluate(
         method: None for the dense model.
 
     Returns:
-        `perplexity`, `accuracy`, `sparsity_realised`, `flops_ratio` and `realised` (by unit kind
-        and layer), the last three on the perplexity text.
+        `perplexity`, `accuracy`, `sparsity_realised`, `flops_ratio`, `kv_bytes_ratio` and
+        `realised` (by unit kind and layer), the last four on the perplexity text.
     """
     settings, model = config["eval"], base.model
     scope = contextlib.nullcontext() if method is None else routed(model, method, config["mode"])
@@ -87,6 +87,7 @@ def evaluate(
         "accuracy": accuracy,
         "sparsity_realised": usage.sparsity() if usage else 0.0,
         "flops_ratio": flops_ratio(method, usage) if usage and method else 1.0,
+        "kv_bytes_ratio": kv_bytes_ratio(method, usage) if usage and method else 1.0,
         "realised": _realised(usage),
     }
 

@@ -43,6 +43,7 @@ class ModelProbe:
         self.batch_tokens = batch_tokens
         self.shape: Shape = shape_of(model.config)
         self.tokens_read = 0
+        self._sensitivity: dict[Site, float] | None = None
 
     @torch.no_grad()
     def stream(self, visit: Callable[[UnitView], None], split: str = "train") -> None:
@@ -72,36 +73,25 @@ class ModelProbe:
         return total / count
 
     def sensitivity(self) -> dict[Site, float]:
-        """Root mean square of d(mean LM loss)/d(unit output), from backward passes."""
+        """Root mean square of d(mean LM loss)/d(unit output), from backward passes; made once."""
+        if self._sensitivity is None:
+            self._sensitivity = self._measure_sensitivity()
+        return dict(self._sensitivity)
+
+    def _measure_sensitivity(self) -> dict[Site, float]:
         sums: dict[Site, Tensor] = {}
+        count = 0
 
         def add(site: Site, gradient_ND: Tensor) -> None:
             total = gradient_ND.float().square().sum(-1).sum()
             sums[site] = sums[site] + total if site in sums else total
 
-        scale = self._backward(add) * self.shape.width
-        return {site: float((total / scale).sqrt()) for site, total in sums.items()}
-
-    def gradient_moments(self) -> dict[Site, Tensor]:
-        """E[g gᵀ] over tokens at each unit's output, float32 [D, D]."""
-        sums: dict[Site, Tensor] = {}
-
-        def add(site: Site, gradient_ND: Tensor) -> None:
-            gradient = gradient_ND.float()
-            product = gradient.T @ gradient
-            sums[site] = sums[site] + product if site in sums else product
-
-        count = self._backward(add)
-        return {site: total / count for site, total in sums.items()}
-
-    def _backward(self, visit: Callable[[Site, Tensor], None]) -> int:
-        """LM loss of the sensitivity text, batch by batch; returns its tokens."""
-        count = 0
-        with unit_gradients(self.model, visit):
+        with unit_gradients(self.model, add):
             for batch in progress(self._batches(self.text.sensitivity), "sensitivity"):
                 language_model_loss(self.model, batch).backward()
                 count += batch.numel()
-        return count
+        scale = count * self.shape.width
+        return {site: float((total / scale).sqrt()) for site, total in sums.items()}
 
     @torch.no_grad()
     def routed_scores(self, threshold: float) -> RoutedScores:
@@ -119,7 +109,7 @@ class ModelProbe:
         before = self.method.threshold.clone()
         self.method.threshold.fill_(threshold)
         try:
-            with routed(self.model, self.method):
+            with routed(self.model, self.method, "gathered"):
                 routing = routing_of(self.model)
                 routing.observer = observe
                 self._run_decoder(self.text.calibration, "calibration")

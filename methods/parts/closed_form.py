@@ -16,30 +16,25 @@ if TYPE_CHECKING:
 
 
 def fit_closed_form(
-    probe: Probe,
-    forecasters: Forecasters,
-    *,
-    damping: float,
-    metric: bool = False,
-    allocate: bool = False,
+    probe: Probe, forecasters: Forecasters, *, damping: float, allocate: bool = False
 ) -> None:
     """One dense pass, then one float64 solve per site.
 
-    Memory during the pass is 2 D² doubles a site, with `metric` D² floats more.
+    Memory is 2 D² doubles a site.
 
     Args:
-        metric: weight errors by the loss's curvature at the unit's output (empirical Fisher), so
-            that the rank goes to the directions that the loss feels.
-        allocate: spend the total rank where it avoids the most error instead of equally.
+        allocate: spend the total rank where it avoids the most loss instead of equally: a
+            direction's worth is the output variance that it explains times the square of the
+            unit's loss sensitivity.
     """
     moments = dense_moments(probe, forecasters)
-    curvature = probe.gradient_moments() if metric else {}
     solved: dict[Site, Components] = {}
     for site in list(moments):
-        solved[site] = moments.pop(site).components(damping, curvature.pop(site, None))
+        solved[site] = moments.pop(site).components(damping)
     ranks = dict.fromkeys(solved, forecasters.rank)
     if allocate:
-        ranks = allocated({s: c.values for s, c in solved.items()}, forecasters.rank)
+        slopes = probe.sensitivity()
+        ranks = allocated({s: c.values * slopes[s] ** 2 for s, c in solved.items()}, ranks)
     for site, rank in ranks.items():
         forecasters.resize(site, rank)
         forecasters.at(site).set_linear(*solved[site].take(rank))
@@ -62,7 +57,6 @@ def refit_on_routed(
     forecasters: Forecasters,
     *,
     damping: float,
-    metric: bool = False,
     executed_weight: float = 0.1,
 ) -> None:
     """Solve again on the stream that forecasts have already changed, for tokens that bypass.
@@ -84,35 +78,39 @@ def refit_on_routed(
             _moments_at(moments, view).add(view.x_ND, view.y_ND, weight)
 
     probe.stream_routed(visit)
-    curvature = probe.gradient_moments() if metric else {}
     for site in list(moments):
-        solved = moments.pop(site).components(damping, curvature.pop(site, None))
+        solved = moments.pop(site).components(damping)
         forecasters.at(site).set_linear(*solved.take(forecasters.at(site).rank))
 
 
 def allocated(
-    gains: Mapping[Site, Tensor], mean_rank: int, *, least: float = 0.25, most: float = 4.0
+    gains: Mapping[Site, Tensor],
+    ranks: Mapping[Site, int],
+    *,
+    least: float = 0.25,
+    most: float = 4.0,
 ) -> dict[Site, int]:
-    """Ranks that avoid the most error for the same total, within bounds at every site.
+    """Move rank to where it gains most, the total kept, within bounds at every site.
 
     Directions are independent and each costs the same, so the best choice is the largest gains.
 
     Args:
-        gains: per site, ascending: what each direction avoids, in one unit for all sites.
-        mean_rank: the total is this times the number of sites.
-        least, most: bounds relative to `mean_rank`.
+        gains: per site, ascending: what each direction is worth, in one unit for all sites.
+        ranks: equal shares.
+        least, most: bounds relative to a site's equal share.
     """
-    sites = list(gains)
-    low = max(1, round(least * mean_rank))
-    high = {s: min(len(gains[s]), round(most * mean_rank)) for s in sites}
-    ranks = dict.fromkeys(sites, low)
-    optional = [gains[s].flip(0)[low : high[s]] for s in sites]
+    sites = list(ranks)
+    chosen = {s: max(1, round(least * ranks[s])) for s in sites}
+    high = {s: min(len(gains[s]), round(most * ranks[s])) for s in sites}
+    optional = [gains[s].flip(0)[chosen[s] : high[s]] for s in sites]
     owner = torch.cat([torch.full((len(o),), i) for i, o in enumerate(optional)])
-    spare = max(0, mean_rank * len(sites) - low * len(sites))
+    spare = sum(ranks.values()) - sum(chosen.values())
     best = torch.cat(optional).argsort(descending=True, stable=True)[:spare]
-    for index, count in enumerate(torch.bincount(owner[best.cpu()], minlength=len(sites)).tolist()):
-        ranks[sites[index]] += count
-    return ranks
+    for site, more in zip(
+        sites, torch.bincount(owner[best.cpu()], minlength=len(sites)).tolist(), strict=True
+    ):
+        chosen[site] += more
+    return chosen
 
 
 def _moments_at(moments: dict[Site, Moments], view: UnitView) -> Moments:

@@ -80,7 +80,6 @@ class Forecasters(nn.Module):
         loss: of `sgd`; `smooth_l1` is the published one, `mse` and `cosine` its alternatives.
         damping: ridge penalty relative to the mean input variance.
         lr: learning rate of `sgd`, cosine schedule (paper: 1e-3).
-        metric: closed form in the metric of the loss's curvature.
         allocate: closed form with the total rank spent where it avoids the most error.
         branch: rank of a SiLU branch that starts at zero.
     """
@@ -94,7 +93,6 @@ class Forecasters(nn.Module):
         loss: Loss = "smooth_l1",
         damping: float = 1e-3,
         lr: float = 1e-3,
-        metric: bool = False,
         allocate: bool = False,
         branch: int = 0,
     ) -> None:
@@ -108,11 +106,11 @@ class Forecasters(nn.Module):
         activation = activation or ("identity" if fit == "closed_form" else "silu")
         if fit == "closed_form" and activation != "identity":
             raise ValueError("a closed-form forecaster is linear: activation must be 'identity'")
-        if fit != "closed_form" and (metric or allocate):
-            raise ValueError("metric and allocate belong to the closed form")
+        if fit != "closed_form" and allocate:
+            raise ValueError("ranks are allocated by the closed form")
         self.rank, self.fit, self.activation, self.branch = rank, fit, activation, branch
         self.damping, self.lr, self.loss = damping, lr, loss
-        self.metric, self.allocate = metric, allocate
+        self.allocate = allocate
         self.modules_by_site = nn.ModuleDict()
 
     def create(self, sites: Sequence[Site], width: int) -> None:
@@ -166,9 +164,7 @@ class Forecasters(nn.Module):
 
     def solve(self, probe: Probe) -> None:
         """Closed form from a dense pass over the fit text."""
-        fit_closed_form(
-            probe, self, damping=self.damping, metric=self.metric, allocate=self.allocate
-        )
+        fit_closed_form(probe, self, damping=self.damping, allocate=self.allocate)
 
     def explained_variance(self, probe: Probe) -> dict[str, float]:
         """1 - residual / total variance on calibration text, mean over the units of a kind."""

@@ -56,27 +56,18 @@ class Moments:
         """Reduced-rank ridge regression: down [D, r], up [r, P], bias [P] of `components`."""
         return self.components(damping).take(rank)
 
-    def components(self, damping: float, metric: Tensor | None = None) -> Components:
+    def components(self, damping: float) -> Components:
         """Reduced-rank ridge regression, all ranks at once.
 
-        With W the ridge solution and an error e worth eᵀ M e, the optimum of rank r is
-        W S V Vᵀ S⁻¹, where S = M^(1/2) and V holds the top r eigenvectors of the fitted
-        covariance in that metric, S Wᵀ (XᵀX + lambda I) W S (Izenman 1975; Mukherjee and Zhu
-        2011 for M = I).
-
-        Args:
-            damping: as for `ridge`.
-            metric: M [P, P], symmetric, positive semi-definite; None is the identity.
+        With W the ridge solution, the best map of rank r for the penalised squared error is
+        W V Vᵀ, where V holds the top r eigenvectors of the fitted covariance
+        Wᵀ (XᵀX + lambda I) W (Izenman 1975; Mukherjee and Zhu 2011).
         """
         weight, _, factor = self.ridge(damping)
         fitted = factor.T @ weight
-        inverse: Tensor | None = None
-        if metric is not None:
-            root, inverse = _roots(metric)
-            fitted, weight = fitted @ root, weight @ root
         values, vectors = torch.linalg.eigh(fitted.T @ fitted)
         n = max(self.count, 1.0)
-        return Components(weight, vectors, inverse, values / n, self.x / n, self.y / n)
+        return Components(weight, vectors, values / n, self.x / n, self.y / n)
 
 
 @dataclass(frozen=True)
@@ -84,13 +75,11 @@ class Components:
     """Directions of a reduced-rank regression, the worst first; float64."""
 
     weight: Tensor
-    """W S, [D, P]."""
+    """W, [D, P]."""
     vectors: Tensor
     """V in ascending order of `values`, [P, P]."""
-    inverse: Tensor | None
-    """S⁻¹; None for the identity."""
     values: Tensor
-    """[P]: the error, in the metric and per observation, that each direction avoids."""
+    """[P]: the squared error per observation that each direction avoids."""
     mean_x: Tensor
     mean_y: Tensor
 
@@ -98,17 +87,4 @@ class Components:
         """The map of the best `rank` directions: down [D, r], up [r, P], bias [P]."""
         top = self.vectors[:, -rank:]
         down = self.weight @ top
-        up = top.T.contiguous() if self.inverse is None else top.T @ self.inverse
-        return down, up, self.mean_y - self.mean_x @ down @ up
-
-
-FLOOR = 0.05
-"""Least weight of a direction of a metric, relative to the mean: what few tokens show no gradient
-in is not free."""
-
-
-def _roots(metric: Tensor) -> tuple[Tensor, Tensor]:
-    """M^(1/2) and M^(-1/2), float64, eigenvalues bounded below."""
-    values, vectors = torch.linalg.eigh(metric.double())
-    values = values.clamp_min(FLOOR * float(values.mean().clamp_min(1e-30))).sqrt()
-    return vectors * values @ vectors.T, vectors / values @ vectors.T
+        return down, top.T.contiguous(), self.mean_y - self.mean_x @ down @ top.T
