@@ -9,7 +9,7 @@ Shapes: B batch, T tokens, D model width, N valid tokens of a batch (padding rem
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
@@ -19,6 +19,9 @@ from methods.recipe import Budget as Budget
 from methods.recipe import LoraSpec as LoraSpec
 from methods.recipe import Stage as Stage
 from methods.recipe import StageBudget as StageBudget
+from methods.views import RoutedScores as RoutedScores
+from methods.views import RoutedView as RoutedView
+from methods.views import UnitView as UnitView
 
 Kind = Literal["attention", "mlp", "block"]
 KVPolicy = Literal["keep", "evict"]
@@ -98,59 +101,6 @@ class RouteContext:
     output: Callable[[], Tensor] | None = None
     """Computes what the unit would add to every token's residual stream, [B, T, D]. An oracle
     may look; a method that does has not saved anything yet."""
-
-
-@dataclass
-class UnitView:
-    """One unit under the dense (or the routed) forward: what a forecaster learns from."""
-
-    site: Site
-    x_ND: Tensor
-    """Normalised input, padding removed."""
-    y_ND: Tensor
-    """The unit's output, before the residual addition."""
-    residual_ND: Tensor
-    """Residual stream that enters the unit."""
-    execute_N: Tensor | None = None
-    """bool, under the routed forward: which tokens execute the unit."""
-
-
-@dataclass
-class RoutedView:
-    """One batch under the routed forward: what a router learns from."""
-
-    task_loss: Tensor
-    """Mean over predicted tokens: cross-entropy, or KL to the dense model."""
-    execute_rate: Tensor
-    """Differentiable mean gate over valid tokens and *all* units (never routed ones count 1)."""
-    site_rates: dict[Site, Tensor]
-    """The same for each routed site."""
-    auxiliary: Tensor
-    """Mean of the decisions' side losses (zero if there are none)."""
-    sparsity: float
-    """Target of this step: the point's own, or one of the stage's `targets`."""
-    decisions: dict[Site, Decision] = field(default_factory=dict)
-    """What each routed site decided, in execution order, with gradient."""
-    valid_BT: Tensor | None = None
-    """bool: False for padding."""
-    anneal: float = 1.0
-    """Progress of the stage, 0 at its first step and 1 at its last."""
-
-
-@dataclass
-class RoutedScores:
-    """A routed pass over calibration tokens."""
-
-    sparsity: float
-    """Realised: bypassed share of (token, unit) pairs over all units."""
-    scores: Tensor
-    """float32, flat: every score of every routed site."""
-    weights: Tensor
-    """float32, same length: units that each score decides for (a block's count 2)."""
-    total_weight: float
-    """Pairs over all units, never routed ones included."""
-    is_mlp: Tensor
-    """bool, same length: True for the score of an MLP unit."""
 
 
 class Probe(Protocol):
