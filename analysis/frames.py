@@ -19,6 +19,8 @@ SETTING = ["model", "data", "budget"]
 """Points that differ in one of these never share a picture."""
 SERIES = ["method", "variant"]
 """What makes a line in a picture."""
+UPPER_BOUND = " (upper bound)"
+"""Suffix of an oracle's name, in every table and picture."""
 Record = Mapping[str, Any]
 
 
@@ -146,7 +148,7 @@ def _key(record: Record) -> dict[str, Any]:
         "model": record["model"],
         "data": record["data"],
         "budget": identity["budget"],
-        "method": record["method"],
+        "method": record["method"] + (UPPER_BOUND if identity.get("upper_bound") else ""),
         "variant": record.get("variant") or "",
         "seed": record["seed"],
         "sparsity_target": record["sparsity_target"],

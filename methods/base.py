@@ -19,6 +19,9 @@ from methods.recipe import Budget as Budget
 from methods.recipe import LoraSpec as LoraSpec
 from methods.recipe import Stage as Stage
 from methods.recipe import StageBudget as StageBudget
+from methods.views import RoutedScores as RoutedScores
+from methods.views import RoutedView as RoutedView
+from methods.views import UnitView as UnitView
 
 Kind = Literal["attention", "mlp", "block"]
 KVPolicy = Literal["keep", "evict"]
@@ -73,6 +76,10 @@ class Decision:
     """float32: execute where above the threshold; read by calibration and analysis."""
     auxiliary: Tensor | None = None
     """Scalar side loss of the router, training only (for example BCE to a top-k membership)."""
+    scale_BT: Tensor | None = None
+    """float: factor of what the token gets, the unit's output or the estimate; None means 1.
+    It carries the gradient of a gate that scales instead of sampling, and the blend itself then
+    follows the hard mask."""
 
 
 @dataclass
@@ -91,53 +98,9 @@ class RouteContext:
     """Progress of the current stage, 0 at its first step and 1 at its last."""
     target: float | None = None
     """Sparsity that this training step aims at; None outside training."""
-
-
-@dataclass
-class UnitView:
-    """One unit under the dense (or the routed) forward: what a forecaster learns from."""
-
-    site: Site
-    x_ND: Tensor
-    """Normalised input, padding removed."""
-    y_ND: Tensor
-    """The unit's output, before the residual addition."""
-    residual_ND: Tensor
-    """Residual stream that enters the unit."""
-    execute_N: Tensor | None = None
-    """bool, under the routed forward: which tokens execute the unit."""
-
-
-@dataclass
-class RoutedView:
-    """One batch under the routed forward: what a router learns from."""
-
-    task_loss: Tensor
-    """Mean over predicted tokens: cross-entropy, or KL to the dense model."""
-    execute_rate: Tensor
-    """Differentiable mean gate over valid tokens and *all* units (never routed ones count 1)."""
-    site_rates: dict[Site, Tensor]
-    """The same for each routed site."""
-    auxiliary: Tensor
-    """Mean of the decisions' side losses (zero if there are none)."""
-    sparsity: float
-    """Target of this step: the point's own, or one of the stage's `targets`."""
-
-
-@dataclass
-class RoutedScores:
-    """A routed pass over calibration tokens."""
-
-    sparsity: float
-    """Realised: bypassed share of (token, unit) pairs over all units."""
-    scores: Tensor
-    """float32, flat: every score of every routed site."""
-    weights: Tensor
-    """float32, same length: units that each score decides for (a block's count 2)."""
-    total_weight: float
-    """Pairs over all units, never routed ones included."""
-    is_mlp: Tensor
-    """bool, same length: True for the score of an MLP unit."""
+    output: Callable[[], Tensor] | None = None
+    """Computes what the unit would add to every token's residual stream, [B, T, D]. An oracle
+    may look; a method that does has not saved anything yet."""
 
 
 class Probe(Protocol):
@@ -154,8 +117,11 @@ class Probe(Protocol):
         Every unit runs for every token; those that bypass it go on with their estimate.
         """
 
-    def loss(self, bypassed: Collection[Site]) -> float:
-        """LM loss in nats per token on calibration text with these sites bypassed by all."""
+    def loss(self, bypassed: Collection[Site], tokens: int | None = None) -> float:
+        """LM loss in nats per token with these sites bypassed by all.
+
+        On the calibration text, or with `tokens` on about so many tokens of the training text.
+        """
 
     def sensitivity(self) -> dict[Site, float]:
         """Root mean square, over tokens and dimensions, of d(LM loss)/d(unit output)."""
@@ -203,6 +169,8 @@ class Method(nn.Module):
 
     kv_policy: KVPolicy = "keep"
     paper: ClassVar[str] = ""
+    upper_bound: ClassVar[bool] = False
+    """True for an oracle: no contender, and marked so in the record, tables and plots."""
     threshold: Tensor
 
     def __init__(self, *, sparsity: float) -> None:
@@ -223,6 +191,23 @@ class Method(nn.Module):
         """Where this method routes; by default every attention and every MLP unit."""
         assert self.shape is not None, "setup() comes first"
         return self.shape.units()
+
+    def reach(self) -> float:
+        """Largest sparsity that the sites allow: their share of the model's units."""
+        assert self.shape is not None, "setup() comes first"
+        return sum(len(site.units) for site in self.sites()) / len(self.shape.units())
+
+    def achievable(self, sparsity: float) -> float:
+        """What the method can realise of a target; the nearest step where it is discrete."""
+        return sparsity
+
+    def fixed(self) -> Mapping[Site, bool]:
+        """Sites whose decision is the same for every token: True executes, False bypasses.
+
+        The engine asks no router there, and a unit that all bypass costs nothing: neither its
+        norm nor its keys and values are computed.
+        """
+        return {}
 
     def route(self, site: Site, x_BTD: Tensor, ctx: RouteContext) -> Decision:
         """Decide for each token whether to execute the unit.

@@ -7,7 +7,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from methods.base import (
     Budget,
@@ -22,6 +21,7 @@ from methods.base import (
     SiteCost,
     Stage,
 )
+from methods.parts.expert_choice import membership_loss, top_share
 from methods.parts.forecaster import Forecasters
 from methods.parts.gates import straight_through
 from methods.parts.linear import linear_unit
@@ -90,9 +90,7 @@ class Greedy(Method):
         execute = top_share(scores.detach(), ctx.valid_BT, 1.0 - target)
         logits = scores - self.threshold
         gate = straight_through(torch.sigmoid(logits) * execute, execute)
-        membership = functional.binary_cross_entropy_with_logits(
-            logits[ctx.valid_BT], execute[ctx.valid_BT].float()
-        )
+        membership = membership_loss(logits, execute, ctx.valid_BT)
         return Decision(execute, gate, scores, auxiliary=membership)
 
     def approximate(self, site: Site, x_BTD: Tensor) -> Tensor | None:
@@ -130,16 +128,3 @@ class Greedy(Method):
 
     def _routed_loss(self, view: RoutedView) -> Tensor:
         return view.task_loss + self.bce_weight * view.auxiliary
-
-
-def top_share(scores_BT: Tensor, valid_BT: Tensor, share: float) -> Tensor:
-    """Bool mask of the highest `share` of each sequence's valid tokens (expert choice).
-
-    The count is rounded to the nearest whole token; ties go to the earlier token.
-    """
-    ranked = scores_BT.masked_fill(~valid_BT, float("-inf"))
-    order = ranked.argsort(dim=1, descending=True, stable=True)
-    place = torch.empty_like(order)
-    place.scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
-    count = (valid_BT.sum(1, keepdim=True) * share).round()
-    return (place < count) & valid_BT

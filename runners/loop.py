@@ -233,7 +233,8 @@ def routed_view(routing: Routing, task_loss: Tensor, target: float) -> RoutedVie
     assert valid is not None
     units = len(routing.counters.shape.units())
     rates: dict[Site, Tensor] = {}
-    bypassed = torch.zeros((), device=task_loss.device)
+    dropped = sum(len(site.units) for site in routing.counters.dropped)
+    bypassed = torch.full((), float(dropped), device=task_loss.device)
     auxiliary = []
     for site, decision in routing.decisions.items():
         rate = (decision.gate_BT * valid).sum() / valid.sum()
@@ -242,7 +243,16 @@ def routed_view(routing: Routing, task_loss: Tensor, target: float) -> RoutedVie
         if decision.auxiliary is not None:
             auxiliary.append(decision.auxiliary)
     side = torch.stack(auxiliary).mean() if auxiliary else torch.zeros_like(bypassed)
-    return RoutedView(task_loss, 1.0 - bypassed / units, rates, side, target)
+    return RoutedView(
+        task_loss,
+        1.0 - bypassed / units,
+        rates,
+        side,
+        target,
+        decisions=dict(routing.decisions),
+        valid_BT=valid,
+        anneal=routing.anneal,
+    )
 
 
 def counted_view(routing: Routing, task_loss: Tensor, target: float) -> RoutedView:

@@ -17,6 +17,7 @@ from methods.engine.lora import Adapter, attach_lora, describe
 from runners.assets import cache_root
 from runners.build import build_budget, build_method, load_base, method_options
 from runners.corpus import load_documents
+from runners.errors import UserError
 from runners.evaluation import evaluate, evaluation_key
 from runners.loop import Loop
 from runners.probe import ModelProbe
@@ -52,6 +53,7 @@ class Point:
         self.documents = {split: _documents(config, split) for split in SPLITS}
         self.budget = build_budget(config)
         self.method = build_method(config, self.base.model)
+        check_reach(self.method, config["method"]["name"])
         self.texts = Texts(
             self.documents,
             self.base.tokenizer,
@@ -136,6 +138,7 @@ class Point:
             "dtype": str(next(self.base.model.parameters()).dtype).removeprefix("torch."),
             "objective": self.config["objective"],
             "budget": self.budget.name,
+            "upper_bound": self.method.upper_bound,
             **provenance(),
         }
         return record
@@ -170,6 +173,19 @@ class Point:
     def _on_step(self, stage: str, figures: dict[str, float]) -> None:
         self.folder.log({"event": "step", "stage": stage, **figures})
         self.tracker.log({f"{stage}/{key}": value for key, value in figures.items()}, step=None)
+
+
+def check_reach(method: Method, name: str) -> None:
+    """Refuse a target that the method's sites cannot realise, before anything is trained.
+
+    Raises:
+        UserError: they cover too few of the model's units.
+    """
+    if method.achievable(method.sparsity) > method.reach() + 1e-6:
+        raise UserError(
+            f"method {name}: sparsity {method.sparsity:g} is out of reach: "
+            f"it routes {method.reach():.3f} of all units of this model"
+        )
 
 
 def _run(loop: Loop, stage: Stage) -> dict[str, Any]:

@@ -65,11 +65,14 @@ class ModelProbe:
             self._run_decoder(self.text.train, "routed pass (train)")
 
     @torch.no_grad()
-    def loss(self, bypassed_sites: Collection[Site]) -> float:
+    def loss(self, bypassed_sites: Collection[Site], tokens: int | None = None) -> float:
         """LM loss, nats per token, with some sites skipped by every token."""
+        rows = self.text.calibration
+        if tokens is not None:
+            rows = self.text.train[: max(1, round(tokens / self.text.train.shape[1]))]
         total, count = 0.0, 0
         with bypassed(self.model, frozenset(bypassed_sites)):
-            for batch in self._batches(self.text.calibration):
+            for batch in self._batches(rows):
                 loss = language_model_loss(self.model, batch)
                 total += float(loss) * batch.numel()
                 count += batch.numel()

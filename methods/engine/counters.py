@@ -14,12 +14,15 @@ from methods.engine.padding import capturing
 class Counters:
     """Sums over valid tokens since construction, on the model's device.
 
+    Args:
+        dropped: sites that every token bypasses and that are never asked.
+
     A decision costs a forward nothing but a list entry: the sums of all sites are formed together
     when the forward ends, and only `read` brings them to the host.
     """
 
-    def __init__(self, shape: Shape) -> None:
-        self.shape = shape
+    def __init__(self, shape: Shape, dropped: frozenset[Site] = frozenset()) -> None:
+        self.shape, self.dropped = shape, dropped
         self._tokens: Tensor | None = None
         """int64 [4], as `_sums` of all valid tokens: what the dense model executes."""
         self._sums: dict[Site, Tensor] = {}
@@ -70,6 +73,9 @@ class Counters:
         flat = torch.stack([self._tokens, *(self._sums[site] for site in sites)]).tolist()
         tokens, context, forwards, _ = flat[0]
         usage = Usage(shape=self.shape, tokens=tokens, context=context, forwards=forwards)
+        usage.dropped = frozenset(unit for site in self.dropped for unit in site.units)
+        for sums in (usage.executed, usage.executed_context, usage.active):
+            sums |= dict.fromkeys(usage.dropped, 0)
         for site, (executed, seen, active, bypassing) in zip(sites, flat[1:], strict=True):
             for unit in site.units:
                 usage.executed[unit] = executed
@@ -103,6 +109,8 @@ class Usage:
     executed_context: dict[Site, int] = field(default_factory=dict)
     decided: dict[Site, int] = field(default_factory=dict)
     """Per routed site (blocks not split): tokens executed."""
+    dropped: frozenset[Site] = frozenset()
+    """Units that every token bypasses: without a decision, and without keys and values."""
     active: dict[Site, int] = field(default_factory=dict)
     """Per unit: forwards in which any token executed it."""
     bypassing: dict[Site, int] = field(default_factory=dict)

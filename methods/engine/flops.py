@@ -32,7 +32,8 @@ def routed_flops(method: Method, usage: Usage, *, head_tokens: int | None = None
         if unit.kind == "mlp":
             total += done * _mlp(shape)
             continue
-        kv_tokens = usage.tokens if method.kv_policy == "keep" else done
+        keeps = method.kv_policy == "keep" and unit not in usage.dropped
+        kv_tokens = usage.tokens if keeps else done
         total += done * _query_side(shape) + kv_tokens * _key_value_side(shape)
         total += usage.executed_context.get(unit, usage.context) * _scores(shape)
     for site, done in usage.decided.items():
@@ -56,10 +57,11 @@ def _head(shape: Shape, tokens: int) -> float:
 def kv_bytes_ratio(method: Method, usage: Usage) -> float:
     """Keys and values that the routed model keeps over those that the dense one keeps.
 
-    1 under KV policy `keep`; under `evict` the executed share of (token, attention unit) pairs.
+    Under KV policy `keep` those of every layer whose attention is not dropped; under `evict` the
+    executed share of (token, attention unit) pairs.
     """
     if method.kv_policy == "keep":
-        return 1.0
+        return 1.0 - sum(u.kind == "attention" for u in usage.dropped) / usage.shape.layers
     return 1.0 - usage.sparsity("attention")
 
 

@@ -27,6 +27,7 @@ from methods.engine.kernels.route import (
     forecast_bypassed,
     route_and_forecast,
 )
+from methods.engine.masked import scaled
 from methods.engine.unit import Unit, is_swiglu
 from methods.engine.wrap import Routing
 
@@ -65,7 +66,7 @@ class FusedExecutor:
         clock, after = self.routing.clock, unit.residual_BTD.clone()
         residual_ND = after.view(-1, after.shape[-1])
         with clock.part("router"):
-            rows = self._route(unit, residual_ND)
+            rows, scale_BT = self._route(unit, residual_ND)
         with clock.part(unit.site.kind):
             if unit.attends:
                 self._attention(unit, residual_ND, rows)
@@ -73,10 +74,10 @@ class FusedExecutor:
                 self._mlp(unit, unit.part.mlp_norm(after), residual_ND, rows)
             if unit.site.kind == "mlp":
                 self._mlp(unit, unit.x_BTD, residual_ND, rows)
-        return after
+        return after if scale_BT is None else scaled(unit.residual_BTD, after, scale_BT)
 
-    def _route(self, unit: Unit, residual_ND: Tensor) -> Partition:
-        """Decide, add the forecast of bypassed tokens, and sort the rows."""
+    def _route(self, unit: Unit, residual_ND: Tensor) -> tuple[Partition, Tensor | None]:
+        """Decide, add the estimate of bypassed tokens, and sort the rows: (rows, scale)."""
         routing, state = self.routing, self.routing.state
         assert state.valid_BT is not None
         x_ND, valid_N = _flat(unit.x_BTD), state.valid_BT.reshape(-1)
@@ -89,8 +90,9 @@ class FusedExecutor:
                 x_ND, residual_ND, valid_N, score, _low_rank(linear), **options
             )
             routing.counters.add(unit.site, done.execute_N.view(shape))
-            return done.rows
-        execute_BT = routing.decide(unit).execute_BT
+            return done.rows, None
+        decision = routing.decide(unit)
+        execute_BT = decision.execute_BT
         routing.counters.add(unit.site, execute_BT)
         forecast = None if linear is None else _low_rank(linear)
         execute_N = execute_BT.reshape(-1)
@@ -99,7 +101,8 @@ class FusedExecutor:
             if estimate is not None:
                 away = execute_N | ~valid_N
                 residual_ND += _flat(estimate).masked_fill(away[:, None], 0)
-        return forecast_bypassed(x_ND, residual_ND, valid_N, execute_N, forecast, **options)
+        rows = forecast_bypassed(x_ND, residual_ND, valid_N, execute_N, forecast, **options)
+        return rows, decision.scale_BT
 
     def _attention(self, unit: Unit, residual_ND: Tensor, rows: Partition) -> None:
         attention: Any = unit.part.attention

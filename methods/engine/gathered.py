@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from methods.base import Decision
 from methods.engine.evict import KeptKeys
 from methods.engine.fused import FusedExecutor
 from methods.engine.kernels.choose import use_triton
-from methods.engine.masked import MaskedExecutor
+from methods.engine.masked import MaskedExecutor, scaled
 from methods.engine.one_token import OneToken
 from methods.engine.rows import Rows, bypassed_index, executed_rows, put, rank_BT, take
 from methods.engine.unit import Unit
@@ -42,17 +43,20 @@ class GatheredExecutor:
             if done is not None:
                 return done
         with routing.clock.part("router"):
-            execute = routing.decide(unit).execute_BT
+            decision = routing.decide(unit)
+            execute = decision.execute_BT
             keys_BT = _keys_in_sight(unit, execute) if evicts else None
             routing.counters.add(unit.site, execute, keys_BT)
         with routing.clock.part("rows"):
             rows = executed_rows(execute)
         if len(rows.index_N) == execute.numel() and not evicts:
             with routing.clock.part(unit.site.kind):
-                return unit.run()
-        return self._add(unit, rows, execute)
+                return executed(unit, decision)
+        if unit.after_BTD is not None:
+            return self.masked.blend(unit, decision, unit.after_BTD)
+        return self._add(unit, rows, decision)
 
-    def _add(self, unit: Unit, rows: Rows, execute_BT: Tensor) -> Tensor:
+    def _add(self, unit: Unit, rows: Rows, decision: Decision) -> Tensor:
         method, valid_BT, clock = (
             self.routing.method,
             self.routing.state.valid_BT,
@@ -64,15 +68,28 @@ class GatheredExecutor:
         with clock.part("scatter"):
             after = unit.residual_BTD.clone()
             if len(delta_ND):
-                put(after, rows.index_N, delta_ND)
-            bypassed = bypassed_index(execute_BT, valid_BT)
+                put(after, rows.index_N, scaled_rows(delta_ND, rows.index_N, decision))
+            bypassed = bypassed_index(decision.execute_BT, valid_BT)
         if len(bypassed):
             with clock.part("forecast"):
                 x_1MD = take(unit.x_BTD, bypassed)[None]
                 estimate = method.approximate(unit.site, x_1MD)
                 if estimate is not None:
-                    put(after, bypassed, estimate[0])
+                    put(after, bypassed, scaled_rows(estimate[0], bypassed, decision))
         return after
+
+
+def executed(unit: Unit, decision: Decision) -> Tensor:
+    """Residual stream after a unit that every token executes."""
+    after, scale_BT = unit.run(), decision.scale_BT
+    return after if scale_BT is None else scaled(unit.residual_BTD, after, scale_BT)
+
+
+def scaled_rows(delta_ND: Tensor, index_N: Tensor, decision: Decision) -> Tensor:
+    """What these tokens get, times the decision's scale if it has one."""
+    if decision.scale_BT is None:
+        return delta_ND
+    return delta_ND * take(decision.scale_BT[..., None], index_N)
 
 
 def _keys_in_sight(unit: Unit, execute_BT: Tensor) -> Tensor:

@@ -23,9 +23,17 @@ class MaskedExecutor:
         executed = self._execute(unit, decision)
         if self.routing.unit_observer is not None:
             self.routing.unit_observer(unit, decision, executed)
+        return self.blend(unit, decision, executed)
+
+    def blend(self, unit: Unit, decision: Decision, after_BTD: Tensor) -> Tensor:
+        """Residual stream after the unit, from what it gives if every token executes it."""
+        executed, scale = after_BTD, decision.scale_BT
         estimate = self.routing.method.approximate(unit.site, unit.x_BTD)
+        if scale is not None:
+            executed = scaled(unit.residual_BTD, after_BTD, scale)
+            estimate = None if estimate is None else estimate * scale[..., None].to(estimate.dtype)
         bypassed = unit.residual_BTD if estimate is None else unit.residual_BTD + estimate
-        if not self.routing.training:
+        if not self.routing.training or scale is not None:
             return torch.where(decision.execute_BT[..., None], executed, bypassed)
         gate = decision.gate_BT[..., None].to(executed.dtype)
         return gate * executed + (1 - gate) * bypassed
@@ -43,3 +51,8 @@ class MaskedExecutor:
         self.routing.counters.add(unit.site, execute, kept.long().cumsum(1)[:, -tokens:])
         mask = visible(kept, unit.inputs.attention_mask, past=int(unit.inputs.past), tokens=tokens)
         return unit.run(unit.inputs.masked_by(mask))
+
+
+def scaled(residual_BTD: Tensor, after_BTD: Tensor, scale_BT: Tensor) -> Tensor:
+    """Residual stream with what the unit added scaled; `after` itself where the scale is 1."""
+    return torch.lerp(residual_BTD, after_BTD, scale_BT[..., None].to(after_BTD.dtype))

@@ -67,7 +67,7 @@ def observed_routed(
 @contextmanager
 def bypassed(model: PreTrainedModel, sites: frozenset[Site]) -> Iterator[None]:
     """Skip `sites` for every token inside the block (static depth)."""
-    with swapped(model, sites, lambda unit: unit.residual_BTD, ForwardState()):
+    with swapped(model, frozenset(), lambda unit: unit.run(), ForwardState(), dropped=sites):
         yield
 
 

@@ -38,11 +38,12 @@ def routed_bytes(model: PreTrainedModel, method: Method, usage: Usage) -> float:
         part, active = parts[unit.layer], usage.active.get(unit, usage.forwards)
         module = part.attention if unit.kind == "attention" else part.mlp
         norm = part.attention_norm if unit.kind == "attention" else part.mlp_norm
-        total += usage.forwards * weight_bytes(norm) + active * weight_bytes(module)
+        normed = 0 if unit in usage.dropped else usage.forwards
+        total += normed * weight_bytes(norm) + active * weight_bytes(module)
         if unit.kind == "attention":
             context = usage.executed_context.get(unit, usage.context)
             total += context * _key_bytes(model, usage)
-            if method.kv_policy == "keep":
+            if method.kv_policy == "keep" and unit not in usage.dropped:
                 idle = usage.forwards - active
                 total += idle * (weight_bytes(module.k_proj) + weight_bytes(module.v_proj))  # type: ignore[arg-type]
     for site in usage.decided:

@@ -46,6 +46,8 @@ class Unit:
     x_BTD: Tensor
     """The unit's normalised input."""
     inputs: LayerInputs
+    after_BTD: Tensor | None = None
+    """What `run` gave on the layer's own inputs, once it was asked."""
 
     @property
     def attends(self) -> bool:
@@ -55,12 +57,20 @@ class Unit:
     def run(self, inputs: LayerInputs | None = None) -> Tensor:
         """Execute for every token: the residual stream that leaves the unit, [B, T, D].
 
+        Done once on the layer's own inputs, so that an oracle may look before the executor runs.
+
         Args:
             inputs: other than the layer's own.
         """
+        if inputs is not None:
+            return self._run(inputs)
+        if self.after_BTD is None:
+            self.after_BTD = self._run(self.inputs)
+        return self.after_BTD
+
+    def _run(self, given: LayerInputs) -> Tensor:
         if not self.attends:
             return self.residual_BTD + self._mlp(self.x_BTD)
-        given = inputs or self.inputs
         attended = self.part.attention(
             hidden_states=self.x_BTD,
             attention_mask=given.attention_mask,

@@ -18,6 +18,7 @@ from methods.base import Decision, Kind, Method, RouteContext, Site
 from methods.engine.adapter import LayerParts, decoder, layers_of, shape_of
 from methods.engine.clock import Clock, NoClock
 from methods.engine.counters import Counters
+from methods.engine.dropped import hold_place
 from methods.engine.kernels.choose import Kernels
 from methods.engine.lora import applied, suspended
 from methods.engine.padding import leading_padding, tokens_in, valid_and_positions
@@ -89,7 +90,13 @@ class Routing:
         valid, positions = self.state.valid_BT, self.state.positions_BT
         assert valid is not None and positions is not None
         context = RouteContext(
-            unit.residual_BTD, positions, valid, self.training, self.anneal, self.target
+            unit.residual_BTD,
+            positions,
+            valid,
+            self.training,
+            self.anneal,
+            self.target,
+            output=lambda: unit.run() - unit.residual_BTD,
         )
         decision = self.method.route(unit.site, unit.x_BTD, context)
         if self.draw is not None:
@@ -103,7 +110,7 @@ class Routing:
 
     def reset_counters(self) -> None:
         """Start counting anew."""
-        self.counters = Counters(self.counters.shape)
+        self.counters = Counters(self.counters.shape, self.counters.dropped)
 
     @contextmanager
     def dense(self) -> Iterator[None]:
@@ -151,10 +158,13 @@ def routed(
     sites = frozenset(method.sites())
     if sites - known:
         raise ValueError(f"sites outside the model: {sorted(sites - known)}")
-    routing = Routing(method=method, counters=Counters(shape), kernels=kernels)
+    fixed = method.fixed()
+    dropped = frozenset(site for site, runs in fixed.items() if not runs)
+    routing = Routing(method=method, counters=Counters(shape, dropped), kernels=kernels)
+    executor, asked = executors[mode](routing), sites - fixed.keys()
     with (
         applied(method.adapter),
-        swapped(model, sites, executors[mode](routing), routing.state, lambda: routing.paused),
+        swapped(model, asked, executor, routing.state, lambda: routing.paused, dropped),
     ):
         stack = decoder(model)
         hooks = [
@@ -194,8 +204,13 @@ def swapped(
     executor: Executor,
     state: ForwardState,
     paused: Callable[[], bool] = lambda: False,
+    dropped: frozenset[Site] = frozenset(),
 ) -> Iterator[None]:
-    """Send the units of `sites` through `executor`; the layers' forwards are put back on exit."""
+    """Send the units of `sites` through `executor`; the layers' forwards are put back on exit.
+
+    Args:
+        dropped: units that do not run at all.
+    """
     parts = layers_of(model)
     hook = decoder(model).register_forward_pre_hook(
         lambda _, args, kwargs: _read_inputs(state, args, kwargs), with_kwargs=True
@@ -203,7 +218,9 @@ def swapped(
     before = [part.layer.__dict__.get("forward") for part in parts]
     try:
         for index, part in enumerate(parts):
-            part.layer.forward = _layer_forward(index, part, sites, executor, state, paused)
+            part.layer.forward = _layer_forward(
+                index, part, sites, executor, state, paused, dropped
+            )
         yield
     finally:
         hook.remove()
@@ -238,12 +255,15 @@ def _layer_forward(
     executor: Executor,
     state: ForwardState,
     paused: Callable[[], bool],
+    dropped: frozenset[Site],
 ) -> Callable[..., Tensor]:
     """A pre-norm decoder layer in which routed units go through the executor."""
     original = part.layer.forward
     kinds: tuple[Kind, ...] = ("attention", "mlp")
-    if Site(index, "block") in sites:
+    if Site(index, "block") in sites | dropped:
         kinds = ("block",)
+    holds = bool({Site(index, "block"), Site(index, "attention")} & dropped)
+    kinds = tuple(kind for kind in kinds if Site(index, kind) not in dropped)
     window = getattr(part.attention, "sliding_window", None)
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -259,6 +279,8 @@ def _layer_forward(
             window=window,
             others=kwargs,
         )
+        if holds:
+            hold_place(part.attention, hidden_states, inputs.past_key_values)
         for kind in kinds:
             norm = part.mlp_norm if kind == "mlp" else part.attention_norm
             site = Site(index, kind)

@@ -50,7 +50,7 @@ def calibrate_threshold(
         return -math.inf
     part = probe.sample()
     seen = part.routed_scores(-math.inf)
-    reachable = float(seen.weights.sum()) / seen.total_weight
+    reachable = float(seen.weights[seen.scores < math.inf].sum()) / seen.total_weight
     if sparsity > reachable + tolerance:
         raise ValueError(
             f"sparsity {sparsity} is out of reach: this method routes {reachable:.3f} of all units"
@@ -91,5 +91,5 @@ def _next_guess(
         return guess
     if bounded:
         return (low + high) / 2
-    spread = float(seen.scores.std()) or 1.0
+    spread = float(seen.scores[seen.scores.isfinite()].std()) or 1.0
     return low + spread / 4 if math.isfinite(low) else high - spread / 4
