@@ -172,6 +172,25 @@ class SiteCost:
     approximate: float = 0.0
 
 
+@dataclass(frozen=True)
+class LinearUnit:
+    """A site whose decision and estimate are plain maps of the unit's normalised input x.
+
+    It executes where x @ score_D + offset is above the threshold; a bypassed token gets
+    up @ act(down @ x + down_bias) + bias, or nothing without `down_rD`. All float32.
+    """
+
+    score_D: Tensor
+    offset: Tensor
+    """0-dim."""
+    down_rD: Tensor | None = None
+    down_bias_r: Tensor | None = None
+    up_Dr: Tensor | None = None
+    bias_D: Tensor | None = None
+    silu: bool = False
+    """SiLU between the two maps; else none."""
+
+
 class Method(nn.Module):
     """Base of all methods; a subclass must write `route` and nothing else.
 
@@ -214,6 +233,13 @@ class Method(nn.Module):
 
     def approximate(self, site: Site, x_BTD: Tensor) -> Tensor | None:
         """What a bypassed token gets instead of the unit's output; None means skip (zero)."""
+        return None
+
+    def linear(self, site: Site) -> LinearUnit | None:
+        """What `route` and `approximate` do at evaluation, if it is this simple.
+
+        Fused execution then calls neither of the two; None (the default) keeps to them.
+        """
         return None
 
     def cost(self, site: Site) -> SiteCost:

@@ -12,6 +12,7 @@ from torch.nn import functional
 from methods.base import (
     Budget,
     Decision,
+    LinearUnit,
     Method,
     Probe,
     RouteContext,
@@ -23,6 +24,7 @@ from methods.base import (
 )
 from methods.parts.forecaster import Forecasters
 from methods.parts.gates import straight_through
+from methods.parts.linear import linear_unit
 from methods.parts.recoverability import fit_recoverability
 from methods.parts.routers import Routers
 
@@ -95,6 +97,9 @@ class Greedy(Method):
 
     def approximate(self, site: Site, x_BTD: Tensor) -> Tensor | None:
         return None if self.forecasters is None else self.forecasters(site, x_BTD)
+
+    def linear(self, site: Site) -> LinearUnit | None:
+        return linear_unit(self.routers, self.forecasters, site)
 
     def stages(self, budget: Budget) -> Iterable[Stage]:
         if self.forecasters is not None:

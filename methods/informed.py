@@ -12,6 +12,7 @@ from methods.base import (
     Budget,
     Decision,
     KVPolicy,
+    LinearUnit,
     Method,
     Probe,
     RouteContext,
@@ -26,6 +27,7 @@ from methods.parts.closed_form import refit_on_routed
 from methods.parts.forecaster import Activation, Fit, Forecasters, Loss
 from methods.parts.gates import anneal, gumbel_gate, sigmoid_gate
 from methods.parts.inputs import Feature, RouterInput, Source
+from methods.parts.linear import linear_unit
 from methods.parts.lora import lora_spec, lora_stage
 from methods.parts.penalties import sparsity_penalty
 from methods.parts.recoverability import fit_recoverability
@@ -154,6 +156,9 @@ class Informed(Method):
 
     def approximate(self, site: Site, x_BTD: Tensor) -> Tensor | None:
         return self.forecasters(site, x_BTD) if self.bypass == "forecast" else None
+
+    def linear(self, site: Site) -> LinearUnit | None:
+        return linear_unit(self.routers, self.forecasters, site)
 
     def stages(self, budget: Budget) -> Iterable[Stage]:
         """Forecasters, the routers' start, gradient training, then (optionally) LoRA."""

@@ -20,9 +20,10 @@ class Counters:
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
         self._tokens: Tensor | None = None
-        """int64 [2]: valid tokens, and keys that they attend to when all is executed."""
+        """int64 [4], as `_sums` of all valid tokens: what the dense model executes."""
         self._sums: dict[Site, Tensor] = {}
-        """Per routed site, int64 [2]: executed tokens, and keys that they attended to."""
+        """Per routed site, int64 [4]: executed tokens, keys that they attended to, forwards in
+        which any token executed, forwards in which any did not."""
         self._open: list[tuple[Site, Tensor, Tensor | None]] = []
         self._valid_BT: Tensor | None = None
         self._keys_BT: Tensor | None = None
@@ -45,13 +46,14 @@ class Counters:
     def end_forward(self) -> None:
         """Add what the forward noted; a few operations whatever the number of sites."""
         assert self._valid_BT is not None and self._keys_BT is not None, "start_forward first"
-        self._tokens = _plus(self._tokens, _sums(self._valid_BT[None], self._keys_BT)[0])
+        valid = self._valid_BT
+        self._tokens = _plus(self._tokens, _sums(valid[None], self._keys_BT, valid)[0])
         if self._open:
             execute_UBT = torch.stack([execute for _, execute, _ in self._open])
             keys = [self._keys_BT if k is None else k for _, _, k in self._open]
             plain = all(k is None for _, _, k in self._open)
-            sums_U2 = _sums(execute_UBT, keys[0] if plain else torch.stack(keys))
-            for (site, _, _), sums in zip(self._open, sums_U2, strict=True):
+            sums_U4 = _sums(execute_UBT, keys[0] if plain else torch.stack(keys), valid)
+            for (site, _, _), sums in zip(self._open, sums_U4, strict=True):
                 self._sums[site] = _plus(self._sums.get(site), sums)
         self._open = []
 
@@ -61,18 +63,23 @@ class Counters:
             return Usage(shape=self.shape, tokens=0, context=0)
         sites = list(self._sums)
         flat = torch.stack([self._tokens, *(self._sums[site] for site in sites)]).tolist()
-        usage = Usage(shape=self.shape, tokens=flat[0][0], context=flat[0][1])
-        for site, (executed, context) in zip(sites, flat[1:], strict=True):
+        tokens, context, forwards, _ = flat[0]
+        usage = Usage(shape=self.shape, tokens=tokens, context=context, forwards=forwards)
+        for site, (executed, seen, active, bypassing) in zip(sites, flat[1:], strict=True):
             for unit in site.units:
                 usage.executed[unit] = executed
-                usage.executed_context[unit] = context
+                usage.executed_context[unit] = seen
+                usage.active[unit] = active
             usage.decided[site] = executed
+            usage.bypassing[site] = bypassing
         return usage
 
 
-def _sums(mask_UBT: Tensor, keys: Tensor) -> Tensor:
-    """int64 [U, 2]: tokens in the mask, and the sum of their keys."""
-    return torch.stack([mask_UBT.sum((1, 2)), (mask_UBT * keys).sum((1, 2))], dim=1)
+def _sums(mask_UBT: Tensor, keys: Tensor, valid_BT: Tensor) -> Tensor:
+    """int64 [U, 4]: tokens in the mask, their keys, whether any is in it, whether any is not."""
+    tokens = mask_UBT.sum((1, 2))
+    context = (mask_UBT * keys).sum((1, 2))
+    return torch.stack([tokens, context, (tokens > 0).long(), (tokens < valid_BT.sum()).long()], 1)
 
 
 def _plus(total: Tensor | None, more: Tensor) -> Tensor:
@@ -86,10 +93,15 @@ class Usage:
     shape: Shape
     tokens: int
     context: int
+    forwards: int = 0
     executed: dict[Site, int] = field(default_factory=dict)
     executed_context: dict[Site, int] = field(default_factory=dict)
     decided: dict[Site, int] = field(default_factory=dict)
     """Per routed site (blocks not split): tokens executed."""
+    active: dict[Site, int] = field(default_factory=dict)
+    """Per unit: forwards in which any token executed it."""
+    bypassing: dict[Site, int] = field(default_factory=dict)
+    """Per routed site: forwards in which any token bypassed it."""
 
     def rate(self, unit: Site) -> float:
         """Bypassed share of the tokens at one unit; 0 where the method does not route."""

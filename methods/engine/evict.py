@@ -194,9 +194,3 @@ def visible(kept_BS: Tensor, mask: Tensor | None, *, past: int, tokens: int) -> 
     if mask.dtype == torch.bool:
         return (mask & seen) | own_TS
     return mask.masked_fill(~seen, torch.finfo(mask.dtype).min).masked_fill(own_TS, 0.0)
-
-
-def cache_bytes(cache: Any) -> int:
-    """Bytes of keys and values that a cache holds, spare slots included."""
-    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
-    return sum(t.numel() * t.element_size() for t in tensors)

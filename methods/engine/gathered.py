@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from methods.engine.evict import KeptKeys
 from methods.engine.masked import MaskedExecutor
+from methods.engine.one_token import OneToken
 from methods.engine.rows import Rows, bypassed_index, executed_rows, put, rank_BT, take
 from methods.engine.unit import Unit
 from methods.engine.wrap import Routing
@@ -20,33 +22,51 @@ class GatheredExecutor:
 
     def __init__(self, routing: Routing) -> None:
         self.routing, self.masked = routing, MaskedExecutor(routing)
+        self.one_token = OneToken(routing)
 
     def __call__(self, unit: Unit) -> Tensor:
         """Residual stream after the unit, [B, T, D]."""
-        if self.routing.training:
+        routing = self.routing
+        if routing.training or torch.is_grad_enabled():
+            self.one_token.forget()
+        if routing.training:
             return self.masked(unit)
-        decision = self.routing.decide(unit)
-        evicts = self.routing.method.kv_policy == "evict" and unit.attends
-        execute = decision.execute_BT
-        keys_BT = _keys_in_sight(unit, execute) if evicts else None
-        self.routing.counters.add(unit.site, execute, keys_BT)
-        rows = executed_rows(execute)
+        evicts = routing.method.kv_policy == "evict" and unit.attends
+        if unit.residual_BTD.shape[:2] == (1, 1) and not evicts:
+            done = self.one_token(unit)
+            if done is not None:
+                return done
+        with routing.clock.part("router"):
+            execute = routing.decide(unit).execute_BT
+            keys_BT = _keys_in_sight(unit, execute) if evicts else None
+            routing.counters.add(unit.site, execute, keys_BT)
+        with routing.clock.part("rows"):
+            rows = executed_rows(execute)
         if len(rows.index_N) == execute.numel() and not evicts:
-            return unit.run()
+            with routing.clock.part(unit.site.kind):
+                return unit.run()
         return self._add(unit, rows, execute)
 
     def _add(self, unit: Unit, rows: Rows, execute_BT: Tensor) -> Tensor:
-        method, valid_BT = self.routing.method, self.routing.state.valid_BT
+        method, valid_BT, clock = (
+            self.routing.method,
+            self.routing.state.valid_BT,
+            self.routing.clock,
+        )
         assert valid_BT is not None
-        delta_ND = unit.run_rows(rows, method.kv_policy)
-        after = unit.residual_BTD.clone()
-        if len(delta_ND):
-            put(after, rows.index_N, delta_ND)
-        bypassed = bypassed_index(execute_BT, valid_BT)
+        with clock.part(unit.site.kind):
+            delta_ND = unit.run_rows(rows, method.kv_policy)
+        with clock.part("scatter"):
+            after = unit.residual_BTD.clone()
+            if len(delta_ND):
+                put(after, rows.index_N, delta_ND)
+            bypassed = bypassed_index(execute_BT, valid_BT)
         if len(bypassed):
-            estimate = method.approximate(unit.site, take(unit.x_BTD, bypassed)[None])
-            if estimate is not None:
-                put(after, bypassed, estimate[0])
+            with clock.part("forecast"):
+                x_1MD = take(unit.x_BTD, bypassed)[None]
+                estimate = method.approximate(unit.site, x_1MD)
+                if estimate is not None:
+                    put(after, bypassed, estimate[0])
         return after
 
 
@@ -57,4 +77,4 @@ def _keys_in_sight(unit: Unit, execute_BT: Tensor) -> Tensor:
     layer = None if cache is None or len(cache.layers) <= index else cache.layers[index]
     if not isinstance(layer, KeptKeys) or not layer.counts:
         return rank
-    return rank + rank.new_tensor(layer.counts)[:, None]
+    return rank + torch.tensor(layer.counts, device=rank.device)[:, None]

@@ -81,14 +81,20 @@ def _kept_by_all(
     attention: Any, x_BTD: Tensor, rows: Rows, inputs: LayerInputs
 ) -> Iterator[Sequence]:
     """Policy `keep`: keys of every token, the cache's first; they enter it whatever follows."""
+    key, value = keys_of_all(attention, x_BTD, inputs)
+    # a window has dropped keys before the first, a static cache has empty slots after the last
+    first = min(inputs.past, key.shape[2] - rows.tokens)
+    return _split_by_sequence(key, value, first, rows, inputs.attention_mask)
+
+
+def keys_of_all(attention: Any, x_BTD: Tensor, inputs: LayerInputs) -> tuple[Tensor, Tensor]:
+    """Keys and values of every token, after those of the cache, which they enter: [B, K, S, d]."""
     cos, sin = (angle.unsqueeze(2) for angle in inputs.position_embeddings)
     key = _rotate(_heads(attention, "k", x_BTD), cos, sin).transpose(1, 2)
     value = _heads(attention, "v", x_BTD).transpose(1, 2)
     if inputs.past_key_values is not None:
         key, value = inputs.past_key_values.update(key, value, attention.layer_idx)
-    # a window has dropped keys before the first, a static cache has empty slots after the last
-    first = min(inputs.past, key.shape[2] - rows.tokens)
-    return _split_by_sequence(key, value, first, rows, inputs.attention_mask)
+    return key, value
 
 
 def _split_by_sequence(

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from methods.base import KVPolicy, Site
 from methods.engine.adapter import LayerParts
-from methods.engine.gathered_attention import attend_rows
+from methods.engine.gathered_attention import attend_rows, keys_of_all
 from methods.engine.rows import Rows, take
 
 
@@ -89,9 +89,26 @@ class Unit:
     def _mlp_rows(self, x_ND: Tensor) -> Tensor:
         return swiglu(self.part.mlp, x_ND) if len(x_ND) else x_ND
 
+    def write_keys(self) -> None:
+        """Let K and V of every token enter the cache, and compute nothing else (policy `keep`)."""
+        if self.inputs.past_key_values is not None:
+            keys_of_all(self.part.attention, self.x_BTD, self.inputs)
+
     def _mlp(self, x: Tensor) -> Tensor:
         delta: Tensor = self.part.mlp(x)
         return delta
+
+
+def normed(norm: Any, x: Tensor) -> Tensor:
+    """The norm of a layer; for one token in one operation, where the module takes six.
+
+    Equal to float tolerance in float32, which the modules of the known families compute in.
+    """
+    one = x.dtype == torch.float32 and x.numel() == x.shape[-1] and not torch.is_grad_enabled()
+    if one and type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon"):
+        return functional.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+    out: Tensor = norm(x)
+    return out
 
 
 def swiglu(mlp: Any, x_ND: Tensor) -> Tensor:

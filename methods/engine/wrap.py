@@ -16,10 +16,11 @@ from torch import Tensor
 
 from methods.base import Decision, Kind, Method, RouteContext, Site
 from methods.engine.adapter import LayerParts, decoder, layers_of, shape_of
+from methods.engine.clock import Clock, NoClock
 from methods.engine.counters import Counters
 from methods.engine.lora import applied, suspended
 from methods.engine.padding import valid_and_positions
-from methods.engine.unit import LayerInputs, Unit
+from methods.engine.unit import LayerInputs, Unit, normed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,6 +43,8 @@ class ForwardState:
     positions_BT: Tensor | None = None
     past: int = 0
     """Tokens that the cache held before this forward."""
+    threshold: float | None = None
+    """The method's threshold on the host, read once a forward where a path needs it there."""
 
 
 @dataclass
@@ -60,10 +63,19 @@ class Routing:
     """True runs the dense model, for a teacher's logits in the middle of training."""
     observer: Callable[[Site, Decision, Tensor], None] | None = None
     """Called with (site, decision, valid_BT) after each decision."""
+    clock: Clock = field(default_factory=NoClock)
+    """Told what the gathered path is about to do."""
+    draw: Callable[[Site, Tensor], Tensor] | None = None
+    """(site, valid_BT) -> execute_BT instead of the router's decision, to time any sparsity."""
     unit_observer: Callable[[Unit, Decision, Tensor], None] | None = None
     """Called by the masked path with (unit, decision, residual stream after execution)."""
     decisions: dict[Site, Decision] = field(default_factory=dict)
     """Decisions of the last training forward, with gradient."""
+
+    @property
+    def watched(self) -> bool:
+        """True if somebody reads decisions as they are made."""
+        return self.observer is not None or self.unit_observer is not None
 
     def decide(self, unit: Unit) -> Decision:
         """Ask the method; padding is bypassed. The executor counts what it executes."""
@@ -73,6 +85,8 @@ class Routing:
             unit.residual_BTD, positions, valid, self.training, self.anneal, self.target
         )
         decision = self.method.route(unit.site, unit.x_BTD, context)
+        if self.draw is not None:
+            decision.execute_BT = self.draw(unit.site, valid)
         decision.execute_BT = decision.execute_BT & valid
         if self.training:
             self.decisions[unit.site] = decision
@@ -194,6 +208,7 @@ def _read_inputs(state: ForwardState, args: tuple[Any, ...], kwargs: dict[str, A
     if tokens is None:
         tokens = kwargs["inputs_embeds"]
     cache = kwargs.get("past_key_values")
+    state.threshold = None
     state.past = int(cache.get_seq_length()) if cache is not None else 0
     state.valid_BT, state.positions_BT = valid_and_positions(
         args[1] if len(args) > 1 else kwargs.get("attention_mask"),
@@ -235,7 +250,7 @@ def _layer_forward(
         for kind in kinds:
             norm = part.mlp_norm if kind == "mlp" else part.attention_norm
             site = Site(index, kind)
-            unit = Unit(site, part, hidden_states, norm(hidden_states), inputs)
+            unit = Unit(site, part, hidden_states, normed(norm, hidden_states), inputs)
             hidden_states = executor(unit) if site in sites else unit.run()
         return hidden_states
 

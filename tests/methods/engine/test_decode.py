@@ -7,7 +7,8 @@ import torch
 from transformers import DynamicCache
 
 from methods.base import Site
-from methods.engine.evict import KeptKeys, cache_bytes
+from methods.engine.cache import RoomyLayer, allocated_bytes, cache_bytes, roomy_cache
+from methods.engine.evict import KeptKeys
 from methods.engine.wrap import routed, routing_of
 from tests.methods.conftest import small_ids, small_model
 from tests.methods.engine.scripted import (
@@ -113,8 +114,35 @@ def test_evicted_cache_holds_executed_tokens_only():
     held = [layer.counts for layer in caches["evict"].layers]
     kept = [tables[Site(i, "block")][:, :tokens].sum(1).tolist() for i in range(len(held))]
     assert held == kept
-    longest = sum(max(counts) for counts in kept) / (len(kept) * tokens)
-    assert cache_bytes(caches["evict"]) == pytest.approx(longest * cache_bytes(caches["keep"]))
+    share = sum(map(sum, kept)) / (len(kept) * 2 * tokens)
+    assert cache_bytes(caches["evict"]) == pytest.approx(share * cache_bytes(caches["keep"]))
+    assert allocated_bytes(caches["evict"]) < allocated_bytes(caches["keep"])
+    one_token = 2 * 2 * model.config.num_key_value_heads * model.model.layers[0].self_attn.head_dim
+    assert cache_bytes(caches["keep"]) == 2 * tokens * one_token * 4
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_roomy_cache_generates_the_same(beams):
+    model, ids = small_model(), small_ids(2, 8)
+    options = {"max_new_tokens": 300, "num_beams": beams, "do_sample": False}
+    cache = roomy_cache(model)
+    assert all(type(layer) is RoomyLayer for layer in cache.layers)
+    roomy = model.generate(ids, past_key_values=cache, **options)
+    assert torch.equal(roomy, model.generate(ids, **options))
+    if beams == 1:
+        assert cache.layers[0].room[0].shape[2] > cache.get_seq_length() > 256
+
+
+@torch.no_grad()
+def test_roomy_cache_may_be_cropped():
+    model, ids = small_model(), small_ids(2, 16)
+    cache = roomy_cache(model)
+    model(input_ids=ids, past_key_values=cache)
+    cache.crop(-6)
+    other = small_ids(2, 6, seed=4)
+    out = model(input_ids=other, past_key_values=cache).logits
+    whole = model(input_ids=torch.cat([ids[:, :10], other], 1)).logits
+    assert torch.allclose(out, whole[:, 10:], atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["masked", "gathered"])
