@@ -158,7 +158,10 @@ class Informed(Method):
         return self.forecasters(site, x_BTD) if self.bypass == "forecast" else None
 
     def linear(self, site: Site) -> LinearUnit | None:
-        return linear_unit(self.routers, self.forecasters, site)
+        if self.balanced or not self.router_input.plain:
+            return None
+        forecasters = self.forecasters if self.bypass == "forecast" else None
+        return linear_unit(self.routers, forecasters, site)
 
     def stages(self, budget: Budget) -> Iterable[Stage]:
         """Forecasters, the routers' start, gradient training, then (optionally) LoRA."""
@@ -178,6 +181,7 @@ class Informed(Method):
                 lr=self.train_lr,
                 schedule=self.schedule,
                 weight_decay=self.weight_decay,
+                hard=self.train_what == "forecasters",
                 per_target=not self.targets,
                 targets=self.targets,
                 calibrate_first=self.router_start == "recoverability",

@@ -106,7 +106,7 @@ class ModelProbe:
         before = self.method.threshold.clone()
         self.method.threshold.fill_(threshold)
         try:
-            with routed(self.model, self.method):
+            with routed(self.model, self.method, "gathered"):
                 routing = routing_of(self.model)
                 routing.observer = observe
                 self._run_decoder(self.text.calibration, "calibration")

@@ -49,6 +49,11 @@ class RouterInput(nn.Module):
         self._about = (forecasters,)  # in a tuple: the forecasters are no part of this module
         self.errors = Routers(outputs=1) if "predicted_error" in features else None
 
+    @property
+    def plain(self) -> bool:
+        """True if the router reads the unit's normalised input and nothing else."""
+        return self.source == "post_norm" and not self.features
+
     def create(self, sites: Sequence[Site], width: int) -> int:
         """Make what the features need; returns the width of a router's input."""
         if self.errors is not None:
