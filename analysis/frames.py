@@ -117,6 +117,11 @@ def layers(records: Sequence[Record]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def options(records: Sequence[Record]) -> pd.DataFrame:
+    """One row per point: its fingerprint and its method's own options, a column each."""
+    return pd.DataFrame([_key(record) | (record.get("options") or {}) for record in records])
+
+
 def over_seeds(frame: pd.DataFrame) -> pd.DataFrame:
     """Measures averaged over seeds; with several seeds `low` and `high` are mean -/+ std."""
     by = [*SETTING, *SERIES, "sparsity_target", "measure", "name"]

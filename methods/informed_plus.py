@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 
@@ -28,6 +28,16 @@ from methods.parts.penalties import sparsity_penalty
 from methods.parts.recoverability import fit_recoverability
 from methods.parts.routers import Routers
 
+Part = Literal[
+    "closed_form",
+    "sensitivity",
+    "allocation",
+    "refit",
+    "router_training",
+    "forecaster_training",
+    "controller",
+]
+
 
 class InformedPlus(Method):
     """Informed routing (arXiv 2510.13831) with what survived ablation; ours, not the paper's.
@@ -40,21 +50,20 @@ class InformedPlus(Method):
     4. End-to-end distillation of forecasters and routers: KL to the dense model's distributions,
        straight-through sigmoid gates, a controller that holds the realised sparsity at the target.
 
-    Every part can be switched off; `experiment=ablation` compares them at one budget.
+    `experiment=ablation` leaves out one part at a time, at one budget.
 
     Args:
-        rank: of the forecasters; their mean with `allocate`.
-        allocate: spend the total rank by explained variance times loss sensitivity.
+        without: parts to leave out. `closed_form`: random forecasters and routers (published
+            initialisation), no refit; `sensitivity`: of the routers' regression; `allocation`:
+            every unit gets the same rank; `refit`; `router_training`, `forecaster_training`, both
+            for no gradient stage; `controller`: the threshold stays where calibration put it.
+        rank: of the forecasters, their mean over the units.
         branch: rank of a SiLU branch beside each linear map, zero until trained.
-        start: `closed_form`, or `random` (published initialisation) for the ablation.
-        sensitivity: weight the routers' regression by each unit's loss sensitivity.
-        refit: part 3.
-        train: part 4 for `both`, `forecasters` or `routers`; `none` leaves it out.
         targets: one budget-conditional training for these sparsities in turn; empty trains for the
             point's own.
         train_lr: share of a parameter's root mean square that a step may move it.
         tau: temperature of the gates' gradient.
-        hold: gain of the threshold controller; 0 leaves the threshold where calibration put it.
+        hold: gain of the threshold controller.
         penalty_weight: of |(1 - s) - mean execute rate|.
         lora: options of `LoraSpec` for a fine-tuning stage at the end; None for none.
         lora_lr: of that stage.
@@ -67,14 +76,10 @@ class InformedPlus(Method):
         self,
         *,
         sparsity: float,
+        without: Sequence[Part] = (),
         rank: int = 128,
-        allocate: bool = True,
         branch: int = 0,
         damping: float = 1e-3,
-        start: Literal["closed_form", "random"] = "closed_form",
-        sensitivity: bool = True,
-        refit: bool = True,
-        train: Literal["none", "forecasters", "routers", "both"] = "both",
         targets: Sequence[float] = (),
         train_lr: float = 0.03,
         tau: float = 1.0,
@@ -85,13 +90,15 @@ class InformedPlus(Method):
         kv_policy: KVPolicy = "keep",
     ) -> None:
         super().__init__(sparsity=sparsity)
-        if train not in ("none", "forecasters", "routers", "both"):
-            raise ValueError(f"train must be none, forecasters, routers or both, not {train!r}")
+        if unknown := sorted(set(without) - set(get_args(Part))):
+            raise ValueError(f"no such part: {unknown}; known: {', '.join(get_args(Part))}")
+        self.parts = frozenset(get_args(Part)) - frozenset(without)
+        allocate = {"allocation", "closed_form"} <= self.parts
         self.forecasters = Forecasters(rank=rank, damping=damping, allocate=allocate, branch=branch)
         self.routers = Routers(kind="linear", outputs=1)
-        self.damping, self.start, self.sensitivity = damping, start, sensitivity
-        self.refit, self.train_what, self.targets = refit, train, tuple(targets)
-        self.train_lr, self.tau, self.hold = train_lr, tau, hold
+        self.damping, self.targets = damping, tuple(targets)
+        self.train_lr, self.tau = train_lr, tau
+        self.hold = hold if "controller" in self.parts else 0.0
         self.penalty_weight = penalty_weight
         self.lora, self.lora_lr = lora_spec(lora), lora_lr
         self.kv_policy = kv_policy
@@ -115,17 +122,17 @@ class InformedPlus(Method):
         return self.forecasters(site, x_BTD)
 
     def stages(self, budget: Budget) -> Iterable[Stage]:
-        if self.start == "closed_form":
+        if "closed_form" in self.parts:
             yield self.forecasters.stage(budget.forecasters)
             yield Stage("router_start", fit=self._start_routers)
-            if self.refit:
+            if "refit" in self.parts:
                 yield Stage("refit", fit=self._refit, per_target=not self.targets)
-        if self.train_what != "none":
+        if trained := self._trained():
             yield Stage(
                 "distill",
                 loss=self._loss,
-                parameters=self._trained(),
-                hard=self.train_what == "forecasters",
+                parameters=trained,
+                hard="router_training" not in self.parts,
                 budget=budget.routers,
                 lr=self.train_lr,
                 relative_lr=True,
@@ -153,7 +160,7 @@ class InformedPlus(Method):
             self.routers,
             self.forecasters,
             damping=self.damping,
-            sensitivity=self.sensitivity,
+            sensitivity="sensitivity" in self.parts,
         )
 
     def _refit(self, probe: Probe) -> None:
@@ -165,9 +172,9 @@ class InformedPlus(Method):
 
     def _trained(self) -> list[nn.Parameter]:
         chosen: list[nn.Module] = []
-        if self.train_what in ("routers", "both"):
+        if "router_training" in self.parts:
             chosen.append(self.routers)
-        if self.train_what in ("forecasters", "both"):
+        if "forecaster_training" in self.parts:
             chosen.append(self.forecasters)
         return [parameter for part in chosen for parameter in part.parameters()]
 

@@ -129,6 +129,7 @@ class Point:
         on_calibration = self.probe.routed_scores(threshold).sparsity if routes else 0.0
         record["realised"] = {**record["realised"], "calibration": on_calibration}
         record["added_parameters"] = sum(p.numel() for p in self.method.parameters())
+        record["options"] = method_options(self.config)
         record["kv_policy"] = self.method.kv_policy
         record["lora"] = describe(self.method.adapter)
         record["threshold"] = threshold if math.isfinite(threshold) else None

@@ -302,3 +302,39 @@ def test_a_hard_stage_has_the_gradients_of_the_blended_model(tiny_llama, monkeyp
 def test_parameters_outside_the_stage_get_no_gradient(tiny_llama):
     method, _, _ = train(tiny_llama)
     assert all(p.grad is None and not p.requires_grad for p in method.weights.values())
+
+
+def test_relative_rates_are_shares_of_each_parameters_size(tiny_llama, monkeypatch):
+    rates = []
+    step = torch.optim.AdamW.step
+
+    def spied(self, *args, **kwargs):
+        rates.append([(g["lr"], g["betas"]) for g in self.param_groups])
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spied)
+    method = toy(tiny_llama)
+    with torch.no_grad():
+        method.vectors["1_mlp"].fill_(0.5)
+        method.vectors["2_mlp"].zero_()
+    loop = toy_loop(tiny_llama, method)
+    loop.run(stage(method, lr=0.1, relative_lr=True, betas=(0.8, 0.9)))
+    sizes = {key: rate for key, (rate, _) in zip(method.vectors, rates[0], strict=True)}
+    assert sizes == pytest.approx({"1_mlp": 0.05, "2_mlp": 1e-4})
+    assert {betas for _, betas in rates[0]} == {(0.8, 0.9)}
+
+
+@pytest.mark.parametrize("hold", [0.0, 0.5])
+def test_a_controller_brings_the_realised_sparsity_to_the_target(tiny_llama, hold):
+    """Scores that the threshold does not fit yet, and a frozen method."""
+    method, steps = toy(tiny_llama, sparsity=0.15), []
+    loop = toy_loop(
+        tiny_llama,
+        method,
+        rows=token_rows(4, 16, seed=9),
+        on_step=lambda name, figures: steps.append(figures["sparsity"]),
+    )
+    loop.run(stage(method, budget=StageBudget(40, 4, 16), lr=0.0, hold=hold))
+    late = sum(steps[-10:]) / 10
+    assert abs(steps[0] - 0.15) > 0.02
+    assert (abs(late - 0.15) < 0.02) == (hold > 0)
