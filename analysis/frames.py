@@ -94,6 +94,29 @@ def _measures(record: Record) -> Iterator[dict[str, Any]]:
         }
 
 
+def items(results_dir: Path) -> pd.DataFrame:
+    """One row per point and item of its tasks and texts, from `items.parquet` beside each record.
+
+    Columns beside the point's: `line` (its label), `measure`, `name`, `metric`, `item` (equal for
+    the same item in all points), `value` (right or wrong; nll in nats), `weight`, `dense`.
+
+    Raises:
+        AnalysisError: no complete point has such a file.
+    """
+    parts = []
+    for record in read_store(results_dir):
+        key = _key(record)
+        path = results_dir / key["fingerprint"] / "items.parquet"
+        if path.is_file():
+            key["line"] = label(key["method"], key["variant"])
+            parts.append(pd.read_parquet(path).assign(**key))
+    if not parts:
+        raise AnalysisError(
+            f"no point of {results_dir} has an items.parquet; run it with force=true"
+        )
+    return pd.concat(parts, ignore_index=True)
+
+
 def stages(records: Sequence[Record]) -> pd.DataFrame:
     """One row per point and stage: seconds, tokens, steps, peak bytes, figures, `cached`."""
     rows = []

@@ -10,6 +10,9 @@ from typing import Any
 
 from methods.engine.families import UnsupportedModel, require_family
 from runners.errors import UserError
+from runners.eval_texts import describe_text, missing_texts
+from runners.local_tasks import missing_files
+from runners.task_items import GENERATORS
 from runners.tasks import check_tasks
 
 CHOICES = {
@@ -43,7 +46,34 @@ def check_config(cfg: Mapping[str, Any]) -> None:
         raise UserError(f"data.dir={folder} is not a folder")
     if "speed" in cfg:
         _check_speed(cfg["speed"])
-    check_tasks(cfg["eval"]["tasks"])
+    check_evaluation(cfg["eval"])
+
+
+def check_evaluation(settings: Mapping[str, Any]) -> None:
+    """Tasks and texts are known, and the data folder, if one is given, holds what they need.
+
+    Raises:
+        UserError: one line that lists everything that is missing.
+    """
+    check_tasks(settings["tasks"])
+    long = settings["long_context"]
+    texts = [*settings["texts"], *([long["text"]] if long else [])]
+    for name in texts:
+        describe_text(name)
+    if settings["data_dir"] is None:
+        return
+    folder = Path(settings["data_dir"]).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"eval.data_dir={settings['data_dir']} is not a folder")
+    foreign = [name for name in settings["tasks"] if name not in GENERATORS]
+    lacking = missing_files(foreign, folder, settings["num_fewshot"] or {})
+    lacking += missing_texts(texts, folder)
+    if lacking:
+        raise UserError(
+            f"eval.data_dir={settings['data_dir']} lacks {', '.join(dict.fromkeys(lacking))}: "
+            "leave them out (eval.tasks=[...], eval.texts=[...]), or fill the folder with "
+            "runners/fetch.py on a machine that has a network"
+        )
 
 
 def check_sparsity(value: Any) -> None:

@@ -1,163 +1,206 @@
-"""lm-eval's Hugging Face model, with padding masked and shared contexts computed once.
+"""lm-eval's Hugging Face model for a dense or routed model.
 
-The stock class pads on the right without an attention mask (a router would see padding as text,
-and count it) and runs a context anew for each of its choices. Scores are the same up to float
-tolerance; a test compares them.
+Scores are those of the stock `hf` class. Three things differ: a routed model is told what padding
+is (a router would see it as text, and count it); in float32 a context is computed once for all its
+choices; and rolling log-likelihoods hold the logits of a few hundred tokens at a time.
 
-Shapes: R rows of a forward pass, T tokens, V vocabulary.
+Shapes: R rows of a forward pass, T tokens.
 """
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lm_eval import utils
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Tokens = tuple[int, ...]
-Answer = tuple[float, bool]
-"""Sum of log p of the continuation in nats, and whether greedy decoding would give it."""
+from runners.perplexity import Window, window_nlls
+from runners.shared_contexts import Answer, SharedContexts
+
+Request = tuple[Any, list[int], list[int]]
+"""What lm-eval caches the answer under (or None), context and continuation as token ids."""
 
 
 @dataclass
-class Group:
-    """One context and its continuations."""
+class Generation:
+    """What `generate` has produced so far."""
 
-    context: Tokens
-    continuations: dict[Tokens, list[int]] = field(default_factory=dict)
-    """Continuation -> requests that ask for it."""
-
-    @property
-    def rows(self) -> int:
-        """Rows of a pass over the continuations."""
-        return len(self.continuations)
+    tokens: int = 0
+    """New tokens, the end token included, what follows a row's end not."""
+    seconds: float = 0.0
 
 
 class HarnessModel(HFLM):
     """A built causal LM as lm-eval wants it.
 
     Args:
-        batch_size: rows (context and one continuation) of a forward pass.
+        model: dense, or inside a `routed` block.
+        batch_size: rows (context and one continuation) of a forward pass; `auto` as in lm-eval.
+        share_contexts: compute a context once for all its continuations. None does so in float32,
+            where scores are the same to about 1e-5 nats; in half precision rounding depends on the
+            shape of a pass, and the stock batches give the stock scores to the bit.
+        options: any other argument of lm-eval's `hf` class (`max_length`, `softmax_dtype`, ...).
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int | str,
+        share_contexts: bool | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-        self.rows_per_pass = batch_size
+        super().__init__(
+            pretrained=model,  # type: ignore[arg-type]
+            tokenizer=tokenizer,  # type: ignore[arg-type]
+            batch_size=batch_size,
+            **options,
+        )
+        if share_contexts is None:
+            share_contexts = next(model.parameters()).dtype == torch.float32
+        self.share_contexts = share_contexts and self.batch_size != "auto"
+        self.generation = Generation()
+        self._row_lengths: list[int] | None = None
+
+    def get_model_info(self) -> dict[str, Any]:
+        """As in the base class, which asks the hub for a revision; here nothing is asked."""
+        model = self.model
+        return {"model_num_parameters": model.num_parameters(), "model_dtype": model.dtype}
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Answer]:
         """As in the base class, without bars in a log file."""
-        answers: list[Answer] = super().loglikelihood(
-            requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty()
-        )
+        answers: list[Answer] = super().loglikelihood(requests, disable_tqdm=_quiet(disable_tqdm))
         return answers
 
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """As in the base class, without bars in a log file."""
+        texts: list[str] = super().generate_until(requests, disable_tqdm=_quiet(disable_tqdm))
+        return texts
+
     @torch.no_grad()
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, in nats, in the windows of the base class.
+
+        The base class holds [rows, max_length, V] logits, tens of GiB for a long context; here
+        the head is applied to parts, and the sum is in float64.
+        """
+        windows = [w for i, request in enumerate(requests) for w in self._windows(i, *request.args)]
+        windows.sort(key=lambda window: -len(window.inputs))
+        rows = self.batch_size if isinstance(self.batch_size, int) else 1
+        totals = [0.0] * len(requests)
+        for start in range(0, len(windows), rows):
+            batch = windows[start : start + rows]
+            for window, nll in zip(batch, window_nlls(self.model, batch), strict=True):
+                totals[window.document] -= nll
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def _windows(self, index: int, text: str) -> list[Window]:
+        pairs = utils.get_rolling_token_windows(
+            token_list=self.tok_encode(text),
+            prefix_token=self.prefix_token_id,
+            max_seq_len=self.max_length,
+            context_len=1,
+        )
+        windows = []
+        for context, continuation in map(utils.make_disjoint_window, pairs):
+            inputs = (*context, *continuation)[:-1][-self.max_length :]
+            windows.append(Window(index, 0, tuple(inputs), tuple(continuation)))
+        return windows
+
     def _loglikelihood_tokens(
         self,
-        requests: Sequence[tuple[Any, list[int], list[int]]],
+        requests: Sequence[Request],
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[Answer]:
-        groups: dict[Tokens, Group] = {}
-        for index, (_, context, continuation) in enumerate(requests):
-            if not context or not 0 < len(continuation) <= self.max_length:
-                raise ValueError("a context or continuation is empty or longer than the model's")
-            whole = tuple((context + continuation)[-(self.max_length + 1) :])
-            start, end = whole[: -len(continuation)], whole[-len(continuation) :]
-            group = groups.setdefault(start, Group(start))
-            group.continuations.setdefault(end, []).append(index)
+        if self.share_contexts:
+            return self._score_shared(requests)
+        self._row_lengths = self._expected_rows(requests)
+        try:
+            answers: list[Answer] = super()._loglikelihood_tokens(
+                list(requests), _quiet(disable_tqdm), override_bs
+            )
+        finally:
+            self._row_lengths = None
+        return answers
 
-        answers: list[Answer] = [(0.0, False)] * len(requests)
-        for batch, single in _batches(list(groups.values()), self.rows_per_pass):
-            scored = self._score_single(batch) if single else self._score_shared(batch)
-            pairs = [pair for group in batch for pair in group.continuations.values()]
-            for indices, answer in zip(pairs, scored, strict=True):
-                for index in indices:
-                    answers[index] = answer
+    def _score_shared(self, requests: Sequence[Request]) -> list[Answer]:
+        assert isinstance(self.batch_size, int)
+        shared = SharedContexts(
+            self.model,
+            rows_per_pass=self.batch_size,
+            max_length=self.max_length,
+            softmax_dtype=self.softmax_dtype,
+        )
+        answers = shared.score([(context, end) for _, context, end in requests])
         for (request, _, _), answer in zip(requests, answers, strict=True):
             if request is not None:
                 self.cache_hook.add_partial("loglikelihood", request, answer)
         return answers
 
-    def _score_single(self, groups: Sequence[Group]) -> list[Answer]:
-        """One continuation per context: a single pass over both."""
-        ends = [next(iter(group.continuations)) for group in groups]
-        inputs = [group.context + end[:-1] for group, end in zip(groups, ends, strict=True)]
-        ids_RT, mask_RT = _pad(inputs, left=True)
-        keep = max(map(len, ends))
-        logits = self._forward(ids_RT, mask_RT, logits_to_keep=keep, use_cache=False).logits
-        return [
-            _answer(logits[row, keep - len(end) :], end, self.device)
-            for row, end in enumerate(ends)
-        ]
+    def _expected_rows(self, requests: Sequence[Request]) -> list[int]:
+        """Input tokens of each row that the base class will run, in its order: longest first.
 
-    def _score_shared(self, groups: Sequence[Group]) -> list[Answer]:
-        """Each context once, then its continuations on copies of its keys and values."""
-        context_ids, context_mask = _pad([group.context for group in groups], left=True)
-        cache = DynamicCache(config=self.model.config)
-        first = self._forward(
-            context_ids, context_mask, logits_to_keep=1, use_cache=True, past_key_values=cache
-        ).logits
-        rows = [(owner, end) for owner, group in enumerate(groups) for end in group.continuations]
-        owners = torch.tensor([owner for owner, _ in rows], device=self.device)
-        logits = first[owners]
-        if max(len(end) for _, end in rows) > 1:
-            cache.batch_select_indices(owners)
-            ids_RT, mask_RT = _pad([end[:-1] for _, end in rows], left=False)
-            mask = torch.cat([context_mask[owners.cpu()], mask_RT], dim=1)
-            rest = self._forward(ids_RT, mask, use_cache=True, past_key_values=cache).logits
-            logits = torch.cat([logits, rest], dim=1)
-        return [_answer(logits[i, : len(end)], end, self.device) for i, (_, end) in enumerate(rows)]
+        It merges requests that differ in their last token alone, because one row answers them.
+        """
+        inputs = [tuple((context + end)[:-1]) for _, context, end in requests]
+        rows = set(inputs) if self.logits_cache else inputs
+        return sorted((min(len(row), self.max_length) for row in rows), reverse=True)
 
-    def _forward(self, ids_RT: Tensor, mask: Tensor, **options: Any) -> Any:
-        positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids_RT.shape[1] :]
-        return self.model(
-            input_ids=ids_RT.to(self.device),
-            attention_mask=mask.to(self.device),
-            position_ids=positions.to(self.device),
-            **options,
-        )
+    def _model_call(
+        self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
+        """Logits of right-padded rows; a routed model also gets the mask of their real tokens."""
+        if self._row_lengths is None or getattr(self.model, "routing", None) is None:
+            return super()._model_call(inps, attn_mask, labels)
+        rows, longest = inps.shape
+        lengths, self._row_lengths = self._row_lengths[:rows], self._row_lengths[rows:]
+        assert len(lengths) == rows and lengths[0] == longest, "lm-eval orders its rows otherwise"
+        ends = torch.tensor(lengths, device=inps.device)[:, None]
+        mask_RT = (torch.arange(longest, device=inps.device) < ends).long()
+        with torch.no_grad():
+            logits: Tensor = self.model(input_ids=inps, attention_mask=mask_RT).logits
+        return logits
 
+    def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
+        """As in the base class; its trial passes are dense, so that they are not counted."""
+        pending, self._row_lengths = self._row_lengths, None
+        routing = getattr(self.model, "routing", None)
+        with routing.dense() if routing is not None else contextlib.nullcontext():
+            size: int = super()._detect_batch_size(requests, pos)
+        self._row_lengths = pending
+        return size
 
-def _batches(groups: list[Group], rows_per_pass: int) -> Iterator[tuple[list[Group], bool]]:
-    """Groups of similar length, at most `rows_per_pass` rows; True marks single continuations."""
-    kinds: dict[bool, list[Group]] = defaultdict(list)
-    for group in groups:
-        kinds[group.rows == 1].append(group)
-    for single, members in kinds.items():
-        members.sort(key=lambda group: (-len(group.context), group.context))
-        batch: list[Group] = []
-        for group in members:
-            if batch and sum(g.rows for g in batch) + group.rows > rows_per_pass:
-                yield batch, single
-                batch = []
-            batch.append(group)
-        if batch:
-            yield batch, single
+    @torch.no_grad()
+    def _model_generate(
+        self, context: Tensor, max_length: int, stop: list[str], **options: Any
+    ) -> Tensor:
+        started = time.perf_counter()
+        out: Tensor = super()._model_generate(context, max_length, stop, **options)
+        new = out[:, context.shape[1] :].cpu()
+        self.generation.seconds += time.perf_counter() - started
+        self.generation.tokens += _new_tokens(new, int(self.tokenizer.pad_token_id))
+        return out
 
 
-def _pad(sequences: Sequence[Tokens], *, left: bool) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask, int64 [R, T]; padding is id 0 and masked."""
-    longest = max(map(len, sequences))
-    ids = torch.zeros(len(sequences), longest, dtype=torch.long)
-    mask = torch.zeros(len(sequences), longest, dtype=torch.long)
-    for row, sequence in enumerate(sequences):
-        place = slice(longest - len(sequence), longest) if left else slice(0, len(sequence))
-        ids[row, place] = torch.tensor(sequence, dtype=torch.long)
-        mask[row, place] = 1
-    return ids, mask
+def _new_tokens(new_RT: Tensor, pad: int) -> int:
+    """Generated tokens without the padding behind each row's end; an end token is often the pad."""
+    real_RT = new_RT != pad
+    last = (real_RT * torch.arange(1, new_RT.shape[1] + 1)).amax(dim=1, keepdim=True)
+    ended = last < new_RT.shape[1]
+    return int((last + ended).sum()) if new_RT.numel() else 0
 
 
-def _answer(logits_TV: Tensor, continuation: Tokens, device: torch.device) -> Answer:
-    """Score of a continuation from the logits that predict it, [tokens, V]."""
-    target = torch.tensor(continuation, device=device)
-    chosen = torch.log_softmax(logits_TV.float(), dim=-1).gather(1, target[:, None])
-    return float(chosen.sum()), bool((logits_TV.argmax(-1) == target).all())
+def _quiet(disable: bool) -> bool:
+    return disable or not sys.stderr.isatty()

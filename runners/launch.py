@@ -6,6 +6,7 @@ import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,19 @@ failed_points: list[str] = []
 """Reasons of points that failed in this process; a sweep goes on after one."""
 
 
-def launch(entry: Callable[[], Any], config_name: str) -> None:
-    """Check the arguments, run a Hydra entry; exit 2 on a user's mistake, 1 on a failed point."""
+Check = Callable[[dict[str, Any]], None]
+
+
+def launch(entry: Callable[[], Any], config_name: str, check: Check = check_config) -> None:
+    """Check the arguments, run a Hydra entry; exit 2 on a user's mistake, 1 on a failed point.
+
+    Args:
+        check: of each composed config; raises UserError.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         if not {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c"} & set(sys.argv[1:]):
-            sys.argv[1:] = prepare(sys.argv[1:], config_name)
+            sys.argv[1:] = prepare(sys.argv[1:], config_name, check)
         entry()
     except UserError as error:
         sys.exit(_end(error, 2))
@@ -40,12 +48,22 @@ def launch(entry: Callable[[], Any], config_name: str) -> None:
         sys.exit(1)
 
 
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Inside a Hydra entry: a user's mistake ends in one line and exit code 1, no traceback."""
+    try:
+        yield
+    except UserError as error:
+        _end(error, 1)
+        failed_points.append(str(error))
+
+
 def _end(error: Exception, code: int) -> int:
     sys.stderr.write(f"error: {error}\n")
     return code
 
 
-def prepare(arguments: Sequence[str], config_name: str) -> list[str]:
+def prepare(arguments: Sequence[str], config_name: str, check: Check = check_config) -> list[str]:
     """Rewrite `model=<path>` and check every point of the sweep.
 
     Raises:
@@ -62,7 +80,7 @@ def prepare(arguments: Sequence[str], config_name: str) -> list[str]:
         raise UserError("several values in one override need -m (a sweep)")
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for point in itertools.islice(points(overrides), MAX_CHECKED_POINTS):
-            check_config(_compose(config_name, point))
+            check(_compose(config_name, point))
     return [*flags, *words]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -72,23 +72,104 @@ def perplexity(
     Raises:
         UserError: no document with at least two tokens, or impossible sizes.
     """
-    if not 1 <= stride <= context:
-        raise UserError(f"stride must lie between 1 and context={context}, not {stride}")
-    if batch_size < 1 or bootstrap_samples < 1 or tokens_per_document < 2:
-        raise UserError(
-            "perplexity needs batch_size and bootstrap_samples >= 1 and tokens_per_document >= 2"
-        )
+    _check_sizes(context, stride, batch_size, bootstrap_samples, tokens_per_document)
     kept = documents[:documents_limit]
     windows: list[Window] = []
     for index, document in enumerate(kept):
         ids = tokenizer(document.text, verbose=False)["input_ids"][:tokens_per_document]
         windows += windows_of(ids, index, context=context, stride=stride)
+    return measure(
+        model,
+        windows,
+        [document.name for document in kept],
+        batch_size=batch_size,
+        bootstrap_samples=bootstrap_samples,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def joined_perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[Document],
+    *,
+    tokens: int | None = None,
+    context: int = 2048,
+    stride: int = 2048,
+    batch_size: int = 4,
+    bootstrap_samples: int = 1000,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Perplexity of one long text: the documents joined by blank lines, cut into windows.
+
+    The protocol of the pruning and quantisation papers (with `stride = context`): no window
+    knows where a document ends. The interval is over windows, as blocks of neighbouring tokens.
+
+    Args:
+        tokens: first tokens of the joined text only; None for all.
+        context, stride: as for `perplexity`.
+
+    Returns:
+        As `perplexity`; what it calls documents are the windows.
+
+    Raises:
+        UserError: fewer than two tokens, or impossible sizes.
+    """
+    _check_sizes(context, stride, batch_size, bootstrap_samples, tokens)
+    text = "\n\n".join(document.text for document in documents)
+    ids = tokenizer(text, verbose=False)["input_ids"][:tokens]
+    windows = [
+        replace(window, document=index)
+        for index, window in enumerate(windows_of(ids, 0, context=context, stride=stride))
+    ]
+    return measure(
+        model,
+        windows,
+        [f"window-{window.document}" for window in windows],
+        batch_size=batch_size,
+        bootstrap_samples=bootstrap_samples,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def _check_sizes(
+    context: int, stride: int, batch_size: int, bootstrap_samples: int, tokens: int | None
+) -> None:
+    if not 1 <= stride <= context:
+        raise UserError(f"stride must lie between 1 and context={context}, not {stride}")
+    if batch_size < 1 or bootstrap_samples < 1 or (tokens is not None and tokens < 2):
+        raise UserError(
+            "perplexity needs batch_size and bootstrap_samples >= 1 and at least 2 tokens"
+        )
+
+
+def measure(
+    model: PreTrainedModel,
+    windows: list[Window],
+    names: Sequence[str],
+    *,
+    batch_size: int,
+    bootstrap_samples: int,
+    seed: int,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Perplexity over windows, with an interval over the documents that they belong to.
+
+    Args:
+        windows: sorted here by length, so that a pass pads little.
+        names: of the documents, by `Window.document`.
+
+    Raises:
+        UserError: no window.
+    """
     if not windows:
         raise UserError("no text to measure perplexity on: every document is shorter than 2 tokens")
-
-    nll = np.zeros(len(kept))
-    tokens = np.zeros(len(kept), dtype=np.int64)
-    windows.sort(key=lambda window: -len(window.inputs))
+    nll = np.zeros(len(names))
+    tokens = np.zeros(len(names), dtype=np.int64)
+    windows = sorted(windows, key=lambda window: -len(window.inputs))
     batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
     shown: Iterable[list[Window]] = progress_bar(batches, "perplexity") if progress else batches
     for batch in shown:
@@ -105,7 +186,7 @@ def perplexity(
         "tokens": int(tokens.sum()),
         "documents": int(scored.sum()),
         "per_document": [
-            {"name": kept[i].name, "nll": float(nll[i]), "tokens": int(tokens[i])}
+            {"name": names[i], "nll": float(nll[i]), "tokens": int(tokens[i])}
             for i in np.flatnonzero(scored).tolist()
         ],
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from runners.build import build_budget, build_method, load_base, method_options
 from runners.corpus import load_documents
 from runners.errors import UserError
 from runners.evaluation import evaluate, evaluation_key
+from runners.items import write_items
 from runners.loop import Loop
 from runners.probe import ModelProbe
 from runners.products import Products, content_key
@@ -115,14 +117,22 @@ class Point:
     def evaluate(self) -> dict[str, Any]:
         """The record's figures: quality with the dense model's beside it, sparsity, cost."""
         test = self.documents["test"]
+        key = evaluation_key(self.config, self.base, test)
+        dense_samples = self.products.values / f"{key}.samples"
         dense, _ = self.products.value(
-            evaluation_key(self.config, self.base, test),
-            lambda: evaluate(self.config, self.base, test),
+            key, lambda: evaluate(self.config, self.base, test, samples_dir=dense_samples)
         )
         if isinstance(self.method.adapter, Adapter):
             self.method.adapter.merged = self.config["merge_lora"]
         routes = bool(self.method.sites())
-        scores = evaluate(self.config, self.base, test, self.method) if routes else dense
+        samples = self.folder.path / "samples"
+        if routes:
+            scores = evaluate(self.config, self.base, test, self.method, samples)
+        else:
+            scores = dense
+            if dense_samples.is_dir():
+                shutil.copytree(dense_samples, samples, dirs_exist_ok=True)
+        write_items(self.folder.items_file, scores["items"], dense["items"])
         record = merge_dense(scores, dense)
         record["stages"] = self.reports
         threshold = float(self.method.threshold)
@@ -195,7 +205,8 @@ def _run(loop: Loop, stage: Stage) -> dict[str, Any]:
 
 def merge_dense(scores: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:
     """Put the dense model's value beside each of the routed model's."""
-    record = {**scores, "perplexity": {}, "accuracy": {}}
+    record = {k: v for k, v in scores.items() if k != "items"}
+    record |= {"perplexity": {}, "accuracy": {}}
     for name, entry in scores["perplexity"].items():
         record["perplexity"][name] = {**entry, "dense": dense["perplexity"][name]["value"]}
     for task, entry in scores["accuracy"].items():

@@ -1,8 +1,8 @@
 """Where results live: one folder per point, named by what determines its numbers.
 
-`results/<fingerprint>/{config.yaml, status.json, result.json, log.jsonl, routed/}`. `config.yaml`
-is written first and `result.json` last, both atomically, so that a killed run is never mistaken
-for a finished one.
+`results/<fingerprint>/{config.yaml, status.json, result.json, items.parquet, log.jsonl, routed/}`.
+`config.yaml` is written first and `result.json` last, both atomically, so that a killed run is
+never mistaken for a finished one.
 """
 
 from __future__ import annotations
@@ -182,6 +182,7 @@ class RunFolder:
         self.result_file = path / "result.json"
         self.log_file = path / "log.jsonl"
         self.speed_file = path / "speed.json"
+        self.items_file = path / "items.parquet"
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -205,6 +206,7 @@ class RunFolder:
         """Start the point anew: what an earlier, failed or killed attempt left is removed."""
         self.result_file.unlink(missing_ok=True)
         self.log_file.unlink(missing_ok=True)
+        self.items_file.unlink(missing_ok=True)
         plain = to_plain(redact(config), "config")
         text = yaml.safe_dump(plain, sort_keys=False, default_flow_style=False)
         write_bytes_atomic(self.config_file, text.encode())

@@ -17,8 +17,9 @@ from typing import TypedDict
 from runners.corpus import Document
 from runners.errors import UserError
 from runners.store import write_bytes_atomic
+from runners.word_problems import Problem, word_problems
 
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 """Raise it when the items of a seed change."""
 
 CONTEXT_WORDS = 32
@@ -60,26 +61,47 @@ def continuation_choice(documents: Sequence[Document], seed: int) -> list[Item]:
     return items
 
 
-NAMES = (
-    "Anna Ben Carl Dora Emma Fred George Helen Ivan Jack Kate Laura Mark Nancy Oscar Paul Rose "
-    "Sarah Tom Victor"
-).split()
-PLACES = (
-    "Paris London Berlin Madrid Rome Vienna Boston Chicago Denver Dallas Seattle Tokyo Moscow "
-    "Cairo Dublin Toronto"
-).split()
-
-
-def fact_lookup(documents: Sequence[Document], seed: int) -> list[Item]:
-    """Four people live in four cities; where does one of them live?"""
+def addition(documents: Sequence[Document], seed: int) -> list[Item]:
+    """The sum of two digits, after three worked sums."""
     rng = random.Random(seed)
     items: list[Item] = []
     for _ in range(ITEMS):
-        people, cities = rng.sample(NAMES, CHOICES), rng.sample(PLACES, CHOICES)
-        facts = " ".join(f"{p} lives in {c}." for p, c in zip(people, cities, strict=True))
-        asked = rng.randrange(CHOICES)
-        order = [cities[asked], *(c for i, c in enumerate(cities) if i != asked)]
-        items.append(_shuffled(f"{facts} Therefore {people[asked]} lives in", order, rng))
+        pairs = [(rng.randint(1, 9), rng.randint(1, 9)) for _ in range(4)]
+        worked = " ".join(f"{a} + {b} = {a + b}." for a, b in pairs[:-1])
+        total = sum(pairs[-1])
+        wrong = rng.sample([total + d for d in (-3, -2, -1, 1, 2, 3) if total + d > 0], CHOICES - 1)
+        context = f"{worked} {pairs[-1][0]} + {pairs[-1][1]} ="
+        items.append(_shuffled(context, [str(value) for value in (total, *wrong)], rng))
+    return items
+
+
+def progression(documents: Sequence[Document], seed: int) -> list[Item]:
+    """Which number continues five terms of an arithmetic progression?"""
+    rng = random.Random(seed)
+    items: list[Item] = []
+    for _ in range(ITEMS):
+        start, step = rng.randint(1, 30), rng.randint(2, 9)
+        terms = [start + step * index for index in range(6)]
+        near = sorted({-step, -2, -1, 1, 2, step + 1})
+        wrong = rng.sample([terms[-1] + distance for distance in near], CHOICES - 1)
+        context = " ".join(f"{term}," for term in terms[:-1])
+        items.append(_shuffled(context, [str(value) for value in (terms[-1], *wrong)], rng))
+    return items
+
+
+COLOURS = "red blue green black white yellow brown gray pink gold".split()
+
+
+def repetition(documents: Sequence[Document], seed: int) -> list[Item]:
+    """Which of the words of a repeated list comes next? All choices were seen equally often."""
+    rng = random.Random(seed)
+    items: list[Item] = []
+    for _ in range(ITEMS):
+        words = rng.sample(COLOURS, 5)
+        again = rng.randint(1, 3)
+        context = " ".join(f"{word}," for word in [*words, *words[:again]])
+        wrong = rng.sample([w for w in words if w != words[again]], CHOICES - 1)
+        items.append(_shuffled(context, [words[again], *wrong], rng))
     return items
 
 
@@ -111,12 +133,15 @@ def _shuffled(context: str, spans: Sequence[str], rng: random.Random) -> Item:
     return {"context": context, "choices": [spans[i] for i in order], "gold": order.index(0)}
 
 
-GENERATORS: dict[str, Callable[[Sequence[Document], int], list[Item]]] = {
+GENERATORS: dict[str, Callable[[Sequence[Document], int], Sequence[Item | Problem]]] = {
     "continuation_choice": continuation_choice,
-    "fact_lookup": fact_lookup,
     "agreement": agreement,
+    "addition": addition,
+    "progression": progression,
+    "repetition": repetition,
+    "word_problems": word_problems,
 }
-CHOICES_OF = {"continuation_choice": CHOICES, "fact_lookup": CHOICES, "agreement": 2}
+CHOICES_OF = {name: CHOICES for name in GENERATORS if name != "word_problems"} | {"agreement": 2}
 
 
 def items_folder(root: Path, documents: Sequence[Document], seed: int) -> Path:

@@ -1,28 +1,38 @@
-"""lm-eval tasks on a dense or routed model, the built-in ones included."""
+"""lm-eval tasks on a dense or routed model, the built-in and the local ones included."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from runners.corpus import Document
 from runners.errors import UserError
+from runners.local_tasks import task_file
+from runners.scores import TaskScores, scores_of
+from runners.stock import stock
 from runners.store import write_bytes_atomic
 from runners.task_items import CHOICES_OF, GENERATORS, items_folder, write_items
+
+if TYPE_CHECKING:
+    from runners.harness import HarnessModel
 
 log = logging.getLogger(__name__)
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "conf" / "eval" / "tasks"
-METRICS = ("acc_norm,none", "acc,none", "exact_match,strict-match", "exact_match,none")
-"""The first of these that a task reports is its accuracy; built-in tasks report `acc`."""
+FEWSHOT_SEED = 1234
+"""lm-eval's own default: the same examples as its command line draws, for every seed of ours."""
 
 
 def check_tasks(names: Sequence[str]) -> None:
-    """Refuse unknown tasks; lm-eval's index is read only if a name is not built in.
+    """Refuse unknown tasks; lm-eval's files are read only if a name is not built in.
 
     Raises:
         UserError: a task that neither routebench nor lm-eval knows.
@@ -40,58 +50,108 @@ def check_tasks(names: Sequence[str]) -> None:
 
 
 def _harness_names() -> set[str]:
-    from lm_eval.tasks import TaskManager
-
-    return set(TaskManager().all_tasks)
+    return {*stock().tasks, *stock().collections}
 
 
-def run_tasks(
-    model: Any,
-    tokenizer: Any,
-    *,
-    tasks: Sequence[str],
-    limit: int | None,
-    batch_size: int,
-    num_fewshot: int | None,
-    seed: int,
-    cache_dir: Path,
-    documents: Sequence[Document],
-) -> dict[str, dict[str, Any]]:
-    """Evaluate with `lm_eval.simple_evaluate`.
+@dataclass(frozen=True)
+class TaskSet:
+    """Tasks of an evaluation with their files in place.
 
     Args:
-        model: a causal LM, routed or not.
+        names: built-in or lm-eval tasks, groups or tags.
+        num_fewshot: examples in the prompt by task; the task's own number where it is not named.
         limit: first items only; None for all.
-        batch_size: rows of a forward pass.
-        cache_dir: generated items and task files go to `<cache_dir>/tasks`.
-        documents: test text, for tasks that are made from it.
-
-    Returns:
-        `{task: {value, stderr, n, chance}}`; chance is None where lm-eval's task has no fixed
-        number of choices.
+        chat_template: put prompts into the tokenizer's chat template.
+        manager: lm-eval's index, with our task files before its own.
     """
-    import lm_eval
+
+    names: Sequence[str]
+    num_fewshot: Mapping[str, int | None]
+    limit: int | None
+    chat_template: bool
+    manager: Any
+
+    def run(self, harness: HarnessModel, name: str, samples_file: Path | None = None) -> TaskScores:
+        """Evaluate one task with `lm_eval.simple_evaluate`.
+
+        Args:
+            samples_file: lm-eval's full log (prompts, answers, log-likelihoods), a JSON line each.
+        """
+        import lm_eval
+
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        before = (harness.generation.tokens, harness.generation.seconds)
+        done = lm_eval.simple_evaluate(
+            model=harness,
+            tasks=[name],
+            num_fewshot=self.num_fewshot.get(name),
+            limit=self.limit,
+            task_manager=self.manager,
+            bootstrap_iters=0,
+            fewshot_random_seed=FEWSHOT_SEED,
+            apply_chat_template=self.chat_template,
+            log_samples=True,
+        )
+        assert done is not None
+        scores = scores_of(name, dict(done), built_in=name in GENERATORS)
+        choices = CHOICES_OF.get(name)
+        scores.entry["chance"] = 1 / choices if choices else None
+        tokens = harness.generation.tokens - before[0]
+        if tokens:
+            seconds = harness.generation.seconds - before[1]
+            scores.entry |= {"generated_tokens": tokens, "tokens_per_s": tokens / seconds}
+        if samples_file is not None:
+            lines = [
+                json.dumps(sample, default=str)
+                for task in done["samples"].values()
+                for sample in task
+            ]
+            write_bytes_atomic(samples_file, ("\n".join(lines) + "\n").encode())
+        return scores
+
+
+def task_set(
+    settings: Mapping[str, Any], documents: Sequence[Document], seed: int, cache_dir: Path
+) -> TaskSet:
+    """Write the task files that `settings` (a config's `eval`) needs, and index them.
+
+    Args:
+        documents: test text, for tasks that are made from it.
+        seed: of the built-in tasks' items.
+        cache_dir: files go to `<cache_dir>/tasks`.
+
+    Raises:
+        UserError: files that `eval.data_dir` lacks; too little text.
+    """
+    import datasets
     from lm_eval.tasks import TaskManager
 
-    from runners.harness import HarnessModel
-
-    own = [name for name in tasks if name in GENERATORS]
-    folder = prepare_tasks(own, documents, seed, cache_dir) if own else None
-    logging.getLogger("lm_eval").setLevel(logging.WARNING)
-    done = lm_eval.simple_evaluate(
-        model=HarnessModel(model, tokenizer, batch_size=batch_size),
-        tasks=list(tasks),
-        num_fewshot=num_fewshot,
-        limit=limit,
-        task_manager=TaskManager(include_path=str(folder) if folder else None),
-        bootstrap_iters=0,
-        random_seed=seed,
-        numpy_random_seed=seed,
-        torch_random_seed=seed,
-        fewshot_random_seed=seed,
-        log_samples=False,
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    names = list(settings["tasks"])
+    shots = settings.get("num_fewshot") or {}
+    chosen = settings.get("data_dir")
+    data_dir = Path(chosen).expanduser().resolve() if chosen else None
+    folders: list[str | Path] = []
+    own = [name for name in names if name in GENERATORS]
+    if own:
+        folders.append(str(prepare_tasks(own, documents, seed, cache_dir)))
+    single = [name for name in names if name in stock().tasks] if len(own) < len(names) else []
+    if single:
+        identity = json.dumps([single, str(data_dir), dict(shots)], sort_keys=True)
+        folder = cache_dir / "tasks" / hashlib.sha256(identity.encode()).hexdigest()[:16]
+        for name in single:
+            task = task_file(name, data_dir, shots.get(name), cache_dir / "datasets")
+            write_bytes_atomic(folder / f"{name}.yaml", yaml.safe_dump(task).encode())
+        folders.append(str(folder))
+    others = set(names) - set(own) - set(single)
+    return TaskSet(
+        names=names,
+        num_fewshot=shots,
+        limit=settings["limit"],
+        chat_template=bool(settings.get("chat_template")),
+        manager=TaskManager(include_path=folders or None, include_defaults=bool(others)),
     )
-    return {name: _score(name, done) for name in tasks}
 
 
 def prepare_tasks(
@@ -109,24 +169,3 @@ def prepare_tasks(
         text = yaml.safe_dump(template, sort_keys=False)
         write_bytes_atomic(folder / f"{name}.yaml", text.encode())
     return folder
-
-
-def _score(name: str, done: dict[str, Any]) -> dict[str, Any]:
-    results = done["results"][name]
-    order = METRICS[1:] if name in GENERATORS else METRICS
-    metric = next((m for m in order if m in results), None)
-    if metric is None:
-        raise UserError(f"task {name} reports none of {', '.join(METRICS)}")
-    left, right = metric.split(",")
-    n = done["n-samples"][name]["effective"]
-    value, stderr = float(results[metric]), results.get(f"{left}_stderr,{right}")
-    if not isinstance(stderr, (int, float)):
-        stderr = (value * (1 - value) / max(1, n - 1)) ** 0.5
-    choices = CHOICES_OF.get(name)
-    return {
-        "value": value,
-        "stderr": float(stderr),
-        "n": int(n),
-        "metric": left,
-        "chance": 1 / choices if choices else None,
-    }

@@ -76,7 +76,7 @@ def test_runners_name_no_method(path):
 
 @pytest.mark.parametrize("path", ANALYSIS, ids=lambda path: path.stem)
 def test_analysis_reads_the_store_only(path):
-    assert outside(path, ("analysis",), {"pandas", "matplotlib", "numpy"}) == []
+    assert outside(path, ("analysis",), {"pandas", "matplotlib", "numpy", "scipy"}) == []
 
 
 def test_no_type_check_on_a_method():

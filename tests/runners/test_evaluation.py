@@ -28,7 +28,10 @@ def base(tiny_llama, tokenizer):
 def test_dense(config, base):
     found = evaluate(config, base, TEXT)
     own = perplexity(base.model, base.tokenizer, TEXT, **config["eval"]["perplexity"])
+    documents = own.pop("per_document")
     assert found["perplexity"] == {"mine": own}
+    assert found["items"]["mine"]["values"] == [document["nll"] for document in documents]
+    assert found["items"]["mine"]["weights"] == [document["tokens"] for document in documents]
     assert found["sparsity_realised"] == 0.0
     assert found["flops_ratio"] == 1.0
     assert found["accuracy"] == {}

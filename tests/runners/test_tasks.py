@@ -1,23 +1,22 @@
-"""Built-in tasks: their items, and lm-eval's scores against log-likelihoods of our own."""
+"""Built-in tasks: their items, files and scores."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 import yaml
 
-from methods.engine.wrap import routed
 from runners.corpus import load_documents
 from runners.errors import UserError
 from runners.harness import HarnessModel
 from runners.task_items import CHOICES_OF, GENERATORS, items_folder, write_items
-from runners.tasks import TEMPLATES, check_tasks, prepare_tasks, run_tasks
-from tests.conftest import documents, token_rows
-from tests.runners.toy import toy
+from runners.tasks import TEMPLATES, check_tasks, prepare_tasks, task_set
+from tests.conftest import documents
+from tests.runners.test_harness import log_likelihood
 
 TEXT = documents(8, words=120)
 NAMES = sorted(GENERATORS)
@@ -32,7 +31,7 @@ def test_items_are_deterministic(name, tmp_path):
     assert items == GENERATORS[name](TEXT, 0)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted(CHOICES_OF))
 def test_items_have_one_right_answer_at_a_random_place(name):
     items = GENERATORS[name](TEXT, 0)
     count = CHOICES_OF[name]
@@ -58,13 +57,37 @@ def test_continuations_continue_and_distractors_do_not(source):
                 assert not any(f"{context} {choice}" in text for text in joined)
 
 
-def test_facts_are_in_the_context():
-    for item in GENERATORS["fact_lookup"]([], 0):
-        *facts, asked = item["context"].split(". ")
-        person = asked.removeprefix("Therefore ").removesuffix(" lives in")
-        homes = dict(fact.split(" lives in ") for fact in facts)
-        assert homes[person] == item["choices"][item["gold"]]
-        assert sorted(homes.values()) == sorted(item["choices"])
+def test_sums_and_progressions_are_right():
+    for item in GENERATORS["addition"]([], 0):
+        *worked, asked = item["context"].removesuffix(" =").split(". ")
+        assert all(
+            sum(map(int, w.split(" = ")[0].split(" + "))) == int(w.split()[-1]) for w in worked
+        )
+        assert sum(map(int, asked.split(" + "))) == int(item["choices"][item["gold"]])
+    for item in GENERATORS["progression"]([], 0):
+        terms = [int(term) for term in item["context"].rstrip(",").split(", ")]
+        terms.append(int(item["choices"][item["gold"]]))
+        assert len({b - a for a, b in itertools.pairwise(terms)}) == 1
+
+
+def test_repetition_goes_on_with_the_list():
+    for item in GENERATORS["repetition"]([], 0):
+        words = item["context"].rstrip(",").split(", ")
+        assert words[5:] == words[: len(words) - 5]
+        assert item["choices"][item["gold"]] == words[len(words) - 5]
+
+
+def test_word_problems_are_worked_out():
+    for problem in GENERATORS["word_problems"]([], 0):
+        total = 0
+        for verb, amount in re.findall(r"(has|buys|gives away) (\d+)", problem["question"]):
+            total += -int(amount) if verb == "gives away" else int(amount)
+        steps, answer = problem["answer"].split(" #### ")
+        assert int(answer) == total >= 0
+        assert all(
+            eval(left) == int(right)
+            for left, right in (step.split(" = ") for step in steps.rstrip(".").split(". "))
+        )
 
 
 def test_verbs_agree_with_the_subject():
@@ -95,7 +118,7 @@ def test_task_file_points_to_the_items(name, tmp_path):
     task = yaml.safe_load((folder / f"{name}.yaml").read_text())
     assert task["task"] == name
     items = task["dataset_kwargs"]["data_files"]["test"]
-    assert Path(items).read_text().startswith('{"context"')
+    assert Path(items).read_text().startswith('{"')
     assert (TEMPLATES / f"{name}.yaml").is_file()
 
 
@@ -106,81 +129,33 @@ def test_only_built_in_names_need_no_index(monkeypatch):
         check_tasks(["nope"])
 
 
-def log_likelihood(model, context, continuation):
-    """(sum of log p, greedy) from one unpadded pass of the untouched forward."""
-    logits = model(input_ids=torch.tensor([[*context, *continuation]])).logits[0].double()
-    rows = logits.log_softmax(-1)[len(context) - 1 : -1]
-    total = sum(float(row[token]) for row, token in zip(rows, continuation, strict=True))
-    return total, rows.argmax(-1).tolist() == list(continuation)
-
-
-REQUESTS = [
-    (context, end)
-    for context in (token_rows(1, n, seed=n)[0].tolist() for n in (3, 9, 14))
-    for end in ([5], [7, 8, 9, 10], [7, 8], [5])
-] + [([4, 5, 6], [9, 9, 9])] * 2 + [(token_rows(1, 20, seed=8)[0].tolist(), [33, 34])]  # fmt: skip
-
-
-@pytest.mark.parametrize("batch_size", [1, 4, 32])
-@pytest.mark.parametrize("route", [False, True])
-def test_scores_equal_own_log_likelihoods(tiny_llama, tokenizer, batch_size, route):
-    method = toy(tiny_llama)
-    method.threshold.fill_(0.0 if route else float("-inf"))
-    with torch.no_grad(), routed(tiny_llama, method):
-        harness = HarnessModel(tiny_llama, tokenizer, batch_size=batch_size)
-        requests = [(None, context, end) for context, end in REQUESTS]
-        found = harness._loglikelihood_tokens(requests)
-        expected = [log_likelihood(tiny_llama, context, end) for context, end in REQUESTS]
-    assert [score for score, _ in found] == pytest.approx([s for s, _ in expected], abs=1e-3)
-    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
-
-
-def test_greedy_is_recognised(tiny_llama, tokenizer):
-    context = [5, 6, 7]
-    best = int(tiny_llama(input_ids=torch.tensor([context])).logits[0, -1].argmax())
-    harness = HarnessModel(tiny_llama, tokenizer, batch_size=4)
-    found = harness._loglikelihood_tokens([(None, context, [best]), (None, context, [best - 1])])
-    assert [greedy for _, greedy in found] == [True, False]
-
-
-def test_padding_is_not_counted(tiny_llama, tokenizer):
-    """Contexts once, continuations but their last token: that many tokens were read."""
-    requests = [(None, [3, 4, 5], [6, 7]), (None, [3, 4, 5], [8]), (None, [9] * 10, [6, 7, 8])]
-    with routed(tiny_llama, toy(tiny_llama)) as model:
-        HarnessModel(model, tokenizer, batch_size=8)._loglikelihood_tokens(requests)
-        assert model.routing.counters.read().tokens == (3 + 1) + (10 + 2)
-
-
-def test_long_context_is_cut_on_the_left(tiny_llama, tokenizer):
-    harness = HarnessModel(tiny_llama, tokenizer, batch_size=2)
-    harness._max_length = 12
-    context, end = token_rows(1, 30)[0].tolist(), [7, 8, 9]
-    found = harness._loglikelihood_tokens([(None, context, end)])
-    assert found[0][0] == pytest.approx(log_likelihood(tiny_llama, context[-10:], end)[0], abs=1e-3)
-    with pytest.raises(ValueError, match="empty"):
-        harness._loglikelihood_tokens([(None, [], end)])
-
-
-def test_run_tasks_counts_right_answers(tiny_llama, tokenizer, tmp_path):
-    name, limit = "fact_lookup", 24
-    options = {"limit": limit, "batch_size": 8, "num_fewshot": None, "seed": 0}
-    places = {"cache_dir": tmp_path, "documents": TEXT}
-    found = run_tasks(tiny_llama, tokenizer, tasks=[name], **options, **places)[name]
-    right = 0
+def test_a_task_counts_right_answers(tiny_llama, tokenizer, tmp_path):
+    name, limit = "addition", 24
+    settings = {"tasks": [name], "limit": limit, "num_fewshot": {}, "data_dir": None}
+    harness = HarnessModel(tiny_llama, tokenizer, batch_size=8)
+    scores = task_set(settings, TEXT, 0, tmp_path).run(harness, name)
+    found = scores.entry
+    right = []
     for item in GENERATORS[name](TEXT, 0)[:limit]:
         encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
         start = encode(item["context"])
-        scores = [
+        own = [
             log_likelihood(tiny_llama, start, encode(f" {choice}"))[0] for choice in item["choices"]
         ]
-        right += scores.index(max(scores)) == item["gold"]
-    share = right / limit
+        right.append(float(own.index(max(own)) == item["gold"]))
+    share = sum(right) / limit
     assert found["value"] == pytest.approx(share)
     assert found["stderr"] == pytest.approx((share * (1 - share) / (limit - 1)) ** 0.5)
     assert (found["n"], found["chance"], found["metric"]) == (limit, 0.25, "acc")
+    assert scores.items.values == right
 
 
-def test_a_request_list_may_be_empty(tiny_llama, tokenizer):
-    harness = HarnessModel(tiny_llama, tokenizer, batch_size=2)
-    assert harness._loglikelihood_tokens([]) == []
-    assert harness.loglikelihood([SimpleNamespace(args=("ab", " cd"))], disable_tqdm=True)
+def test_word_problems_are_generated(tiny_llama, tokenizer, tmp_path):
+    settings = {"tasks": ["word_problems"], "limit": 3, "num_fewshot": {}, "data_dir": None}
+    chosen = task_set(settings, TEXT, 0, tmp_path)
+    harness = HarnessModel(tiny_llama, tokenizer, batch_size=3)
+    scores = chosen.run(harness, "word_problems", tmp_path / "log")
+    assert (scores.entry["n"], scores.entry["shots"], scores.entry["value"]) == (3, 4, 0.0)
+    assert 0 < scores.entry["generated_tokens"] <= 3 * 40
+    prompt = json.loads((tmp_path / "log").read_text().splitlines()[0])["arguments"][0][0]
+    assert prompt.count("Question:") == 5 and prompt.count("####") == 4

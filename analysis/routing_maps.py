@@ -1,0 +1,169 @@
+"""Which tokens are executed where: heatmaps, forecast errors by depth, and coloured text.
+
+python analysis/routing_maps.py results_dir=results [out_dir=results/plots]
+
+Reads `<results_dir>/<fingerprint>/routing/*.parquet`, which runners/inspect_routing.py writes.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analysis import coloured_text, style, tables
+from analysis.cli import AnalysisError, Paths, run
+
+log = logging.getLogger(__name__)
+
+BINS = 8
+VIEWS = {
+    "position": "position in the text",
+    "frequency": "frequency of the token (rare to common)",
+    "dense_loss": "loss of the dense model (easy to hard)",
+    "token_class": "token class",
+}
+
+
+def main(paths: Paths) -> None:
+    """Draw maps, errors and text of every point that was inspected."""
+    folders = sorted(path.parent for path in paths.results_dir.glob("*/routing/decisions.parquet"))
+    if not folders:
+        raise AnalysisError(
+            f"no routing/ folder in {paths.results_dir}: run runners/inspect_routing.py first"
+        )
+    for folder in folders:
+        stem = paths.out_dir / f"routing-{folder.parent.name}"
+        tokens, decisions, depth = read(folder)
+        with style.paper():
+            written = style.save(draw_maps(tokens, decisions), Path(f"{stem}-maps"))
+            written += style.save(draw_errors(decisions, depth), Path(f"{stem}-errors"))
+        text = coloured_text.page(tokens, decisions, title=folder.parent.name)
+        written.append(tables.write(Path(f"{stem}-text.html"), text))
+        summary = by_layer(decisions).to_csv(index=False)
+        written.append(tables.write(Path(f"{stem}-layers.csv"), summary))
+        for path in written:
+            log.info("wrote %s", path)
+
+
+def read(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """The tokens, decisions and depth tables of one inspected point."""
+    tokens, decisions, depth = (
+        pd.read_parquet(folder / f"{name}.parquet") for name in ("tokens", "decisions", "depth")
+    )
+    decisions["kind"] = decisions["kind"].astype(str)
+    return tokens, decisions, depth
+
+
+def by_layer(decisions: pd.DataFrame) -> pd.DataFrame:
+    """Executed share and mean forecast error of each site, the error also over bypassed tokens."""
+    groups = decisions.groupby(["layer", "kind"])
+    table = groups[["executed", "error_l2", "error_cosine"]].mean()
+    bypassed = decisions[~decisions["executed"]].groupby(["layer", "kind"])
+    table["error_l2_bypassed"] = bypassed["error_l2"].mean()
+    table["error_cosine_bypassed"] = bypassed["error_cosine"].mean()
+    return table.reset_index()
+
+
+def binned(tokens: pd.DataFrame, view: str) -> pd.Series:
+    """Each token's column in a map: bins of equal size, or the class itself.
+
+    Tokens without a value (the first of a row has no loss) are left out as missing.
+    """
+    if view == "token_class":
+        return tokens[view]
+    values = tokens[view]
+    if view == "frequency":
+        values = np.log10(values)
+    edges = pd.qcut(values, BINS, duplicates="drop")
+    if view == "position":
+        return edges.map(lambda interval: f"{max(0, int(np.ceil(interval.left)))}+")
+    return edges.map(lambda interval: f"{interval.mid:.1f}")
+
+
+def executed_share(tokens: pd.DataFrame, decisions: pd.DataFrame, view: str) -> pd.DataFrame:
+    """Executed share by kind and layer (rows) and bin or class (columns, in order)."""
+    column = binned(tokens, view)
+    merged = decisions.assign(column=column.to_numpy()[decisions["token"].to_numpy()])
+    merged = merged.dropna(subset="column")
+    table = merged.pivot_table(
+        index=["kind", "layer"], columns="column", values="executed", observed=True
+    )
+    if view == "token_class":
+        return table[table.mean().sort_values(ascending=False).index]
+    order = [str(c) for c in getattr(column, "cat", column).categories]
+    return table[[name for name in order if name in table.columns]]
+
+
+def draw_maps(tokens: pd.DataFrame, decisions: pd.DataFrame) -> Figure:
+    """One row of heatmaps a kind, one column a view; shade is the executed share."""
+    kinds = sorted(decisions["kind"].unique())
+    figure, grid = plt.subplots(
+        len(kinds),
+        len(VIEWS),
+        figsize=(2.6 * style.COLUMN_WIDTH_IN, 2.6 * len(kinds) + 0.4),
+        squeeze=False,
+        sharey="row",
+        layout="constrained",
+    )
+    shown: Any = None
+    for column, (view, title) in enumerate(VIEWS.items()):
+        table = executed_share(tokens, decisions, view)
+        for row, kind in enumerate(kinds):
+            panel: Axes = grid[row][column]
+            part = table.loc[kind]
+            shown = panel.imshow(
+                part.to_numpy(), aspect="auto", vmin=0, vmax=1, cmap="cividis", origin="lower"
+            )
+            panel.grid(False)
+            panel.set_xticks(range(part.shape[1]), part.columns, rotation=60, ha="right")
+            step = max(1, len(part) // 6)
+            panel.set_yticks(range(0, len(part), step), part.index[::step])
+            if column == 0:
+                panel.set_ylabel(f"{kind}: layer")
+            if row == 0:
+                panel.set_title(title)
+    figure.colorbar(shown, ax=grid, label="share of tokens executed", fraction=0.03, pad=0.01)
+    return figure
+
+
+def draw_errors(decisions: pd.DataFrame, depth: pd.DataFrame) -> Figure:
+    """Forecast error by layer and kind, and how far the routed stream is from the dense one."""
+    figure, (left, middle, right) = plt.subplots(
+        1, 3, figsize=(2.6 * style.COLUMN_WIDTH_IN, 2.4), layout="constrained"
+    )
+    layers = by_layer(decisions)
+    looks = style.looks(layers["kind"].unique())
+    for kind, part in layers.groupby("kind"):
+        look = {**looks[str(kind)], "markersize": 3}
+        left.plot(part["layer"], part["error_l2"], label=f"{kind}, all tokens", **look)
+        own = {**look, "linestyle": ":", "alpha": 0.7}
+        left.plot(part["layer"], part["error_l2_bypassed"], label=f"{kind}, bypassed", **own)
+        middle.plot(part["layer"], part["error_cosine"], **look)
+        middle.plot(part["layer"], part["error_cosine_bypassed"], **own)
+    left.set_ylabel("forecast error |f - y| / |y|")
+    left.set_ylim(bottom=0)
+    middle.set_ylabel("cosine of forecast and output")
+    right.plot(depth["layer"], depth["l2"], color=style.COLOURS[0], label="relative L2")
+    right.plot(
+        depth["layer"], 1 - depth["cosine"], color=style.COLOURS[1], ls="--", label="1 - cos"
+    )
+    right.set_ylabel("residual stream, routed vs dense")
+    right.set_ylim(bottom=0)
+    right.legend(frameon=False)
+    for panel in (left, middle, right):
+        panel.set_xlabel("layer")
+    figure.legend(
+        *left.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False
+    )
+    return figure
+
+
+if __name__ == "__main__":
+    run(main, __doc__)

@@ -1,0 +1,28 @@
+"""Fill a folder for `eval.data_dir` on a machine that has a network, for one that has none.
+
+python runners/fetch.py out_dir=./eval_data eval=paper
+
+Writes `<task or text>/<split>.jsonl` with the hub's own fields, and `manifest.json` with the data
+set, its revision, the number of records and the sha256 of each file.
+"""
+
+from __future__ import annotations
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from runners.fetching import check_fetch, fetch
+from runners.launch import launch, one_line_errors
+
+
+@hydra.main(config_path="../conf", config_name="fetch", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    """Hydra entry."""
+    config = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(config, dict)
+    with one_line_errors():
+        fetch({str(key): value for key, value in config.items()})
+
+
+if __name__ == "__main__":
+    launch(main, "fetch", check_fetch)

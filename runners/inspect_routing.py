@@ -1,0 +1,25 @@
+"""Record which tokens a saved routed model executes, and what its forecasts miss.
+
+python runners/inspect_routing.py saved=results/<fingerprint>/routed prompt="The king of France"
+python analysis/routing_maps.py results_dir=results
+"""
+
+from __future__ import annotations
+
+import hydra
+from omegaconf import DictConfig
+
+from runners.job import plain, with_saved
+from runners.launch import launch, one_line_errors
+from runners.routing_stats import record_routing
+
+
+@hydra.main(config_path="../conf", config_name="inspect_routing", version_base="1.3")
+def main(cfg: DictConfig) -> None:
+    """Hydra entry."""
+    with one_line_errors():
+        record_routing(plain(with_saved(cfg)))
+
+
+if __name__ == "__main__":
+    launch(main, "inspect_routing")

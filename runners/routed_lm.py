@@ -1,0 +1,138 @@
+"""lm-eval's own command line on a saved routed model.
+
+python -m runners.routed_lm --model routed --model_args pretrained=results/<fingerprint>/routed \
+    --tasks piqa,arc_easy --batch_size 8
+
+lm-eval finds models in its registry only, so that this module, which registers `routed`, has to be
+imported: by the command above (every option of `lm_eval` works), or by `import runners.routed_lm`
+before `lm_eval.simple_evaluate(model="routed", ...)`.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.registry import register_model
+
+from methods.engine.checkpoint import BadCheckpoint, from_pretrained, read_settings
+from methods.engine.wrap import routed
+from runners.build import Base, load_base
+from runners.check import CHOICES, check_sparsity
+from runners.corpus import load_documents, pack_tokens
+from runners.errors import UserError
+from runners.harness import HarnessModel
+from runners.probe import ModelProbe, ProbeText
+
+log = logging.getLogger(__name__)
+
+
+@register_model("routed")
+class RoutedLM(HarnessModel):
+    """A saved routed model, routed for the life of this object.
+
+    Args:
+        pretrained: folder with routed.json and routed.safetensors.
+        base_model: hub id or folder of the base model; None for the one that the folder names.
+        mode: masked or gathered.
+        sparsity: None keeps the saved threshold; a number moves it to that target on calibration
+            text.
+        calibration_dir: folder with calibration.jsonl or train.jsonl (field `text`); None for the
+            embedded addresses of the 1990s.
+        calibration_tokens, calibration_seq_len: how much of it is read, and the length of a row.
+        dtype, device, batch_size: as in lm-eval; dtype auto is the project's choice.
+        cache_dir: of the embedded model.
+        options: as for `HarnessModel` and lm-eval's `hf`.
+
+    Raises:
+        UserError: a folder, model or value that cannot be used.
+    """
+
+    def __init__(
+        self,
+        pretrained: str,
+        *,
+        base_model: str | None = None,
+        mode: str = "masked",
+        sparsity: float | None = None,
+        calibration_dir: str | None = None,
+        calibration_tokens: int = 8192,
+        calibration_seq_len: int = 512,
+        dtype: str = "auto",
+        device: str | None = None,
+        batch_size: int | str = 1,
+        cache_dir: str | None = None,
+        trust_remote_code: bool = False,
+        **options: Any,
+    ) -> None:
+        if mode not in CHOICES["mode"] or dtype not in CHOICES["dtype"]:
+            raise UserError(f"mode={mode} dtype={dtype}: see {CHOICES['mode']}, {CHOICES['dtype']}")
+        if sparsity is not None:
+            check_sparsity(sparsity)
+        base = _base(pretrained, base_model, dtype, device, cache_dir, trust_remote_code)
+        try:
+            method = from_pretrained(pretrained, base.model)
+        except BadCheckpoint as error:
+            raise UserError(str(error)) from error
+        if sparsity is not None:
+            rows = pack_tokens(
+                load_documents(split="calibration", dir=calibration_dir),
+                base.tokenizer,
+                seq_len=calibration_seq_len,
+                max_tokens=calibration_tokens,
+                seed=0,
+            )
+            text = ProbeText(train=rows, calibration=rows, sensitivity=rows)
+            method.calibrate(ModelProbe(base.model, method, text), float(sparsity))
+        self._routed = ExitStack()
+        self._routed.enter_context(routed(base.model, method, mode))  # type: ignore[arg-type]
+        super().__init__(base.model, base.tokenizer, batch_size=batch_size, **options)
+
+
+def _base(
+    folder: str,
+    base_model: str | None,
+    dtype: str,
+    device: str | None,
+    cache_dir: str | None,
+    trust_remote_code: bool,
+) -> Base:
+    try:
+        saved = read_settings(folder)["base"]
+        model = {key: saved[key] for key in ("name", "source", "path", "revision")}
+    except BadCheckpoint as error:
+        raise UserError(str(error)) from error
+    except KeyError as error:
+        raise UserError(f"{folder} names no base model: give base_model=") from error
+    if base_model is not None:
+        model = {"name": base_model, "source": "pretrained", "path": base_model, "revision": None}
+    base = load_base(
+        {
+            "model": {**model, "trust_remote_code": trust_remote_code},
+            "dtype": dtype,
+            "device": device or "auto",
+            "cache_dir": cache_dir,
+            "seed": saved.get("seed", 0),
+        }
+    )
+    if saved.get("weights_sha256") != base.weights_hash:
+        log.warning("%s was trained on other weights (or another dtype) than these", Path(folder))
+    return base
+
+
+def main() -> None:
+    """lm-eval's command line, with `routed` among the models."""
+    from lm_eval.__main__ import cli_evaluate
+
+    try:
+        cli_evaluate()
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

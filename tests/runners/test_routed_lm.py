@@ -1,0 +1,114 @@
+"""lm-eval's command line on a saved routed model, as a user would type it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import lm_eval
+import pytest
+from lm_eval.models.huggingface import HFLM
+
+from methods.engine.checkpoint import save_pretrained
+from methods.engine.wrap import attach, routed, routing_of
+from methods.random import Random
+from runners.assets import byte_tokenizer, tiny_model
+from runners.errors import UserError
+from runners.routed_lm import RoutedLM
+from runners.tasks import task_set
+from tests.runners.test_harness import settings, write_data
+
+OPTIONS = {"bypass": "skip"}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A tiny model's folder, and a routed model of it that executes everything."""
+    model, tokenizer = tiny_model(seed=3)
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    method = attach(model, Random(sparsity=0.4, **OPTIONS))
+    method.threshold.fill_(float("-inf"))
+    base = {
+        "name": "mine",
+        "source": "pretrained",
+        "path": str(tmp_path / "base"),
+        "revision": None,
+        "seed": 0,
+        "weights_sha256": "",
+    }
+    options = {"sparsity": 0.4, **OPTIONS}
+    return save_pretrained(
+        method, tmp_path / "routed", target="methods.random.Random", options=options, base=base
+    )
+
+
+def test_command_line_equals_the_stock_class(saved, tmp_path, commands):
+    """All executed: `--model routed` gives the scores of `--model hf` on the base model."""
+    write_data(tmp_path / "data")
+    names = ["piqa", "arc_easy", "openbookqa"]
+    chosen = task_set(settings(*names, folder=tmp_path / "data"), [], 0, tmp_path / "cache")
+    paths = [str(path) for path in chosen.manager.include_path]
+    command = [sys.executable, "-m", "runners.routed_lm", "--model", "routed", "--model_args"]
+    command += [f"pretrained={saved},dtype=float32", "--device", "cpu", "--batch_size", "4"]
+    command += ["--tasks", f"{paths[0]}/piqa.yaml", "--output_path", str(tmp_path / "out")]
+    command += ["--log_samples", "--limit", "9"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=commands.environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    (written,) = (tmp_path / "out").rglob("results_*.json")
+    found = json.loads(written.read_text())["results"]["piqa"]
+    model, _ = tiny_model(seed=3)
+    expected = lm_eval.simple_evaluate(
+        model=HFLM(pretrained=model, tokenizer=byte_tokenizer(), batch_size=4),
+        tasks=["piqa"],
+        task_manager=chosen.manager,
+        limit=9,
+        bootstrap_iters=0,
+    )["results"]["piqa"]
+    for metric in ("acc,none", "acc_norm,none"):
+        assert found[metric] == expected[metric]
+    assert list((tmp_path / "out").rglob("samples_piqa_*.jsonl"))
+
+
+@pytest.mark.slow  # lm-eval reads all of its task files first
+def test_a_mistake_is_one_line(tmp_path, commands):
+    command = [sys.executable, "-m", "runners.routed_lm", "--model", "routed", "--tasks", "piqa"]
+    command += ["--model_args", f"pretrained={tmp_path / 'absent'}"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=commands.environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "holds no saved routed model" in done.stderr.splitlines()[-1]
+
+
+def test_sparsity_moves_the_threshold(saved, tmp_path):
+    (tmp_path / "text").mkdir()
+    line = json.dumps({"text": "the people of this union met in peace " * 80})
+    (tmp_path / "text" / "calibration.jsonl").write_text(f"{line}\n")
+    options = {"calibration_dir": str(tmp_path / "text"), "calibration_seq_len": 64}
+    lm = RoutedLM(str(saved), sparsity=0.5, mode="gathered", dtype="float32", **options)
+    lm._loglikelihood_tokens([(None, list(range(3, 200)), [5, 6])])
+    realised = routing_of(lm.model).counters.read().sparsity()
+    assert realised == pytest.approx(0.5, abs=0.05)
+    lm._routed.close()
+    assert not hasattr(lm.model, "routing")
+
+
+def test_refused(saved):
+    with pytest.raises(UserError, match="mode=fast"):
+        RoutedLM(str(saved), mode="fast")
+    with pytest.raises(UserError, match="sparsity"):
+        RoutedLM(str(saved), sparsity=1.5)
+    with pytest.raises(UserError, match=r"no such|cannot load"):
+        RoutedLM(str(saved), base_model="./absent")
+
+
+def test_usable_wherever_a_routed_model_is(saved):
+    lm = RoutedLM(str(saved), dtype="float32")
+    with pytest.raises(ValueError, match="already routed"), routed(lm.model, Random(sparsity=0.1)):
+        pass
+    lm._routed.close()
