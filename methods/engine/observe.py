@@ -11,8 +11,9 @@ from torch import Tensor
 
 from methods.base import Decision, Method, Site, UnitView
 from methods.engine.adapter import shape_of
+from methods.engine.forward import ForwardState
 from methods.engine.unit import Unit
-from methods.engine.wrap import ForwardState, routed, routing_of, swapped
+from methods.engine.wrap import routed, routing_of, swapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

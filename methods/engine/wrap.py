@@ -19,9 +19,9 @@ from methods.engine.adapter import LayerParts, decoder, layers_of, shape_of
 from methods.engine.clock import Clock, NoClock
 from methods.engine.counters import Counters
 from methods.engine.dropped import hold_place
+from methods.engine.forward import ForwardState, read_inputs
 from methods.engine.kernels.choose import Kernels
 from methods.engine.lora import applied, suspended
-from methods.engine.padding import leading_padding, tokens_in, valid_and_positions
 from methods.engine.unit import LayerInputs, Unit, normed
 
 if TYPE_CHECKING:
@@ -35,22 +35,6 @@ class Executor(Protocol):
 
     def __call__(self, unit: Unit) -> Tensor:
         """Residual stream after the unit, [B, T, D]."""
-
-
-@dataclass
-class ForwardState:
-    """What one forward call of the model is about; set by a hook before the layers run."""
-
-    valid_BT: Tensor | None = None
-    positions_BT: Tensor | None = None
-    past: int | Tensor = 0
-    """Tokens that the cache held before this forward; a 0-dim tensor while a graph is captured."""
-    first_valid_B: Tensor | None = None
-    """int64: leading padding slots of each sequence; None if there is no mask."""
-    contiguous: bool = True
-    """False if padding stands between real tokens, or behind those of the cache."""
-    threshold: float | None = None
-    """The method's threshold on the host, read once a forward where a path needs it there."""
 
 
 @dataclass
@@ -213,7 +197,7 @@ def swapped(
     """
     parts = layers_of(model)
     hook = decoder(model).register_forward_pre_hook(
-        lambda _, args, kwargs: _read_inputs(state, args, kwargs), with_kwargs=True
+        lambda _, args, kwargs: read_inputs(state, args, kwargs), with_kwargs=True
     )
     before = [part.layer.__dict__.get("forward") for part in parts]
     try:
@@ -228,24 +212,6 @@ def swapped(
             part.layer.__dict__.pop("forward", None)
             if forward is not None:
                 part.layer.forward = forward
-
-
-def _read_inputs(state: ForwardState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    tokens = args[0] if args else kwargs.get("input_ids")
-    if tokens is None:
-        tokens = kwargs["inputs_embeds"]
-    cache = kwargs.get("past_key_values")
-    state.threshold = None
-    mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-    state.past = 0 if cache is None else tokens_in(cache)
-    state.first_valid_B, state.contiguous = leading_padding(mask, tokens.shape[1])
-    state.valid_BT, state.positions_BT = valid_and_positions(
-        mask,
-        batch=tokens.shape[0],
-        tokens=tokens.shape[1],
-        past=state.past,
-        device=tokens.device,
-    )
 
 
 def _layer_forward(

@@ -155,5 +155,5 @@ def test_text_is_escaped_and_the_prompt_comes_alone():
 
 
 def test_nothing_inspected_is_one_line(tmp_path):
-    with pytest.raises(AnalysisError, match="run runners/inspect_routing.py first"):
+    with pytest.raises(AnalysisError, match=r"run runners/inspect_routing\.py first"):
         main(Paths(tmp_path, tmp_path))
