@@ -19,6 +19,8 @@ SETTING = ["model", "data", "budget"]
 """Points that differ in one of these never share a picture."""
 SERIES = ["method", "variant"]
 """What makes a line in a picture."""
+UPPER_BOUND = " (upper bound)"
+"""Suffix of an oracle's name, in every table and picture."""
 Record = Mapping[str, Any]
 
 
@@ -127,6 +129,22 @@ def stages(records: Sequence[Record]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def layers(records: Sequence[Record]) -> pd.DataFrame:
+    """One row per point, layer and unit kind: realised sparsity there (`sparsity`)."""
+    rows = []
+    for record in records:
+        for entry in record["realised"]["per_layer"]:
+            for kind in ("attention", "mlp"):
+                own = {"layer": entry["layer"], "kind": kind, "sparsity": entry[kind]}
+                rows.append(_key(record) | own)
+    return pd.DataFrame(rows)
+
+
+def options(records: Sequence[Record]) -> pd.DataFrame:
+    """One row per point: its fingerprint and its method's own options, a column each."""
+    return pd.DataFrame([_key(record) | (record.get("options") or {}) for record in records])
+
+
 def over_seeds(frame: pd.DataFrame) -> pd.DataFrame:
     """Measures averaged over seeds; with several seeds `low` and `high` are mean -/+ std."""
     by = [*SETTING, *SERIES, "sparsity_target", "measure", "name"]
@@ -158,12 +176,14 @@ def _key(record: Record) -> dict[str, Any]:
         "model": record["model"],
         "data": record["data"],
         "budget": identity["budget"],
-        "method": record["method"],
+        "method": record["method"] + (UPPER_BOUND if identity.get("upper_bound") else ""),
         "variant": record.get("variant") or "",
         "seed": record["seed"],
         "sparsity_target": record["sparsity_target"],
         "sparsity_realised": record["sparsity_realised"],
         "flops_ratio": record["flops_ratio"],
+        "kv_bytes_ratio": record.get("kv_bytes_ratio", 1.0),
+        "kv_policy": record.get("kv_policy", "keep"),
         "added_parameters": record.get("added_parameters"),
         "fingerprint": identity["fingerprint"],
     }

@@ -8,12 +8,20 @@ Shapes: B batch, T tokens, D model width, N valid tokens of a batch (padding rem
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from methods.recipe import Budget as Budget
+from methods.recipe import LoraSpec as LoraSpec
+from methods.recipe import Stage as Stage
+from methods.recipe import StageBudget as StageBudget
+from methods.views import RoutedScores as RoutedScores
+from methods.views import RoutedView as RoutedView
+from methods.views import UnitView as UnitView
 
 Kind = Literal["attention", "mlp", "block"]
 KVPolicy = Literal["keep", "evict"]
@@ -68,6 +76,10 @@ class Decision:
     """float32: execute where above the threshold; read by calibration and analysis."""
     auxiliary: Tensor | None = None
     """Scalar side loss of the router, training only (for example BCE to a top-k membership)."""
+    scale_BT: Tensor | None = None
+    """float: factor of what the token gets, the unit's output or the estimate; None means 1.
+    It carries the gradient of a gate that scales instead of sampling, and the blend itself then
+    follows the hard mask."""
 
 
 @dataclass
@@ -86,49 +98,9 @@ class RouteContext:
     """Progress of the current stage, 0 at its first step and 1 at its last."""
     target: float | None = None
     """Sparsity that this training step aims at; None outside training."""
-
-
-@dataclass
-class UnitView:
-    """One unit under the dense forward: what a forecaster learns from."""
-
-    site: Site
-    x_ND: Tensor
-    """Normalised input, padding removed."""
-    y_ND: Tensor
-    """The unit's output, before the residual addition."""
-    residual_ND: Tensor
-    """Residual stream that enters the unit."""
-
-
-@dataclass
-class RoutedView:
-    """One batch under the routed forward: what a router learns from."""
-
-    task_loss: Tensor
-    """Mean over predicted tokens: cross-entropy, or KL to the dense model."""
-    execute_rate: Tensor
-    """Differentiable mean gate over valid tokens and *all* units (never routed ones count 1)."""
-    site_rates: dict[Site, Tensor]
-    """The same for each routed site."""
-    auxiliary: Tensor
-    """Mean of the decisions' side losses (zero if there are none)."""
-    sparsity: float
-    """Target of this step: the point's own, or one of the stage's `targets`."""
-
-
-@dataclass
-class RoutedScores:
-    """A routed pass over calibration tokens."""
-
-    sparsity: float
-    """Realised: bypassed share of (token, unit) pairs over all units."""
-    scores: Tensor
-    """float32, flat: every score of every routed site."""
-    weights: Tensor
-    """float32, same length: units that each score decides for (a block's count 2)."""
-    total_weight: float
-    """Pairs over all units, never routed ones included."""
+    output: Callable[[], Tensor] | None = None
+    """Computes what the unit would add to every token's residual stream, [B, T, D]. An oracle
+    may look; a method that does has not saved anything yet."""
 
 
 class Probe(Protocol):
@@ -139,72 +111,26 @@ class Probe(Protocol):
     def stream(self, visit: Callable[[UnitView], None], split: str = "train") -> None:
         """Call `visit` for every unit and batch under the dense forward, without gradient."""
 
-    def loss(self, bypassed: Collection[Site]) -> float:
-        """LM loss in nats per token on calibration text with these sites bypassed by all."""
+    def stream_routed(self, visit: Callable[[UnitView], None]) -> None:
+        """The same for every routed site under the routed forward, on train text.
+
+        Every unit runs for every token; those that bypass it go on with their estimate.
+        """
+
+    def loss(self, bypassed: Collection[Site], tokens: int | None = None) -> float:
+        """LM loss in nats per token with these sites bypassed by all.
+
+        On the calibration text, or with `tokens` on about so many tokens of the training text.
+        """
 
     def sensitivity(self) -> dict[Site, float]:
         """Root mean square, over tokens and dimensions, of d(LM loss)/d(unit output)."""
 
+    def sample(self) -> Probe:
+        """A probe of the same model on a share of the calibration text, for rough answers."""
+
     def routed_scores(self, threshold: float) -> RoutedScores:
         """Route calibration text with this threshold and report what it realised."""
-
-
-@dataclass(frozen=True)
-class StageBudget:
-    """How much one stage may spend."""
-
-    steps: int
-    batch_size: int
-    seq_len: int
-    accumulate: int = 1
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that the stage reads in all."""
-        return self.steps * self.accumulate * self.batch_size * self.seq_len
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Equal for all methods that are compared."""
-
-    name: str
-    fit_tokens: int
-    """Tokens of training text that a training-free fit reads."""
-    calibration_tokens: int
-    sensitivity_tokens: int
-    forecasters: StageBudget
-    """Unit-wise regression by gradient."""
-    routers: StageBudget
-    """Gradient training of routers (and of what is trained with them)."""
-
-
-@dataclass
-class Stage:
-    """One step of a recipe: either `fit` (no gradient) or `loss` with `parameters`."""
-
-    name: str
-    fit: Callable[[Probe], None] | None = None
-    loss: Callable[[UnitView], Tensor] | Callable[[RoutedView], Tensor] | None = None
-    forward: Literal["dense", "routed"] = "routed"
-    """`dense`: `loss` sees a UnitView per unit; `routed`: a RoutedView per batch."""
-    parameters: Sequence[nn.Parameter] = field(default_factory=list)
-    budget: StageBudget | None = None
-    lr: float = 1e-3
-    schedule: Literal["constant", "cosine"] = "constant"
-    warmup: float = 0.0
-    """Share of the steps with a linearly rising learning rate."""
-    weight_decay: float = 0.01
-    clip_norm: float = 1.0
-    per_target: bool = False
-    """True if the product depends on the target sparsity; others are shared by a sweep."""
-    calibrate_first: bool = False
-    """Set the threshold for the target (or for each of `targets`) before the first step."""
-    targets: Sequence[float] = ()
-    """Train for several target sparsities in turn; each step runs at the threshold that was
-    calibrated for its target before the stage (0 without `calibrate_first`)."""
-    report: Callable[[Probe], dict[str, float]] | None = None
-    """Figures worth keeping in the result record, measured after the stage."""
 
 
 @dataclass(frozen=True)
@@ -215,6 +141,25 @@ class SiteCost:
     approximate: float = 0.0
 
 
+@dataclass(frozen=True)
+class LinearUnit:
+    """A site whose decision and estimate are plain maps of the unit's normalised input x.
+
+    It executes where x @ score_D + offset is above the threshold; a bypassed token gets
+    up @ act(down @ x + down_bias) + bias, or nothing without `down_rD`. All float32.
+    """
+
+    score_D: Tensor
+    offset: Tensor
+    """0-dim."""
+    down_rD: Tensor | None = None
+    down_bias_r: Tensor | None = None
+    up_Dr: Tensor | None = None
+    bias_D: Tensor | None = None
+    silu: bool = False
+    """SiLU between the two maps; else none."""
+
+
 class Method(nn.Module):
     """Base of all methods; a subclass must write `route` and nothing else.
 
@@ -222,8 +167,10 @@ class Method(nn.Module):
     buffer, so that saving and loading keeps the decision exactly.
     """
 
-    kv_policy: ClassVar[KVPolicy] = "keep"
+    kv_policy: KVPolicy = "keep"
     paper: ClassVar[str] = ""
+    upper_bound: ClassVar[bool] = False
+    """True for an oracle: no contender, and marked so in the record, tables and plots."""
     threshold: Tensor
 
     def __init__(self, *, sparsity: float) -> None:
@@ -232,6 +179,8 @@ class Method(nn.Module):
             raise ValueError(f"sparsity must lie in [0, 1), not {sparsity}")
         self.sparsity = sparsity
         self.shape: Shape | None = None
+        self.adapter: nn.Module | None = None
+        """LoRA factors of a stage with `lora`; the engine makes and applies them."""
         self.register_buffer("threshold", torch.tensor(float("-inf")))
 
     def setup(self, shape: Shape) -> None:
@@ -242,6 +191,23 @@ class Method(nn.Module):
         """Where this method routes; by default every attention and every MLP unit."""
         assert self.shape is not None, "setup() comes first"
         return self.shape.units()
+
+    def reach(self) -> float:
+        """Largest sparsity that the sites allow: their share of the model's units."""
+        assert self.shape is not None, "setup() comes first"
+        return sum(len(site.units) for site in self.sites()) / len(self.shape.units())
+
+    def achievable(self, sparsity: float) -> float:
+        """What the method can realise of a target; the nearest step where it is discrete."""
+        return sparsity
+
+    def fixed(self) -> Mapping[Site, bool]:
+        """Sites whose decision is the same for every token: True executes, False bypasses.
+
+        The engine asks no router there, and a unit that all bypass costs nothing: neither its
+        norm nor its keys and values are computed.
+        """
+        return {}
 
     def route(self, site: Site, x_BTD: Tensor, ctx: RouteContext) -> Decision:
         """Decide for each token whether to execute the unit.
@@ -257,9 +223,19 @@ class Method(nn.Module):
         """What a bypassed token gets instead of the unit's output; None means skip (zero)."""
         return None
 
+    def linear(self, site: Site) -> LinearUnit | None:
+        """What `route` and `approximate` do at evaluation, if it is this simple.
+
+        Fused execution then calls neither of the two; None (the default) keeps to them.
+        """
+        return None
+
     def cost(self, site: Site) -> SiteCost:
         """Analytic FLOPs per token that routing and approximating add at this site."""
         return SiteCost()
+
+    def adopt(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Take the shapes of saved tensors, by state name, that a fit may have chosen."""
 
     def fit(self, probe: Probe) -> None:
         """Training-free fitting, before `stages`; must not depend on the target sparsity."""

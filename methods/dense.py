@@ -13,5 +13,9 @@ class Dense(Method):
     def sites(self) -> Sequence[Site]:
         return []
 
+    def achievable(self, sparsity: float) -> float:
+        """Nothing is ever bypassed."""
+        return 0.0
+
     def calibrate(self, probe: Probe, sparsity: float) -> None:
         """Nothing to set; the realised sparsity is 0 whatever the target."""

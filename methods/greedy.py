@@ -7,11 +7,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from methods.base import (
     Budget,
     Decision,
+    LinearUnit,
     Method,
     Probe,
     RouteContext,
@@ -21,8 +21,10 @@ from methods.base import (
     SiteCost,
     Stage,
 )
+from methods.parts.expert_choice import membership_loss, top_share
 from methods.parts.forecaster import Forecasters
 from methods.parts.gates import straight_through
+from methods.parts.linear import linear_unit
 from methods.parts.recoverability import fit_recoverability
 from methods.parts.routers import Routers
 
@@ -39,8 +41,8 @@ class Greedy(Method):
     Args:
         bypass: `skip`, or `forecast` for the ablation that gives greedy a forecaster.
         rank: of the forecasters, if any.
-        router_start: `recoverability` regresses log ||what a bypass would miss||, as informed
-            routing's start does; `none` starts at random.
+        router_start: `recoverability` regresses log ||what a skip would miss||, as informed
+            routing's start does for a forecast; `none` starts at random.
         sensitivity: weight the regression by each unit's loss sensitivity.
         train: `routers` runs the gradient stage, `none` keeps the start.
         router_lr: of the gradient stage, constant.
@@ -88,13 +90,14 @@ class Greedy(Method):
         execute = top_share(scores.detach(), ctx.valid_BT, 1.0 - target)
         logits = scores - self.threshold
         gate = straight_through(torch.sigmoid(logits) * execute, execute)
-        membership = functional.binary_cross_entropy_with_logits(
-            logits[ctx.valid_BT], execute[ctx.valid_BT].float()
-        )
+        membership = membership_loss(logits, execute, ctx.valid_BT)
         return Decision(execute, gate, scores, auxiliary=membership)
 
     def approximate(self, site: Site, x_BTD: Tensor) -> Tensor | None:
         return None if self.forecasters is None else self.forecasters(site, x_BTD)
+
+    def linear(self, site: Site) -> LinearUnit | None:
+        return linear_unit(self.routers, self.forecasters, site)
 
     def stages(self, budget: Budget) -> Iterable[Stage]:
         if self.forecasters is not None:
@@ -118,26 +121,10 @@ class Greedy(Method):
         return SiteCost(route=self.routers.at(site).flops_per_token, approximate=estimate)
 
     def _start_routers(self, probe: Probe) -> None:
+        """What a *skip* would miss, whatever a bypassed token gets: the router stays greedy's."""
         fit_recoverability(
-            probe,
-            self.routers,
-            self.forecasters,
-            damping=self.damping,
-            sensitivity=self.sensitivity,
+            probe, self.routers, None, damping=self.damping, sensitivity=self.sensitivity
         )
 
     def _routed_loss(self, view: RoutedView) -> Tensor:
         return view.task_loss + self.bce_weight * view.auxiliary
-
-
-def top_share(scores_BT: Tensor, valid_BT: Tensor, share: float) -> Tensor:
-    """Bool mask of the highest `share` of each sequence's valid tokens (expert choice).
-
-    The count is rounded to the nearest whole token; ties go to the earlier token.
-    """
-    ranked = scores_BT.masked_fill(~valid_BT, float("-inf"))
-    order = ranked.argsort(dim=1, descending=True, stable=True)
-    place = torch.empty_like(order)
-    place.scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
-    count = (valid_BT.sum(1, keepdim=True) * share).round()
-    return (place < count) & valid_BT

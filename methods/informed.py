@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from methods.base import (
     Budget,
     Decision,
+    KVPolicy,
+    LinearUnit,
     Method,
     Probe,
     RouteContext,
@@ -19,8 +22,13 @@ from methods.base import (
     SiteCost,
     Stage,
 )
-from methods.parts.forecaster import Activation, Fit, Forecasters
+from methods.parts.balance import balance_kinds, balanced_penalty
+from methods.parts.closed_form import refit_on_routed
+from methods.parts.forecaster import Activation, Fit, Forecasters, Loss
 from methods.parts.gates import anneal, gumbel_gate, sigmoid_gate
+from methods.parts.inputs import Feature, RouterInput, Source
+from methods.parts.linear import linear_unit
+from methods.parts.lora import lora_spec, lora_stage
 from methods.parts.penalties import sparsity_penalty
 from methods.parts.recoverability import fit_recoverability
 from methods.parts.routers import RouterKind, Routers
@@ -36,17 +44,24 @@ class Informed(Method):
     same input and sends each token through the unit or gives it the estimate.
 
     Args:
-        bypass: `forecast`, or `skip` for the ablation without forecasters.
+        bypass: `forecast`, or `skip` for the ablation: the router still decides by how well the
+            output could be forecast, but a bypassed token gets nothing.
         rank: of the forecasters (paper: 100 at D = 4096, saturating near 50).
         forecaster_fit: `closed_form` (one dense pass) or `sgd` (the paper's stage 1).
         activation: inside the forecasters; None is `identity` for the closed form, the paper's
             `silu` for `sgd`.
+        forecaster_loss: of `sgd`: `smooth_l1` (published), `mse` or `cosine`.
         forecaster_lr: of `sgd`.
+        refit: solve the forecasters again on what the calibrated router really bypasses: after
+            router training, or before a stage that trains the forecasters.
         router: `linear`, or the published `mlp` (D -> width -> ReLU -> 2).
         router_width: hidden width of `mlp`; 0 means D // 4.
+        router_input: `post_norm` (paper) or `residual`, the stream before the norm.
+        router_features: further inputs, `forecast_norm` and `predicted_error`.
         router_start: `recoverability` (regression of the forecast's error, no gradient) or
             `none` (the paper's random start).
         sensitivity: weight the regression by each unit's loss sensitivity.
+        balanced: attention and MLP units bypass the same share of tokens.
         train: what the gradient stage moves: `none`, `routers` (the paper's stage 2),
             `forecasters` under the routed forward, or `end_to_end` (both).
         targets: train one model for these sparsities in turn, shared by all points of a sweep;
@@ -57,9 +72,13 @@ class Informed(Method):
         weight_decay: of its AdamW.
         schedule: of its learning rate.
         penalty_weight: of |(1 - s) - mean execute rate| (paper: 8).
+        lora: options of `LoraSpec` for the paper's optional stage 3; None for none.
+        lora_lr: of that stage (paper: 2e-4, cosine).
+        kv_policy: `keep` (bypassed tokens write K and V) or `evict` (they do not).
     """
 
     paper = "arXiv 2510.13831"
+    mlp_offset: Tensor
 
     def __init__(
         self,
@@ -69,12 +88,17 @@ class Informed(Method):
         rank: int = 64,
         forecaster_fit: Fit = "closed_form",
         activation: Activation | None = None,
+        forecaster_loss: Loss = "smooth_l1",
         forecaster_lr: float = 1e-3,
         damping: float = 1e-3,
+        refit: bool = False,
         router: RouterKind = "linear",
         router_width: int = 0,
+        router_input: Source = "post_norm",
+        router_features: Sequence[Feature] = (),
         router_start: Literal["recoverability", "none"] = "recoverability",
         sensitivity: bool = True,
+        balanced: bool = False,
         train: Train = "none",
         targets: Sequence[float] = (),
         train_lr: float = 2e-3,
@@ -84,32 +108,45 @@ class Informed(Method):
         tau_end: float = 1.0,
         schedule: Literal["constant", "cosine"] = "constant",
         penalty_weight: float = 8.0,
+        lora: Mapping[str, Any] | None = None,
+        lora_lr: float = 2e-4,
+        kv_policy: KVPolicy = "keep",
     ) -> None:
         super().__init__(sparsity=sparsity)
-        self.forecasters: Forecasters | None = None
-        if bypass == "forecast":
-            self.forecasters = Forecasters(
-                rank=rank,
-                fit=forecaster_fit,
-                activation=activation,
-                damping=damping,
-                lr=forecaster_lr,
-            )
+        if balanced and train != "none" and len(targets) > 1:
+            raise ValueError("balanced training knows one target: set targets=[]")
+        self.forecasters = Forecasters(
+            rank=rank,
+            fit=forecaster_fit,
+            activation=activation,
+            loss=forecaster_loss,
+            damping=damping,
+            lr=forecaster_lr,
+        )
+        self.router_input = RouterInput(
+            source=router_input, features=router_features, forecasters=self.forecasters
+        )
         self.routers = Routers(kind=router, hidden=router_width, outputs=2)
-        self.damping, self.sensitivity = damping, sensitivity
-        self.router_start, self.train_what, self.gate = router_start, train, gate
-        self.tau_start, self.tau_end = tau_start, tau_end
+        self.register_buffer("mlp_offset", torch.zeros(()))
+        self.bypass, self.damping, self.refit = bypass, damping, refit
+        self.sensitivity, self.router_start, self.balanced = sensitivity, router_start, balanced
+        self.train_what: Train = "none" if (bypass, train) == ("skip", "forecasters") else train
+        self.targets = tuple(targets)
+        self.gate, self.tau_start, self.tau_end = gate, tau_start, tau_end
         self.train_lr, self.schedule, self.weight_decay = train_lr, schedule, weight_decay
-        self.targets, self.penalty_weight = tuple(targets), penalty_weight
+        self.penalty_weight = penalty_weight
+        self.lora, self.lora_lr = lora_spec(lora), lora_lr
+        self.kv_policy = kv_policy
 
     def setup(self, shape: Shape) -> None:
         super().setup(shape)
-        self.routers.create(self.sites(), shape.width)
-        if self.forecasters is not None:
-            self.forecasters.create(self.sites(), shape.width)
+        self.routers.create(self.sites(), self.router_input.create(self.sites(), shape.width))
+        self.forecasters.create(self.sites(), shape.width)
 
     def route(self, site: Site, x_BTD: Tensor, ctx: RouteContext) -> Decision:
-        scores = self.routers(site, x_BTD)
+        scores = self.routers(site, self.router_input(site, x_BTD, ctx.residual_BTD))
+        if self.balanced and site.kind == "mlp":
+            scores = scores - self.mlp_offset
         if not ctx.training or self.train_what == "forecasters":
             return self.decide(scores)
         tau = anneal(self.tau_start, self.tau_end, ctx.anneal)
@@ -118,14 +155,23 @@ class Informed(Method):
         return Decision(gate > 0.5, gate, scores)
 
     def approximate(self, site: Site, x_BTD: Tensor) -> Tensor | None:
-        return None if self.forecasters is None else self.forecasters(site, x_BTD)
+        return self.forecasters(site, x_BTD) if self.bypass == "forecast" else None
+
+    def linear(self, site: Site) -> LinearUnit | None:
+        if self.balanced or not self.router_input.plain:
+            return None
+        forecasters = self.forecasters if self.bypass == "forecast" else None
+        return linear_unit(self.routers, forecasters, site)
 
     def stages(self, budget: Budget) -> Iterable[Stage]:
-        """Forecasters, then the routers' start, then (optionally) gradient training."""
-        if self.forecasters is not None:
-            yield self.forecasters.stage(budget.forecasters)
+        """Forecasters, the routers' start, gradient training, then (optionally) LoRA."""
+        refit = Stage("refit", fit=self._refit, per_target=True)
+        trains_forecasters = self.train_what in ("forecasters", "end_to_end")
+        yield self.forecasters.stage(budget.forecasters)
         if self.router_start == "recoverability":
             yield Stage("router_start", fit=self._start_routers)
+        if self.refit and trains_forecasters:
+            yield refit
         if self.train_what != "none":
             yield Stage(
                 f"train_{self.train_what}",
@@ -135,33 +181,55 @@ class Informed(Method):
                 lr=self.train_lr,
                 schedule=self.schedule,
                 weight_decay=self.weight_decay,
+                hard=self.train_what == "forecasters",
                 per_target=not self.targets,
                 targets=self.targets,
                 calibrate_first=self.router_start == "recoverability",
             )
+        if self.refit and not trains_forecasters:
+            yield refit
+        if self.lora is not None:
+            yield lora_stage(self.lora, budget.lora, lr=self.lora_lr, targets=self.targets)
+
+    def calibrate(self, probe: Probe, sparsity: float) -> None:
+        if self.balanced and sparsity > 0.0:
+            balance_kinds(probe, self.mlp_offset, sparsity)
+        super().calibrate(probe, sparsity)
 
     def cost(self, site: Site) -> SiteCost:
-        estimate = 0.0 if self.forecasters is None else self.forecasters.flops_per_token(site)
-        return SiteCost(route=self.routers.at(site).flops_per_token, approximate=estimate)
+        route = self.routers.at(site).flops_per_token + self.router_input.cost(site)
+        forecasts = self.bypass == "forecast"
+        estimate = self.forecasters.flops_per_token(site) if forecasts else 0.0
+        return SiteCost(route=route, approximate=estimate)
 
     def _start_routers(self, probe: Probe) -> None:
+        self.router_input.fit(probe, damping=self.damping)
         fit_recoverability(
             probe,
             self.routers,
             self.forecasters,
             damping=self.damping,
             sensitivity=self.sensitivity,
+            inputs=self.router_input,
         )
+
+    def _refit(self, probe: Probe) -> None:
+        self.calibrate(probe, self.sparsity)
+        refit_on_routed(probe, self.forecasters, damping=self.damping)
 
     def _trained(self) -> list[nn.Parameter]:
         parts: list[nn.Module] = []
         if self.train_what in ("routers", "end_to_end"):
             parts.append(self.routers)
-        if self.train_what in ("forecasters", "end_to_end") and self.forecasters is not None:
+        if self.train_what in ("forecasters", "end_to_end") and self.bypass == "forecast":
             parts.append(self.forecasters)
         return [parameter for part in parts for parameter in part.parameters()]
 
     def _routed_loss(self, view: RoutedView) -> Tensor:
         """Task loss + 8 |(1 - s) - mean execute rate| (section on router training)."""
-        penalty = sparsity_penalty(view.execute_rate, view.sparsity, weight=self.penalty_weight)
-        return view.task_loss + penalty
+        penalty = balanced_penalty if self.balanced else _penalty
+        return view.task_loss + penalty(view, weight=self.penalty_weight)
+
+
+def _penalty(view: RoutedView, *, weight: float) -> Tensor:
+    return sparsity_penalty(view.execute_rate, view.sparsity, weight=weight)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from methods.base import (
     Stage,
 )
 from methods.parts.gates import anneal, gumbel_gate
+from methods.parts.lora import lora_spec, lora_stage
 from methods.parts.penalties import sparsity_penalty
 from methods.parts.routers import RouterKind, Routers
 
@@ -27,8 +28,8 @@ class SkipGPT(Method):
     """Execute-or-skip with separate attention and MLP routers (Zhao et al., ICML 2025).
 
     Both routers of a layer read the un-normalised residual stream that enters the *layer*, so
-    that both decisions are known before its attention runs. Stage 1 of the recipe (router tuning
-    with a frozen backbone) is implemented; its LoRA stage is not.
+    that both decisions are known before its attention runs. Router tuning with a frozen backbone,
+    then LoRA with frozen routers on the task loss alone.
 
     Args:
         router: `linear` (paper: D -> 2) or `mlp` (published code: D -> D/4 -> ReLU -> 2).
@@ -36,6 +37,8 @@ class SkipGPT(Method):
         router_lr: of router tuning, constant (paper: 2e-3).
         tau_start, tau_end: Gumbel temperature, linear over the stage (5 to 1).
         penalty_weight: of |(1 - s) - mean execute rate| (paper 8, published code 20).
+        lora: of the second stage (`LoraSpec` fields), or None for router tuning alone.
+        lora_lr: its learning rate.
     """
 
     paper = "SkipGPT, ICML 2025"
@@ -51,12 +54,15 @@ class SkipGPT(Method):
         tau_start: float = 5.0,
         tau_end: float = 1.0,
         penalty_weight: float = 8.0,
+        lora: Mapping[str, Any] | None = None,
+        lora_lr: float = 2e-4,
     ) -> None:
         super().__init__(sparsity=sparsity)
         self.routers = Routers(kind=router, hidden=router_width, outputs=2)
         self.train_what, self.router_lr = train, router_lr
         self.tau_start, self.tau_end = tau_start, tau_end
         self.penalty_weight = penalty_weight
+        self.lora, self.lora_lr = lora_spec(lora), lora_lr
         self.layer_input: Tensor | None = None
 
     def setup(self, shape: Shape) -> None:
@@ -84,6 +90,8 @@ class SkipGPT(Method):
                 lr=self.router_lr,
                 per_target=True,
             )
+        if self.lora is not None:
+            yield lora_stage(self.lora, budget.lora, lr=self.lora_lr)
 
     def cost(self, site: Site) -> SiteCost:
         return SiteCost(route=self.routers.at(site).flops_per_token)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +161,32 @@ def tiny_model(*, family: str = "llama", seed: int = 0) -> tuple[Any, Any]:
     Raises:
         UserError: unknown family.
     """
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.1,
+        "tie_word_embeddings": True,
+    }
+    return random_model(family=family, sizes=sizes, seed=seed)
+
+
+def random_model(
+    *, family: str, sizes: Mapping[str, Any], seed: int, device: Any = "cpu", dtype: Any = None
+) -> tuple[Any, Any]:
+    """A model with random weights and a byte tokenizer, in evaluation mode.
+
+    Args:
+        sizes: fields of the Hugging Face config; the vocabulary is the tokenizer's unless given.
+        dtype: float32 unless given.
+
+    Raises:
+        UserError: unknown family.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -169,26 +195,21 @@ def tiny_model(*, family: str = "llama", seed: int = 0) -> tuple[Any, Any]:
     if family not in FAMILIES:
         raise UserError(f"unknown model family {family!r}; known: {', '.join(sorted(FAMILIES))}")
     tokenizer = byte_tokenizer()
+    special = ("pad_token_id", "bos_token_id", "eos_token_id")
     config = AutoConfig.for_model(
         family,
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=2048,
-        initializer_range=0.1,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        **{
+            "vocab_size": len(tokenizer),
+            **{name: getattr(tokenizer, name) for name in special},
+            **sizes,
+        },
     )
-    with torch.random.fork_rng(devices=[]):
+    place = torch.device(device)
+    devices = [place] if place.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), place:
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return model.eval(), tokenizer
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype or torch.float32)
+    return model.to(place).eval(), tokenizer
 
 
 def byte_tokenizer() -> Any:

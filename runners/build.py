@@ -21,8 +21,9 @@ from transformers import (
 from methods.base import Budget, Method, StageBudget
 from methods.engine.families import UnsupportedModel, require_family
 from methods.engine.wrap import attach
-from runners.assets import embedded_model, tiny_model
+from runners.assets import embedded_model, random_model, tiny_model
 from runners.errors import UserError
+from runners.products import content_key
 from runners.provenance import hash_model
 
 
@@ -44,9 +45,24 @@ def load_base(cfg: Mapping[str, Any]) -> Base:
         UserError: it cannot be loaded, or its family has no adapter.
     """
     key = {k: cfg[k] for k in ("model", "dtype", "device", "cache_dir", "seed")}
-    if cfg["model"]["source"] != "tiny":
+    if cfg["model"]["source"] not in RANDOM:
         key["seed"] = 0
     return _load_base(json.dumps(key, sort_keys=True))
+
+
+RANDOM = ("tiny", "shape")
+"""Sources of models whose weights are drawn from the seed."""
+
+
+def _random_base(
+    source: Mapping[str, Any], device: torch.device, dtype: torch.dtype, seed: int
+) -> Base:
+    """Random weights at real sizes; what tells them apart is how they were drawn."""
+    drawn_from = content_key(source, str(device.type), str(dtype), seed)
+    model, tokenizer = random_model(
+        family=source["path"], sizes=source["config"], device=device, dtype=dtype, seed=seed
+    )
+    return Base(model.requires_grad_(False), tokenizer, drawn_from, source["name"], None)
 
 
 @functools.lru_cache(maxsize=1)
@@ -54,6 +70,8 @@ def _load_base(key: str) -> Base:
     cfg = json.loads(key)
     source, device = cfg["model"], resolve_device(cfg["device"])
     dtype = resolve_dtype(cfg["dtype"], device)
+    if source["source"] == "shape":
+        return _random_base(source, device, dtype, cfg["seed"])
     if source["source"] == "tiny":
         model, tokenizer = tiny_model(family=source["path"], seed=cfg["seed"])
         model = model.to(dtype)
@@ -158,4 +176,5 @@ def build_budget(cfg: Mapping[str, Any]) -> Budget:
         sensitivity_tokens=budget["sensitivity_tokens"],
         forecasters=StageBudget(**budget["forecasters"]),
         routers=StageBudget(**budget["routers"]),
+        lora=StageBudget(**budget["lora"]),
     )

@@ -44,6 +44,8 @@ def check_config(cfg: Mapping[str, Any]) -> None:
     folder = cfg["data"].get("dir")
     if folder is not None and not Path(folder).expanduser().is_dir():
         raise UserError(f"data.dir={folder} is not a folder")
+    if "speed" in cfg:
+        _check_speed(cfg["speed"])
     check_evaluation(cfg["eval"])
 
 
@@ -86,10 +88,36 @@ def check_sparsity(value: Any) -> None:
 
 
 def _check_budget(budget: Mapping[str, Any]) -> None:
-    for stage in ("forecasters", "routers"):
+    for stage in ("forecasters", "routers", "lora"):
         for key, value in budget[stage].items():
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"budget.{stage}.{key} must be a whole number >= 1, not {value!r}")
+
+
+SPEED_CHOICES = {
+    "decisions": ("real", "random"),
+    "kernels": ("auto", "torch", "triton"),
+    "graphs": ("auto", True, False),
+}
+
+
+def _check_speed(speed: Mapping[str, Any]) -> None:
+    for key, allowed in SPEED_CHOICES.items():
+        if speed[key] not in allowed:
+            names = ", ".join(str(value).lower() for value in allowed)
+            raise UserError(f"speed.{key} must be one of {names}, not {speed[key]!r}")
+    if not speed["trained"] and speed["decisions"] != "random":
+        raise UserError("speed.trained=false needs speed.decisions=random: nothing is calibrated")
+    sizes = {
+        "warmup": [0 if speed["warmup"] is None else speed["warmup"] + 1],
+        "repeats": [1 if speed["repeats"] is None else speed["repeats"]],
+        **{f"prefill.{k}": v for k, v in speed["prefill"].items()},
+        **{f"decode.{k}": v if k != "steps" else [v] for k, v in speed["decode"].items()},
+    }
+    for key, values in sizes.items():
+        for value in values:
+            if not isinstance(value, int) or value < (key != "warmup"):
+                raise UserError(f"speed.{key} must hold whole numbers >= 1, not {value!r}")
 
 
 def _check_saved(saved: str, model: str | None) -> None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from methods.base import Method
 from methods.engine.counters import Usage
-from methods.engine.flops import flops_ratio
+from methods.engine.flops import flops_ratio, kv_bytes_ratio
 from methods.engine.wrap import routed
 from runners.assets import cache_root, sha256_of
 from runners.build import Base
@@ -79,8 +79,9 @@ def evaluate(
         samples_dir: where lm-eval's full logs go if `eval.log_samples` is set.
 
     Returns:
-        `perplexity`, `accuracy`, `sparsity_realised`, `flops_ratio` and `realised` (by unit kind
-        and layer), the last three on the perplexity text; `items` by task or text (`Items`).
+        `perplexity`, `accuracy`, `sparsity_realised`, `flops_ratio`, `kv_bytes_ratio` and
+        `realised` (by unit kind and layer), the last four on the perplexity text; `items` by task
+        or text (`Items`).
     """
     settings, model = config["eval"], base.model
     scope = contextlib.nullcontext() if method is None else routed(model, method, config["mode"])
@@ -106,6 +107,7 @@ def evaluate(
         "items": items,
         "sparsity_realised": usage.sparsity() if usage else 0.0,
         "flops_ratio": flops_ratio(method, usage) if usage and method else 1.0,
+        "kv_bytes_ratio": kv_bytes_ratio(method, usage) if usage and method else 1.0,
         "realised": _realised(usage),
     }
 

@@ -6,7 +6,8 @@ import gc
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,25 +43,35 @@ def score_saved(cfg: DictConfig) -> None:
     _recorded(config, lambda folder: _score(config, folder))
 
 
-def _recorded(config: dict[str, Any], work: Callable[[RunFolder], None]) -> None:
+def measure_speed(cfg: DictConfig) -> None:
+    """Time a point's routed model against the dense one; the record gets the key `speed`."""
+    config = plain(cfg)
     folder = RunFolder(Path(config["results_dir"]) / fingerprint(config))
-    label = describe(config)
-    try:
-        with folder.lock():
-            if folder.is_complete() and not config["force"]:
-                log.info(
-                    "%s: complete in %s, skipped (force=true computes it again)", label, folder.path
-                )
-                return
-            log.info("%s: starting in %s", label, folder.path)
+    label = f"speed of {describe(config)}"
+    with _caught(label), folder.lock():
+        if not folder.config_file.exists():
             folder.begin(config)
-            try:
-                work(folder)
-            except Exception as raised:
-                error = full_disk(folder.path, raised) or raised
-                mistake = isinstance(error, UserError)
-                folder.fail(str(error) if mistake else reason(error), identity(config))
-                raise error from raised.__cause__
+        log.info("%s: starting in %s", label, folder.path)
+        _time(config, folder)
+
+
+def _time(config: dict[str, Any], folder: RunFolder) -> None:
+    from runners.point import Point
+    from runners.timing import measure
+    from runners.tracking import NoTracker
+
+    point = Point(config, folder, NoTracker())
+    if config["speed"]["trained"]:
+        point.train()
+    figures = measure(point, config["speed"])
+    folder.add_speed(figures["speed"], {**identity(config), **figures["record"]})
+
+
+@contextmanager
+def _caught(label: str) -> Iterator[None]:
+    """One failed point never stops a sweep: it is logged and remembered for the exit code."""
+    try:
+        yield
     except UserError as error:
         log.error("%s failed: %s", label, error)
         failed_points.append(f"{label}: {error}")
@@ -69,6 +80,26 @@ def _recorded(config: dict[str, Any], work: Callable[[RunFolder], None]) -> None
         failed_points.append(f"{label}: {reason(error)}")
     finally:
         gc.collect()
+
+
+def _recorded(config: dict[str, Any], work: Callable[[RunFolder], None]) -> None:
+    folder = RunFolder(Path(config["results_dir"]) / fingerprint(config))
+    label = describe(config)
+    with _caught(label), folder.lock():
+        if folder.is_complete() and not config["force"]:
+            log.info(
+                "%s: complete in %s, skipped (force=true computes it again)", label, folder.path
+            )
+            return
+        log.info("%s: starting in %s", label, folder.path)
+        folder.begin(config)
+        try:
+            work(folder)
+        except Exception as raised:
+            error = full_disk(folder.path, raised) or raised
+            mistake = isinstance(error, UserError)
+            folder.fail(str(error) if mistake else reason(error), identity(config))
+            raise error from raised.__cause__
 
 
 def _train_and_score(config: dict[str, Any], folder: RunFolder, *, evaluate: bool) -> None:

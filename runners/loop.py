@@ -18,21 +18,20 @@ from transformers import PreTrainedModel
 
 from methods.base import Method, Probe, RoutedView, Site, Stage, StageBudget, UnitView
 from methods.engine.adapter import decoder
+from methods.engine.lora import attach_lora
 from methods.engine.observe import observed
 from methods.engine.wrap import Routing, routed, routing_of
 from runners.errors import UserError
 from runners.losses import distillation_loss, hidden_states, language_model_loss
 from runners.memory import PeakMemory
+from runners.optimise import TrainingDiverged as TrainingDiverged
+from runners.optimise import finite, optimiser
 from runners.progress import progress
 
 log = logging.getLogger(__name__)
 
 Objective = Literal["lm", "distill"]
 OnStep = Callable[[str, dict[str, float]], None]
-
-
-class TrainingDiverged(UserError):
-    """A loss became NaN or infinite."""
 
 
 @dataclass
@@ -106,7 +105,8 @@ class Loop:
 
     def _train(self, stage: Stage, budget: StageBudget) -> float:
         thresholds = self._start_thresholds(stage)
-        optimiser, schedule = _optimiser(stage, budget)
+        parameters = self._trainable(stage)
+        adamw, schedule = optimiser(stage, parameters, budget)
         batches = self._batches(budget)
         self.method.train()
         value = math.nan
@@ -122,12 +122,13 @@ class Loop:
                 (loss / budget.accumulate).backward()
                 losses.append(loss.detach())
                 rates.append(rate)
-            norm = nn.utils.clip_grad_norm_(list(stage.parameters), stage.clip_norm)
-            value = _finite(stage, step, budget.steps, torch.stack(losses).mean(), norm)
-            optimiser.step()
+            norm = nn.utils.clip_grad_norm_(parameters, stage.clip_norm)
+            value = finite(stage, step, budget.steps, torch.stack(losses).mean(), norm)
+            adamw.step()
             schedule.step()
-            optimiser.zero_grad(set_to_none=True)
+            adamw.zero_grad(set_to_none=True)
             realised = 1.0 - float(torch.stack(rates).mean())
+            thresholds[target] += stage.hold * (target - realised)
             tokens = budget.accumulate * budget.batch_size * budget.seq_len
             figures = {"step": step + 1, "loss": value}
             figures["tokens_per_s"] = tokens / (time.perf_counter() - began)
@@ -137,6 +138,17 @@ class Loop:
             self.on_step(stage.name, figures)
         self.method.eval()
         return value
+
+    def _trainable(self, stage: Stage) -> list[nn.Parameter]:
+        """The stage's parameters and its adapter's; all others of the method are frozen."""
+        parameters = list(stage.parameters)
+        if stage.lora is not None:
+            adapter = attach_lora(self.model, self.method, stage.lora, seed=self.seed)
+            parameters += adapter.parameters()
+        self.method.requires_grad_(False)
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        return parameters
 
     def _loss(
         self, stage: Stage, batch: Tensor, progress_share: float, target: float
@@ -148,14 +160,15 @@ class Loop:
         if self.objective == "distill":
             with torch.no_grad():
                 teacher = hidden_states(self.model, batch)
-        with routed(self.model, self.method):
+        with routed(self.model, self.method, "gathered" if stage.hard else "masked"):
             routing = routing_of(self.model)
-            routing.training, routing.anneal, routing.target = True, progress_share, target
+            routing.training = not stage.hard
+            routing.anneal, routing.target = progress_share, target
             if teacher is None:
                 task = language_model_loss(self.model, batch)
             else:
                 task = distillation_loss(self.model, batch, teacher)
-            view = routed_view(routing, task, target)
+            view = (counted_view if stage.hard else routed_view)(routing, task, target)
         return stage.loss(view), view.execute_rate.detach()  # type: ignore[misc, arg-type]
 
     def _dense_loss(self, stage: Stage, batch: Tensor) -> Tensor:
@@ -179,7 +192,7 @@ class Loop:
             return dict.fromkeys(targets, 0.0)
         found = {}
         for target in targets:
-            self.method.calibrate(self.probe, target)
+            self.method.calibrate(self.probe.sample(), target)
             found[target] = float(self.method.threshold)
         return found
 
@@ -220,7 +233,8 @@ def routed_view(routing: Routing, task_loss: Tensor, target: float) -> RoutedVie
     assert valid is not None
     units = len(routing.counters.shape.units())
     rates: dict[Site, Tensor] = {}
-    bypassed = torch.zeros((), device=task_loss.device)
+    dropped = sum(len(site.units) for site in routing.counters.dropped)
+    bypassed = torch.full((), float(dropped), device=task_loss.device)
     auxiliary = []
     for site, decision in routing.decisions.items():
         rate = (decision.gate_BT * valid).sum() / valid.sum()
@@ -229,36 +243,27 @@ def routed_view(routing: Routing, task_loss: Tensor, target: float) -> RoutedVie
         if decision.auxiliary is not None:
             auxiliary.append(decision.auxiliary)
     side = torch.stack(auxiliary).mean() if auxiliary else torch.zeros_like(bypassed)
-    return RoutedView(task_loss, 1.0 - bypassed / units, rates, side, target)
+    return RoutedView(
+        task_loss,
+        1.0 - bypassed / units,
+        rates,
+        side,
+        target,
+        decisions=dict(routing.decisions),
+        valid_BT=valid,
+        anneal=routing.anneal,
+    )
 
 
-def _optimiser(stage: Stage, budget: StageBudget) -> tuple[Any, Any]:
-    for parameter in stage.parameters:
-        parameter.requires_grad_(True)
-    optimiser = torch.optim.AdamW(stage.parameters, lr=stage.lr, weight_decay=stage.weight_decay)
-    warmup_steps = round(stage.warmup * budget.steps)
-
-    def factor(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / warmup_steps
-        if stage.schedule == "constant":
-            return 1.0
-        share = (step - warmup_steps) / max(1, budget.steps - warmup_steps)
-        return 0.5 * (1.0 + math.cos(math.pi * share))
-
-    return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
-
-
-def _finite(stage: Stage, step: int, steps: int, loss: Tensor, gradient_norm: Tensor) -> float:
-    """The loss as a number; one transfer for both checks."""
-    value, norm = torch.stack([loss.float(), gradient_norm.float()]).tolist()
-    for name, figure in (("loss", value), ("gradient norm", norm)):
-        if not math.isfinite(figure):
-            raise TrainingDiverged(
-                f"stage {stage.name}: {name} is {figure} at step {step + 1} of {steps}; "
-                f"lower its learning rate (now {stage.lr:g})"
-            )
-    return float(value)
+def counted_view(routing: Routing, task_loss: Tensor, target: float) -> RoutedView:
+    """The same without gradient, for the forward of a `hard` stage: counts over valid tokens."""
+    usage = routing.counters.read()
+    rates = {
+        site: torch.tensor(done / usage.tokens, device=task_loss.device)
+        for site, done in usage.decided.items()
+    }
+    rate = torch.tensor(1.0 - usage.sparsity(), device=task_loss.device)
+    return RoutedView(task_loss, rate, rates, torch.zeros_like(rate), target)
 
 
 def _short(figures: dict[str, float]) -> str:

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 
 from methods.base import Method, Stage
-from methods.engine.checkpoint import TENSORS, load_tensors, save_pretrained
+from methods.engine.checkpoint import restore, save_pretrained
+from methods.engine.lora import Adapter, attach_lora, describe
 from runners.assets import cache_root
 from runners.build import build_budget, build_method, load_base, method_options
 from runners.corpus import load_documents
+from runners.errors import UserError
 from runners.evaluation import evaluate, evaluation_key
 from runners.items import write_items
 from runners.loop import Loop
@@ -32,7 +34,7 @@ log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[1]
 STAGE_CODE = [
     ROOT / "methods",
-    *(ROOT / "runners" / f"{n}.py" for n in ("loop", "losses", "probe")),
+    *(ROOT / "runners" / f"{n}.py" for n in ("loop", "losses", "optimise", "probe")),
 ]
 SPLITS = ("train", "calibration", "test")
 
@@ -53,6 +55,7 @@ class Point:
         self.documents = {split: _documents(config, split) for split in SPLITS}
         self.budget = build_budget(config)
         self.method = build_method(config, self.base.model)
+        check_reach(self.method, config["method"]["name"])
         self.texts = Texts(
             self.documents,
             self.base.tokenizer,
@@ -79,6 +82,8 @@ class Point:
         for stage in self._stages():
             target = self.method.sparsity if stage.per_target else None
             key = content_key(key, stage.name, target)
+            if stage.lora is not None:
+                attach_lora(self.base.model, self.method, stage.lora, seed=self.config["seed"])
             report = self.products.stage(key, self.method, partial(_run, loop, stage))
             self.reports.append(report)
             self.folder.log({"event": "stage", **report})
@@ -103,7 +108,7 @@ class Point:
 
     def restore(self, saved: Path, *, recalibrate: bool) -> None:
         """Load a saved method instead of training it; `recalibrate` moves it to this target."""
-        load_tensors(self.method, saved / TENSORS)
+        restore(self.method, saved, self.base.model)
         if self.config["trained_on_sha256"] != self.base.weights_hash:
             log.warning("%s was trained on other weights (or another dtype) than these", saved)
         if recalibrate:
@@ -117,6 +122,8 @@ class Point:
         dense, _ = self.products.value(
             key, lambda: evaluate(self.config, self.base, test, samples_dir=dense_samples)
         )
+        if isinstance(self.method.adapter, Adapter):
+            self.method.adapter.merged = self.config["merge_lora"]
         routes = bool(self.method.sites())
         samples = self.folder.path / "samples"
         if routes:
@@ -132,6 +139,9 @@ class Point:
         on_calibration = self.probe.routed_scores(threshold).sparsity if routes else 0.0
         record["realised"] = {**record["realised"], "calibration": on_calibration}
         record["added_parameters"] = sum(p.numel() for p in self.method.parameters())
+        record["options"] = method_options(self.config)
+        record["kv_policy"] = self.method.kv_policy
+        record["lora"] = describe(self.method.adapter)
         record["threshold"] = threshold if math.isfinite(threshold) else None
         record["identity"] = {
             "fingerprint": self.folder.path.name,
@@ -139,6 +149,7 @@ class Point:
             "dtype": str(next(self.base.model.parameters()).dtype).removeprefix("torch."),
             "objective": self.config["objective"],
             "budget": self.budget.name,
+            "upper_bound": self.method.upper_bound,
             **provenance(),
         }
         return record
@@ -173,6 +184,19 @@ class Point:
     def _on_step(self, stage: str, figures: dict[str, float]) -> None:
         self.folder.log({"event": "step", "stage": stage, **figures})
         self.tracker.log({f"{stage}/{key}": value for key, value in figures.items()}, step=None)
+
+
+def check_reach(method: Method, name: str) -> None:
+    """Refuse a target that the method's sites cannot realise, before anything is trained.
+
+    Raises:
+        UserError: they cover too few of the model's units.
+    """
+    if method.achievable(method.sparsity) > method.reach() + 1e-6:
+        raise UserError(
+            f"method {name}: sparsity {method.sparsity:g} is out of reach: "
+            f"it routes {method.reach():.3f} of all units of this model"
+        )
 
 
 def _run(loop: Loop, stage: Stage) -> dict[str, Any]:

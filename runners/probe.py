@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 
 from methods.base import Decision, Method, RoutedScores, Shape, Site, UnitView
 from methods.engine.adapter import decoder, shape_of
-from methods.engine.observe import bypassed, gradient_norms, observed
+from methods.engine.observe import bypassed, observed, observed_routed, unit_gradients
 from methods.engine.wrap import routed, routing_of
 from runners.losses import language_model_loss
 from runners.progress import progress
@@ -42,7 +43,13 @@ class ModelProbe:
         self.model, self.method, self.text = model, method, text
         self.batch_tokens = batch_tokens
         self.shape: Shape = shape_of(model.config)
-        self.tokens_read = 0
+        self._read = [0]
+        self._sensitivity: dict[Site, float] | None = None
+
+    @property
+    def tokens_read(self) -> int:
+        """Tokens that passed the model, those of samples included."""
+        return self._read[0]
 
     @torch.no_grad()
     def stream(self, visit: Callable[[UnitView], None], split: str = "train") -> None:
@@ -52,43 +59,70 @@ class ModelProbe:
             self._run_decoder(rows, f"dense pass ({split})")
 
     @torch.no_grad()
-    def loss(self, bypassed_sites: Collection[Site]) -> float:
+    def stream_routed(self, visit: Callable[[UnitView], None]) -> None:
+        """Routed forward over the train split at the method's threshold."""
+        with observed_routed(self.model, self.method, visit):
+            self._run_decoder(self.text.train, "routed pass (train)")
+
+    @torch.no_grad()
+    def loss(self, bypassed_sites: Collection[Site], tokens: int | None = None) -> float:
         """LM loss, nats per token, with some sites skipped by every token."""
+        rows = self.text.calibration
+        if tokens is not None:
+            rows = self.text.train[: max(1, round(tokens / self.text.train.shape[1]))]
         total, count = 0.0, 0
         with bypassed(self.model, frozenset(bypassed_sites)):
-            for batch in self._batches(self.text.calibration):
+            for batch in self._batches(rows):
                 loss = language_model_loss(self.model, batch)
                 total += float(loss) * batch.numel()
                 count += batch.numel()
         return total / count
 
     def sensitivity(self) -> dict[Site, float]:
-        """Root mean square of d(mean LM loss)/d(unit output), from backward passes."""
+        """Root mean square of d(mean LM loss)/d(unit output), from backward passes; made once."""
+        if self._sensitivity is None:
+            self._sensitivity = self._measure_sensitivity()
+        return dict(self._sensitivity)
+
+    def _measure_sensitivity(self) -> dict[Site, float]:
         sums: dict[Site, Tensor] = {}
         count = 0
-        with gradient_norms(self.model, sums):
+
+        def add(site: Site, gradient_ND: Tensor) -> None:
+            total = gradient_ND.float().square().sum(-1).sum()
+            sums[site] = sums[site] + total if site in sums else total
+
+        with unit_gradients(self.model, add):
             for batch in progress(self._batches(self.text.sensitivity), "sensitivity"):
-                loss = language_model_loss(self.model, batch)
-                loss.backward()
+                language_model_loss(self.model, batch).backward()
                 count += batch.numel()
         scale = count * self.shape.width
         return {site: float((total / scale).sqrt()) for site, total in sums.items()}
+
+    def sample(self) -> ModelProbe:
+        """The same on a quarter of the calibration text; the tokens count here."""
+        rows = self.text.calibration[: max(1, len(self.text.calibration) // 4)]
+        part = copy.copy(self)
+        part.text = replace(self.text, calibration=rows)
+        return part
 
     @torch.no_grad()
     def routed_scores(self, threshold: float) -> RoutedScores:
         """Route the calibration text with this threshold; the method's own is put back."""
         scores: list[Tensor] = []
         weights: list[Tensor] = []
+        is_mlp: list[Tensor] = []
 
         def observe(site: Site, decision: Decision, valid_BT: Tensor) -> None:
             kept = decision.scores_BT[valid_BT].float()
             scores.append(kept)
             weights.append(torch.full_like(kept, float(len(site.units))))
+            is_mlp.append(torch.full_like(kept, site.kind == "mlp", dtype=torch.bool))
 
         before = self.method.threshold.clone()
         self.method.threshold.fill_(threshold)
         try:
-            with routed(self.model, self.method):
+            with routed(self.model, self.method, "gathered"):
                 routing = routing_of(self.model)
                 routing.observer = observe
                 self._run_decoder(self.text.calibration, "calibration")
@@ -101,6 +135,7 @@ class ModelProbe:
             scores=torch.cat(scores) if scores else empty,
             weights=torch.cat(weights) if weights else empty,
             total_weight=float(usage.tokens * len(self.shape.units())),
+            is_mlp=torch.cat(is_mlp) if is_mlp else empty.bool(),
         )
 
     def _run_decoder(self, rows: Tensor, label: str) -> None:
@@ -110,5 +145,5 @@ class ModelProbe:
     def _batches(self, rows: Tensor) -> list[Tensor]:
         size = max(1, self.batch_tokens // rows.shape[1])
         device = next(self.model.parameters()).device
-        self.tokens_read += rows.numel()
+        self._read[0] += rows.numel()
         return [rows[i : i + size].to(device) for i in range(0, len(rows), size)]

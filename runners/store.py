@@ -32,7 +32,7 @@ SCHEMA_VERSION = 1
 FINGERPRINT_DIGITS = 16
 NOT_IN_FINGERPRINT = frozenset(
     "results_dir cache_dir saved tracking force hydra log log_level logging verbose "
-    "progress".split()
+    "progress speed".split()
 )
 """Top-level keys of the config that say where or how loudly, never what is computed."""
 
@@ -181,6 +181,7 @@ class RunFolder:
         self.status_file = path / "status.json"
         self.result_file = path / "result.json"
         self.log_file = path / "log.jsonl"
+        self.speed_file = path / "speed.json"
         self.items_file = path / "items.parquet"
 
     @contextmanager
@@ -224,8 +225,27 @@ class RunFolder:
     def complete(self, result: Mapping[str, Any]) -> None:
         """Write the result record; from here on the point counts as done."""
         record = {**result, "schema_version": SCHEMA_VERSION, "status": "complete"}
-        write_json_atomic(self.result_file, redact(record))
+        write_json_atomic(self.result_file, redact({**record, **self._measured_speed()}))
         self._status("complete")
+
+    def add_speed(self, speed: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+        """Keep measured speed, and put it into the record.
+
+        A point that was never evaluated gets a record without quality, which does not count as
+        complete for a sweep.
+        """
+        write_json_atomic(self.speed_file, redact({"speed": speed, **identity}))
+        record = self.result() or {}
+        if record.get("status") != "complete":
+            record = {**identity, "evaluated": False, "perplexity": {}, "accuracy": {}}
+            record |= {"schema_version": SCHEMA_VERSION, "status": "complete"}
+        write_json_atomic(self.result_file, redact({**record, "speed": speed}))
+
+    def _measured_speed(self) -> dict[str, Any]:
+        try:
+            return {"speed": json.loads(self.speed_file.read_bytes())["speed"]}
+        except (OSError, ValueError, KeyError):
+            return {}
 
     def saved(self) -> None:
         """Training is done and `routed/` written; nothing was evaluated."""
@@ -238,9 +258,9 @@ class RunFolder:
         self._status("failed", reason=redact_text(reason))
 
     def is_complete(self) -> bool:
-        """True if a finished record of this schema is there and can be read."""
-        record = self.result()
-        return record is not None and record.get("status") == "complete"
+        """True if a finished record of this schema is there, quality included."""
+        record = self.result() or {}
+        return record.get("status") == "complete" and bool(record.get("evaluated", True))
 
     def result(self) -> dict[str, Any] | None:
         """The record, complete or failed; None if missing, torn or of another schema."""

@@ -31,6 +31,7 @@ SHRUNK = (
     "budget.sensitivity_tokens=64",
     "budget.forecasters={steps:3,batch_size:2,seq_len:16,accumulate:1}",
     "budget.routers={steps:3,batch_size:2,seq_len:32,accumulate:1}",
+    "budget.lora={steps:3,batch_size:2,seq_len:32,accumulate:1}",
     "eval.perplexity.tokens_per_document=48",
     "eval.perplexity.documents_limit=4",
     "eval.perplexity.bootstrap_samples=50",

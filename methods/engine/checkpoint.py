@@ -5,14 +5,17 @@ from __future__ import annotations
 import importlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from methods.base import Method
+from methods.base import LoraSpec, Method
+from methods.engine.lora import Adapter, attach_lora, describe
 from methods.engine.wrap import attach
 
 if TYPE_CHECKING:
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 SETTINGS, TENSORS = "routed.json", "routed.safetensors"
+ADAPTER_SETTINGS, ADAPTER_TENSORS = "adapter_config.json", "adapter_model.safetensors"
+"""peft's names: `PeftModel.from_pretrained` reads the adapters from the same folder."""
 
 
 class BadCheckpoint(ValueError):
@@ -45,14 +50,14 @@ def save_pretrained(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {k: v.detach().cpu().contiguous() for k, v in method.state_dict().items()}
-    partial = folder / f"{TENSORS}.{os.getpid()}.tmp"
-    save_file(tensors, str(partial))
-    os.replace(partial, folder / TENSORS)
-    settings = {"format": FORMAT, "target": target, "options": options, "base": base}
-    partial = folder / f"{SETTINGS}.{os.getpid()}.tmp"
-    partial.write_text(json.dumps(settings, indent=2) + "\n")
-    os.replace(partial, folder / SETTINGS)
+    if isinstance(method.adapter, Adapter):
+        peft = method.adapter.peft_config.to_dict()
+        _write_json(folder / ADAPTER_SETTINGS, {**peft, "inference_mode": True})
+        _write_tensors(folder / ADAPTER_TENSORS, method.adapter.peft_tensors())
+    _write_tensors(folder / TENSORS, own_tensors(method))
+    lora = describe(method.adapter)
+    settings = {"format": FORMAT, "target": target, "options": options, "base": base, "lora": lora}
+    _write_json(folder / SETTINGS, settings)
     return folder
 
 
@@ -66,26 +71,73 @@ def from_pretrained(folder: Path | str, model: PreTrainedModel) -> Method:
     settings = read_settings(folder)
     method = _build(settings["target"], settings["options"])
     attach(model, method)
-    load_tensors(method, Path(folder) / TENSORS)
+    restore(method, folder, model)
     return method.eval()
 
 
-def load_tensors(method: Method, path: Path) -> None:
-    """Strictly load a safetensors file into a method that is already set up.
+def restore(method: Method, folder: Path | str, model: PreTrainedModel) -> None:
+    """Strictly load a saved folder, its adapter included, into a method set up for `model`.
 
     Raises:
         BadCheckpoint: missing or damaged file, other names or shapes.
     """
+    folder = Path(folder)
+    lora = read_settings(folder).get("lora")
+    tensors = _read(folder / TENSORS)
+    method.adopt({name: value.shape for name, value in tensors.items()})
+    _copy(tensors, own_tensors(method), folder / TENSORS)
+    if lora is None:
+        return
     try:
-        tensors = load_file(str(path))
+        adapter = attach_lora(model, method, LoraSpec(**lora))
+    except (TypeError, ValueError) as error:
+        raise BadCheckpoint(f"{folder / SETTINGS} names unusable adapters: {error}") from error
+    _copy(_read(folder / ADAPTER_TENSORS), adapter.peft_tensors(), folder / ADAPTER_TENSORS)
+
+
+def load_tensors(method: Method, path: Path) -> None:
+    """Strictly load the whole state, an adapter that is attached included, from one file.
+
+    Raises:
+        BadCheckpoint: missing or damaged file, other names or shapes.
+    """
+    tensors = _read(path)
+    method.adopt({name: value.shape for name, value in tensors.items()})
+    _copy(tensors, method.state_dict(), path)
+
+
+def own_tensors(method: Method) -> dict[str, Tensor]:
+    """The method's state without the backbone's adapter."""
+    return {k: v for k, v in method.state_dict().items() if not k.startswith("adapter.")}
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(str(path))
     except (OSError, SafetensorError) as error:
         raise BadCheckpoint(f"{path} is missing or damaged: {error}") from error
-    own = method.state_dict()
+
+
+def _copy(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path) -> None:
+    """Fill `own`, which the file's tensors must fit exactly."""
     wrong = sorted(set(own) ^ set(tensors)) or [k for k in own if own[k].shape != tensors[k].shape]
     if wrong:
         raise BadCheckpoint(f"{path} does not fit this method and model: {', '.join(wrong[:4])}")
     with torch.no_grad():
-        method.load_state_dict(tensors, strict=True)
+        for name, value in own.items():
+            value.copy_(tensors[name])
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, str(partial))
+    os.replace(partial, path)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    partial.write_text(json.dumps(value, indent=2, default=sorted) + "\n")
+    os.replace(partial, path)
 
 
 def read_settings(folder: Path | str) -> dict[str, Any]:

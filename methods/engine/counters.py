@@ -8,48 +8,93 @@ import torch
 from torch import Tensor
 
 from methods.base import Shape, Site
+from methods.engine.padding import capturing
 
 
-@dataclass
 class Counters:
-    """Sums over valid tokens since the last reset, as int64 tensors on the model's device."""
+    """Sums over valid tokens since construction, on the model's device.
 
-    shape: Shape
-    tokens: Tensor | int = 0
-    """Valid tokens that passed."""
-    context: Tensor | int = 0
-    """Sum over valid tokens of the keys that each attends to (its position + 1)."""
-    executed: dict[Site, Tensor] = field(default_factory=dict)
-    """Per routed site: tokens executed."""
-    executed_context: dict[Site, Tensor] = field(default_factory=dict)
-    """Per routed site: keys attended by executed tokens."""
+    Args:
+        dropped: sites that every token bypasses and that are never asked.
+
+    A decision costs a forward nothing but a list entry: the sums of all sites are formed together
+    when the forward ends, and only `read` brings them to the host.
+    """
+
+    def __init__(self, shape: Shape, dropped: frozenset[Site] = frozenset()) -> None:
+        self.shape, self.dropped = shape, dropped
+        self._tokens: Tensor | None = None
+        """int64 [4], as `_sums` of all valid tokens: what the dense model executes."""
+        self._sums: dict[Site, Tensor] = {}
+        """Per routed site, int64 [4]: executed tokens, keys that they attended to, forwards in
+        which any token executed, forwards in which any did not."""
+        self._open: list[tuple[Site, Tensor, Tensor | None]] = []
+        self._valid_BT: Tensor | None = None
+        self._keys_BT: Tensor | None = None
 
     def start_forward(self, valid_BT: Tensor, positions_BT: Tensor) -> None:
-        """Count the tokens of one forward call."""
-        self.tokens = self.tokens + valid_BT.sum()
-        self.context = self.context + ((positions_BT + 1) * valid_BT).sum()
+        """Open the count of one forward call."""
+        self._open = []
+        self._valid_BT, self._keys_BT = valid_BT, positions_BT + 1
 
-    def add(self, site: Site, execute_BT: Tensor, positions_BT: Tensor) -> None:
-        """Count one decision; `execute_BT` is already False for padding."""
-        context = ((positions_BT + 1) * execute_BT).sum()
-        self.executed[site] = self.executed.get(site, 0) + execute_BT.sum()
-        self.executed_context[site] = self.executed_context.get(site, 0) + context
+    def add(self, site: Site, execute_BT: Tensor, keys_BT: Tensor | None = None) -> None:
+        """Note one decision.
+
+        Args:
+            execute_BT: bool, already False for padding.
+            keys_BT: int64, keys that each token's query attends to; None means every token up to
+                its own.
+        """
+        self._open.append((site, execute_BT, keys_BT))
+
+    def end_forward(self) -> None:
+        """Add what the forward noted; a few operations whatever the number of sites."""
+        assert self._valid_BT is not None and self._keys_BT is not None, "start_forward first"
+        if capturing():
+            # a replay would add the same tensors again and again: graphs are not counted
+            self._open = []
+            return
+        valid = self._valid_BT
+        self._tokens = _plus(self._tokens, _sums(valid[None], self._keys_BT, valid)[0])
+        if self._open:
+            execute_UBT = torch.stack([execute for _, execute, _ in self._open])
+            keys = [self._keys_BT if k is None else k for _, _, k in self._open]
+            plain = all(k is None for _, _, k in self._open)
+            sums_U4 = _sums(execute_UBT, keys[0] if plain else torch.stack(keys), valid)
+            for (site, _, _), sums in zip(self._open, sums_U4, strict=True):
+                self._sums[site] = _plus(self._sums.get(site), sums)
+        self._open = []
 
     def read(self) -> Usage:
         """Bring the sums to the host: one synchronisation for all of them."""
-        sites = list(self.executed)
-        flat = [torch.as_tensor(self.tokens), torch.as_tensor(self.context)]
-        flat += [self.executed[s] for s in sites] + [self.executed_context[s] for s in sites]
-        device = flat[-1].device
-        values = torch.stack([v.to(device, torch.int64) for v in flat]).tolist()
-        tokens, context, rest = values[0], values[1], values[2:]
-        usage = Usage(shape=self.shape, tokens=tokens, context=context)
-        for i, site in enumerate(sites):
+        if self._tokens is None:
+            return Usage(shape=self.shape, tokens=0, context=0)
+        sites = list(self._sums)
+        flat = torch.stack([self._tokens, *(self._sums[site] for site in sites)]).tolist()
+        tokens, context, forwards, _ = flat[0]
+        usage = Usage(shape=self.shape, tokens=tokens, context=context, forwards=forwards)
+        usage.dropped = frozenset(unit for site in self.dropped for unit in site.units)
+        for sums in (usage.executed, usage.executed_context, usage.active):
+            sums |= dict.fromkeys(usage.dropped, 0)
+        for site, (executed, seen, active, bypassing) in zip(sites, flat[1:], strict=True):
             for unit in site.units:
-                usage.executed[unit] = rest[i]
-                usage.executed_context[unit] = rest[len(sites) + i]
-            usage.decided[site] = rest[i]
+                usage.executed[unit] = executed
+                usage.executed_context[unit] = seen
+                usage.active[unit] = active
+            usage.decided[site] = executed
+            usage.bypassing[site] = bypassing
         return usage
+
+
+def _sums(mask_UBT: Tensor, keys: Tensor, valid_BT: Tensor) -> Tensor:
+    """int64 [U, 4]: tokens in the mask, their keys, whether any is in it, whether any is not."""
+    tokens = mask_UBT.sum((1, 2))
+    context = (mask_UBT * keys).sum((1, 2))
+    return torch.stack([tokens, context, (tokens > 0).long(), (tokens < valid_BT.sum()).long()], 1)
+
+
+def _plus(total: Tensor | None, more: Tensor) -> Tensor:
+    return more if total is None else total + more.to(total.device)
 
 
 @dataclass
@@ -59,10 +104,17 @@ class Usage:
     shape: Shape
     tokens: int
     context: int
+    forwards: int = 0
     executed: dict[Site, int] = field(default_factory=dict)
     executed_context: dict[Site, int] = field(default_factory=dict)
     decided: dict[Site, int] = field(default_factory=dict)
     """Per routed site (blocks not split): tokens executed."""
+    dropped: frozenset[Site] = frozenset()
+    """Units that every token bypasses: without a decision, and without keys and values."""
+    active: dict[Site, int] = field(default_factory=dict)
+    """Per unit: forwards in which any token executed it."""
+    bypassing: dict[Site, int] = field(default_factory=dict)
+    """Per routed site: forwards in which any token bypassed it."""
 
     def rate(self, unit: Site) -> float:
         """Bypassed share of the tokens at one unit; 0 where the method does not route."""

@@ -16,6 +16,8 @@ class Family:
     attention: str = "self_attn"
     mlp_norm: str = "post_attention_layernorm"
     mlp: str = "mlp"
+    projection: str = "{}_proj"
+    """Name of the linear map `q`, `k`, `v`, `o`, `gate`, `up` or `down`."""
 
 
 FAMILIES: dict[str, Family] = {

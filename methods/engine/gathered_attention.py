@@ -1,133 +1,225 @@
-"""Attention of some queries: keys and values for every token (KV policy `keep`), the rest not."""
+"""Attention of some queries: those of executed tokens, over the keys that the KV policy leaves.
+
+`keep`: keys and values of every token; `evict`: of executed tokens only.
+
+Shapes: B sequences, T tokens of this forward, N executed ones, H heads, K key-value heads, d head
+size, S keys, D model width.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from methods.engine.rows import Rows, queries_before, take
+from methods.base import KVPolicy
+from methods.engine.evict import KeptKeys, layer_of
+from methods.engine.rows import Rows, take
 
-BLOCK_QUERIES = 128
+if TYPE_CHECKING:
+    from methods.engine.unit import LayerInputs
+
+BLOCK_QUERIES = 256
 """Queries that share a key prefix: small blocks waste few masked scores, large ones few calls."""
 
 
+@dataclass(frozen=True)
+class Sequence:
+    """Keys of one sequence, and what its gathered queries see of them."""
+
+    key_KSd: Tensor
+    value_KSd: Tensor
+    last_N: Tensor
+    """int64: the last key that each query sees, rising."""
+    mask: Callable[[slice, int], Tensor] | None = None
+    """(queries, number of keys) -> bool or additive [queries, keys]; None means every key up to
+    the last."""
+    square: bool = False
+    """True if query i sees the first i + 1 keys and there are no others."""
+
+
 def attend_rows(
-    attention: Any,
-    x_BTD: Tensor,
-    rows: Rows,
-    *,
-    position_embeddings: tuple[Tensor, Tensor],
-    attention_mask: Tensor | None = None,
-    past_key_values: Any = None,
-    **_: Any,
+    attention: Any, x_BTD: Tensor, rows: Rows, inputs: LayerInputs, kv_policy: KVPolicy
 ) -> Tensor:
     """Output of the attention module for `rows`, [N, D], in their order.
-
-    K and V of all tokens enter the cache, as in the module itself; queries, scores and the output
-    projection are computed for the gathered tokens only.
 
     Args:
         attention: of a Llama-like layer: `q_proj`, `k_proj`, `v_proj`, `o_proj`, optional
             `q_norm` and `k_norm` over the head.
         x_BTD: normalised input.
-        position_embeddings: cos and sin of rotary positions, [B or 1, T, head_dim].
-        attention_mask: None (causal) or [B, 1, T, keys], bool or additive.
 
     Raises:
-        ValueError: a mask of another shape (a kernel of its own needs it).
+        ValueError: a mask or cache that this path cannot follow.
     """
-    key, value = _keys_and_values(attention, x_BTD, position_embeddings)
-    if past_key_values is not None:
-        key, value = past_key_values.update(key, value, attention.layer_idx)
-    if attention_mask is not None and attention_mask.dim() != 4:
+    mask = inputs.attention_mask
+    if mask is not None and mask.dim() != 4:
         raise ValueError("mode=gathered needs attn_implementation sdpa or eager")
-    if len(rows.index_N) == 0:
+    x_ND = take(x_BTD, rows.index_N)
+    angles = _angles(inputs, rows, len(x_BTD))
+    if kv_policy == "keep":
+        sequences = _kept_by_all(attention, x_BTD, rows, inputs)
+    else:
+        sequences = _kept_by_executed(attention, x_ND, rows, inputs, angles)
+    if not len(x_ND):
         return x_BTD.new_zeros(0, x_BTD.shape[-1])
-    query_NHd = _queries(attention, x_BTD, rows, position_embeddings)
+    query_NHd = rotate(heads_of(attention, "q", x_ND), *angles)
     out = torch.empty_like(query_NHd)
     start = 0
-    for sequence, places in rows.per_sequence():
-        mask = None if attention_mask is None else attention_mask[sequence, 0]
-        for part in places.split(BLOCK_QUERIES):
-            end = start + len(part)
-            out[start:end] = _block(
-                query_NHd[start:end],
-                key[sequence],
-                value[sequence],
-                part,
-                rows.tokens,
-                mask,
-                scale=attention.scaling,
-            )
-            start = end
+    for sequence in sequences:
+        end = start + len(sequence.last_N)
+        _attend(query_NHd[start:end], sequence, attention.scaling, out[start:end])
+        start = end
     projected: Tensor = attention.o_proj(out.flatten(1))
     return projected
 
 
-def _keys_and_values(
-    attention: Any, x_BTD: Tensor, position_embeddings: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Rotated keys and values of every token, [B, KV heads, T, head_dim]."""
-    shape = (*x_BTD.shape[:-1], -1, attention.head_dim)
-    key = _normed(attention, "k_norm", attention.k_proj(x_BTD).view(shape)).transpose(1, 2)
-    value = attention.v_proj(x_BTD).view(shape).transpose(1, 2)
-    cos, sin = (angle.unsqueeze(1) for angle in position_embeddings)
-    return _rotate(key, cos, sin), value
+def _kept_by_all(
+    attention: Any, x_BTD: Tensor, rows: Rows, inputs: LayerInputs
+) -> Iterator[Sequence]:
+    """Policy `keep`: keys of every token, the cache's first; they enter it whatever follows."""
+    key, value = keys_of_all(attention, x_BTD, inputs)
+    # a window has dropped keys before the first, a static cache has empty slots after the last
+    first = min(int(inputs.past), key.shape[2] - rows.tokens)
+    return _split_by_sequence(key, value, first, rows, inputs.attention_mask)
 
 
-def _queries(
-    attention: Any, x_BTD: Tensor, rows: Rows, position_embeddings: tuple[Tensor, Tensor]
-) -> Tensor:
-    """Rotated queries of the gathered tokens, [N, heads, head_dim]."""
-    query = attention.q_proj(take(x_BTD, rows.index_N))
-    query = _normed(attention, "q_norm", query.view(len(query), -1, attention.head_dim))
-    batch = x_BTD.shape[0]
-    cos, sin = (
-        take(angle.expand(batch, -1, -1), rows.index_N).unsqueeze(1)
-        for angle in position_embeddings
-    )
-    return _rotate(query, cos, sin)
+def keys_of_all(attention: Any, x_BTD: Tensor, inputs: LayerInputs) -> tuple[Tensor, Tensor]:
+    """Keys and values of every token, after those of the cache, which they enter: [B, K, S, d]."""
+    cos, sin = (angle.unsqueeze(2) for angle in inputs.position_embeddings)
+    key = rotate(heads_of(attention, "k", x_BTD), cos, sin).transpose(1, 2)
+    value = heads_of(attention, "v", x_BTD).transpose(1, 2)
+    if inputs.past_key_values is not None:
+        key, value = inputs.past_key_values.update(key, value, attention.layer_idx)
+    return key, value
 
 
-def _block(
+def _split_by_sequence(
+    key: Tensor, value: Tensor, first: int, rows: Rows, mask: Tensor | None
+) -> Iterator[Sequence]:
+    for b, places in rows.per_sequence():
+
+        def rows_of(part: slice, keys: int, b: int = b, places: Tensor = places) -> Tensor:
+            assert mask is not None
+            return mask[b, 0].index_select(0, places[part])[:, :keys]
+
+        yield Sequence(key[b], value[b], first + places, None if mask is None else rows_of)
+
+
+def _kept_by_executed(
+    attention: Any,
+    x_ND: Tensor,
+    rows: Rows,
+    inputs: LayerInputs,
+    angles: tuple[Tensor, Tensor],
+) -> Iterator[Sequence]:
+    """Policy `evict`: keys of executed tokens only; a query sees those up to its own."""
+    cache = inputs.past_key_values
+    kept = KeptKeys() if cache is None else layer_of(cache, attention.layer_idx, KeptKeys)
+    if not len(x_ND):
+        kept.skip(rows)
+        return iter(())
+    key = rotate(heads_of(attention, "k", x_ND), *angles)
+    before = kept.append(key, heads_of(attention, "v", x_ND), rows)
+    return _kept_sequences(kept, before, rows, inputs.window)
+
+
+def _kept_sequences(
+    kept: KeptKeys, before: list[int], rows: Rows, window: int | None
+) -> Iterator[Sequence]:
+    assert kept.keys is not None and kept.values is not None and kept.places is not None
+    for b, count in enumerate(rows.counts):
+        if not count:
+            continue
+        held, places = kept.counts[b], kept.places[b]
+        last = torch.arange(before[b], held, device=places.device)
+
+        def in_window(
+            part: slice, keys: int, own: Tensor = places[last], p: Tensor = places
+        ) -> Any:
+            assert window is not None
+            return p[None, :keys] > own[part, None] - window
+
+        hides = window is not None and window < kept.seen
+        yield Sequence(
+            kept.keys[b, :, :held],
+            kept.values[b, :, :held],
+            last,
+            mask=in_window if hides else None,
+            square=before[b] == 0 and not hides,
+        )
+
+
+def _attend(query_NHd: Tensor, sequence: Sequence, scale: float, out_NHd: Tensor) -> None:
+    """Scaled dot products of one sequence, a block of queries against the keys up to its last."""
+    if sequence.square:
+        out_NHd.copy_(_dot(query_NHd, sequence.key_KSd, sequence.value_KSd, None, scale, True))
+        return
+    for start in range(0, len(query_NHd), BLOCK_QUERIES):
+        part = slice(start, start + BLOCK_QUERIES)
+        last = sequence.last_N[part]
+        seen = int(last[-1]) + 1
+        mask = None
+        if len(last) > 1 or sequence.mask is not None:
+            mask = torch.arange(seen, device=last.device) <= last[:, None]
+            if sequence.mask is not None:
+                mask = _both(mask, sequence.mask(part, seen))
+        keys, values = sequence.key_KSd[:, :seen], sequence.value_KSd[:, :seen]
+        out_NHd[part] = _dot(query_NHd[part], keys, values, mask, scale, False)
+
+
+def _dot(
     query_NHd: Tensor,
     key_KSd: Tensor,
     value_KSd: Tensor,
-    places_N: Tensor,
-    tokens: int,
-    mask_TS: Tensor | None,
-    *,
+    mask_NS: Tensor | None,
     scale: float,
+    causal: bool,
 ) -> Tensor:
-    """Attention of queries of one sequence over the keys that the last of them may see."""
-    keys = key_KSd.shape[1]
-    if mask_TS is None:
-        seen = keys - tokens + int(places_N[-1]) + 1
-        mask = queries_before(keys, places_N, tokens)[:, :seen] if len(places_N) > 1 else None
-    else:
-        seen = keys
-        mask = mask_TS[places_N, :keys]
     out = functional.scaled_dot_product_attention(
         query_NHd.transpose(0, 1)[None],
-        key_KSd[None, :, :seen],
-        value_KSd[None, :, :seen],
-        attn_mask=None if mask is None else mask[None, None],
+        key_KSd[None],
+        value_KSd[None],
+        attn_mask=None if mask_NS is None else mask_NS[None, None],
         scale=scale,
+        is_causal=causal,
         enable_gqa=query_NHd.shape[1] != key_KSd.shape[0],
     )
     return out[0].transpose(0, 1)
 
 
-def _normed(attention: Any, name: str, heads: Tensor) -> Tensor:
-    norm = getattr(attention, name, None)
-    normed: Tensor = heads if norm is None else norm(heads)
-    return normed
+def _both(causal_NS: Tensor, mask_NS: Tensor) -> Tensor:
+    if mask_NS.dtype == torch.bool:
+        return causal_NS & mask_NS
+    return mask_NS.masked_fill(~causal_NS, torch.finfo(mask_NS.dtype).min)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def heads_of(attention: Any, name: str, x: Tensor) -> Tensor:
+    """Projection `name` (q, k or v) split into heads and normed: [..., D] -> [..., heads, d]."""
+    return split_heads(attention, name, getattr(attention, f"{name}_proj")(x))
+
+
+def split_heads(attention: Any, name: str, projected: Tensor) -> Tensor:
+    """[..., heads * d] -> [..., heads, d], normed where the family does."""
+    number = projected.shape[-1] // attention.head_dim
+    heads: Tensor = projected.view(*projected.shape[:-1], number, attention.head_dim)
+    norm = getattr(attention, f"{name}_norm", None)
+    return heads if norm is None else norm(heads)
+
+
+def _angles(inputs: LayerInputs, rows: Rows, batch: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of the gathered tokens, [N, 1, d]."""
+    cos, sin = (
+        take(angle.expand(batch, -1, -1), rows.index_N).unsqueeze(1)
+        for angle in inputs.position_embeddings
+    )
+    return cos, sin
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding, halves paired (Su et al., arXiv 2104.09864)."""
     a, b = x.chunk(2, dim=-1)
     return x * cos + torch.cat((-b, a), dim=-1) * sin

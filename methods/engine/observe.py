@@ -1,4 +1,4 @@
-"""Watch the units of a model under the dense forward: their outputs, and their gradients."""
+"""Watch a model's units: outputs under the dense or the routed forward, and their gradients."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from methods.base import Site, UnitView
+from methods.base import Decision, Method, Site, UnitView
 from methods.engine.adapter import shape_of
-from methods.engine.wrap import ForwardState, Unit, swapped
+from methods.engine.forward import ForwardState
+from methods.engine.unit import Unit
+from methods.engine.wrap import routed, routing_of, swapped
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,30 +40,52 @@ def observed(model: PreTrainedModel, visit: Callable[[UnitView], None]) -> Itera
 
 
 @contextmanager
-def bypassed(model: PreTrainedModel, sites: frozenset[Site]) -> Iterator[None]:
-    """Skip `sites` for every token inside the block (static depth)."""
-    with swapped(model, sites, lambda unit: unit.residual_BTD, ForwardState()):
+def observed_routed(
+    model: PreTrainedModel, method: Method, visit: Callable[[UnitView], None]
+) -> Iterator[None]:
+    """Call `visit` for every routed unit of each forward of the routed model inside the block."""
+
+    def observe(unit: Unit, decision: Decision, after: Tensor) -> None:
+        keep = routing.state.valid_BT
+        assert keep is not None
+        delta = after - unit.residual_BTD
+        visit(
+            UnitView(
+                unit.site,
+                unit.x_BTD[keep],
+                delta[keep],
+                unit.residual_BTD[keep],
+                decision.execute_BT[keep],
+            )
+        )
+
+    with routed(model, method):
+        routing = routing_of(model)
+        routing.unit_observer = observe
         yield
 
 
 @contextmanager
-def gradient_norms(model: PreTrainedModel, sums: dict[Site, Tensor]) -> Iterator[None]:
-    """Add to `sums` the squared gradients at each unit's output, over valid tokens.
+def bypassed(model: PreTrainedModel, sites: frozenset[Site]) -> Iterator[None]:
+    """Skip `sites` for every token inside the block (static depth)."""
+    with swapped(model, frozenset(), lambda unit: unit.run(), ForwardState(), dropped=sites):
+        yield
 
-    The embeddings' output is made to require a gradient, so that frozen weights stay frozen.
+
+@contextmanager
+def unit_gradients(model: PreTrainedModel, visit: Callable[[Site, Tensor], None]) -> Iterator[None]:
+    """Call `visit(site, gradient [N, D])` for each unit's output in every backward pass.
+
+    Padding is removed. The embeddings' output is made to require a gradient, so that frozen
+    weights stay frozen.
     """
     state = ForwardState()
 
     def executor(unit: Unit) -> Tensor:
         delta = unit.run() - unit.residual_BTD
-
-        def add(gradient: Tensor) -> None:
-            assert state.valid_BT is not None
-            squared = gradient.float().square().sum(-1)
-            total = (squared * state.valid_BT).sum()
-            sums[unit.site] = sums[unit.site] + total if unit.site in sums else total
-
-        delta.register_hook(add)
+        keep = state.valid_BT
+        assert keep is not None
+        delta.register_hook(lambda gradient: visit(unit.site, gradient[keep]))
         return unit.residual_BTD + delta
 
     embeddings = model.get_input_embeddings()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 
@@ -27,8 +26,10 @@ class Rows:
 
 def executed_rows(execute_BT: Tensor) -> Rows:
     """Rows of a bool mask; one transfer to the host, for the counts."""
+    batch, tokens = execute_BT.shape
     index = execute_BT.flatten().nonzero().squeeze(1)
-    return Rows(index, execute_BT.sum(1).tolist(), execute_BT.shape[1])
+    counts = [len(index)] if batch == 1 else execute_BT.sum(1).tolist()
+    return Rows(index, counts, tokens)
 
 
 def take(values_BTD: Tensor, index_N: Tensor) -> Tensor:
@@ -48,10 +49,6 @@ def bypassed_index(execute_BT: Tensor, valid_BT: Tensor) -> Tensor:
     return (valid_BT & ~execute_BT).flatten().nonzero().squeeze(1)
 
 
-def queries_before(keys: int, places_N: Tensor, tokens: int) -> Tensor:
-    """Causal mask of gathered queries, bool [N, keys]: True where a query sees a key.
-
-    The last of `tokens` queries sees the last of `keys` keys; earlier ones one less each.
-    """
-    last = places_N + (keys - tokens)
-    return torch.arange(keys, device=places_N.device) <= last[:, None]
+def rank_BT(execute_BT: Tensor) -> Tensor:
+    """int64: executed tokens of the sequence up to and including each token."""
+    return execute_BT.long().cumsum(1)

@@ -2,7 +2,7 @@
 
 `routed` swaps the decoder layers' `forward`; weights, classes and everything else stay as they
 are, so `generate`, lm-eval and hooks keep working. Each unit is handed to an *executor* as a
-`Unit`: the residual stream, the normalised input, and closures that run the real computation.
+`Unit`: the residual stream, the normalised input, and how to run the real computation.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from methods.base import Decision, Method, RouteContext, Site
+from methods.base import Decision, Kind, Method, RouteContext, Site
 from methods.engine.adapter import LayerParts, decoder, layers_of, shape_of
+from methods.engine.clock import Clock, NoClock
 from methods.engine.counters import Counters
-from methods.engine.gathered_attention import attend_rows
-from methods.engine.padding import valid_and_positions
-from methods.engine.rows import Rows, take
+from methods.engine.dropped import hold_place
+from methods.engine.forward import ForwardState, read_inputs
+from methods.engine.kernels.choose import Kernels
+from methods.engine.lora import applied, suspended
+from methods.engine.unit import LayerInputs, Unit, normed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,32 +30,11 @@ if TYPE_CHECKING:
 Mode = Literal["masked", "gathered"]
 
 
-@dataclass
-class Unit:
-    """One sublayer or block of one forward call."""
-
-    site: Site
-    residual_BTD: Tensor
-    x_BTD: Tensor
-    run: Callable[[], Tensor]
-    """Executes the unit for every token: the residual stream that leaves it, [B, T, D]."""
-    run_rows: Callable[[Rows], Tensor]
-    """Executes the unit for these tokens only: what it adds to their residual stream, [N, D]."""
-
-
 class Executor(Protocol):
     """Turns a unit into the residual stream that leaves it."""
 
     def __call__(self, unit: Unit) -> Tensor:
         """Residual stream after the unit, [B, T, D]."""
-
-
-@dataclass
-class ForwardState:
-    """What one forward call of the model is about; set by a hook before the layers run."""
-
-    valid_BT: Tensor | None = None
-    positions_BT: Tensor | None = None
 
 
 @dataclass
@@ -71,19 +53,39 @@ class Routing:
     """True runs the dense model, for a teacher's logits in the middle of training."""
     observer: Callable[[Site, Decision, Tensor], None] | None = None
     """Called with (site, decision, valid_BT) after each decision."""
+    kernels: Kernels = "auto"
+    """Fused Triton kernels: on CUDA (auto), always (triton), never (torch)."""
+    clock: Clock = field(default_factory=NoClock)
+    """Told what the gathered path is about to do."""
+    draw: Callable[[Site, Tensor], Tensor] | None = None
+    """(site, valid_BT) -> execute_BT instead of the router's decision, to time any sparsity."""
+    unit_observer: Callable[[Unit, Decision, Tensor], None] | None = None
+    """Called by the masked path with (unit, decision, residual stream after execution)."""
     decisions: dict[Site, Decision] = field(default_factory=dict)
     """Decisions of the last training forward, with gradient."""
 
+    @property
+    def watched(self) -> bool:
+        """True if somebody reads decisions as they are made."""
+        return self.observer is not None or self.unit_observer is not None
+
     def decide(self, unit: Unit) -> Decision:
-        """Ask the method, bypass padding, count."""
+        """Ask the method; padding is bypassed. The executor counts what it executes."""
         valid, positions = self.state.valid_BT, self.state.positions_BT
         assert valid is not None and positions is not None
         context = RouteContext(
-            unit.residual_BTD, positions, valid, self.training, self.anneal, self.target
+            unit.residual_BTD,
+            positions,
+            valid,
+            self.training,
+            self.anneal,
+            self.target,
+            output=lambda: unit.run() - unit.residual_BTD,
         )
         decision = self.method.route(unit.site, unit.x_BTD, context)
+        if self.draw is not None:
+            decision.execute_BT = self.draw(unit.site, valid)
         decision.execute_BT = decision.execute_BT & valid
-        self.counters.add(unit.site, decision.execute_BT, positions)
         if self.training:
             self.decisions[unit.site] = decision
         if self.observer is not None:
@@ -92,26 +94,30 @@ class Routing:
 
     def reset_counters(self) -> None:
         """Start counting anew."""
-        self.counters = Counters(self.counters.shape)
+        self.counters = Counters(self.counters.shape, self.counters.dropped)
 
     @contextmanager
     def dense(self) -> Iterator[None]:
         """Run the untouched computation inside the block."""
         self.paused = True
         try:
-            yield
+            with suspended(self.method.adapter):
+                yield
         finally:
             self.paused = False
 
 
 @contextmanager
-def routed(model: PreTrainedModel, method: Method, mode: Mode = "masked") -> Iterator[Any]:
+def routed(
+    model: PreTrainedModel, method: Method, mode: Mode = "masked", *, kernels: Kernels = "auto"
+) -> Iterator[Any]:
     """Route `model` with `method` inside the block; the model is restored on any exit.
 
     Args:
         model: a causal LM of a supported family, weights untouched.
         method: already set up for the model's shape (`attach` does that).
         mode: `masked` computes every token and blends; `gathered` computes what is executed.
+        kernels: of `gathered`; `auto` takes fused Triton kernels on CUDA, PyTorch elsewhere.
 
     Yields:
         The same model object, with `model.routing` (a `Routing`) set.
@@ -136,22 +142,37 @@ def routed(model: PreTrainedModel, method: Method, mode: Mode = "masked") -> Ite
     sites = frozenset(method.sites())
     if sites - known:
         raise ValueError(f"sites outside the model: {sorted(sites - known)}")
-    routing = Routing(method=method, counters=Counters(shape))
-    with swapped(model, sites, executors[mode](routing), routing.state, lambda: routing.paused):
-        hook = decoder(model).register_forward_pre_hook(
-            lambda *_: None if routing.paused else _count(routing)
-        )
+    fixed = method.fixed()
+    dropped = frozenset(site for site, runs in fixed.items() if not runs)
+    routing = Routing(method=method, counters=Counters(shape, dropped), kernels=kernels)
+    executor, asked = executors[mode](routing), sites - fixed.keys()
+    with (
+        applied(method.adapter),
+        swapped(model, asked, executor, routing.state, lambda: routing.paused, dropped),
+    ):
+        stack = decoder(model)
+        hooks = [
+            stack.register_forward_pre_hook(lambda *_: _start_count(routing)),
+            stack.register_forward_hook(lambda *_: _end_count(routing)),
+        ]
         model.routing = routing  # type: ignore[assignment]
         try:
             yield model
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
             del model.routing
 
 
-def _count(routing: Routing) -> None:
-    assert routing.state.valid_BT is not None and routing.state.positions_BT is not None
-    routing.counters.start_forward(routing.state.valid_BT, routing.state.positions_BT)
+def _start_count(routing: Routing) -> None:
+    if not routing.paused:
+        assert routing.state.valid_BT is not None and routing.state.positions_BT is not None
+        routing.counters.start_forward(routing.state.valid_BT, routing.state.positions_BT)
+
+
+def _end_count(routing: Routing) -> None:
+    if not routing.paused:
+        routing.counters.end_forward()
 
 
 def attach(model: PreTrainedModel, method: Method) -> Method:
@@ -167,16 +188,23 @@ def swapped(
     executor: Executor,
     state: ForwardState,
     paused: Callable[[], bool] = lambda: False,
+    dropped: frozenset[Site] = frozenset(),
 ) -> Iterator[None]:
-    """Send the units of `sites` through `executor`; the layers' forwards are put back on exit."""
+    """Send the units of `sites` through `executor`; the layers' forwards are put back on exit.
+
+    Args:
+        dropped: units that do not run at all.
+    """
     parts = layers_of(model)
     hook = decoder(model).register_forward_pre_hook(
-        lambda _, args, kwargs: _read_inputs(state, args, kwargs), with_kwargs=True
+        lambda _, args, kwargs: read_inputs(state, args, kwargs), with_kwargs=True
     )
     before = [part.layer.__dict__.get("forward") for part in parts]
     try:
         for index, part in enumerate(parts):
-            part.layer.forward = _layer_forward(index, part, sites, executor, paused)
+            part.layer.forward = _layer_forward(
+                index, part, sites, executor, state, paused, dropped
+            )
         yield
     finally:
         hook.remove()
@@ -186,82 +214,45 @@ def swapped(
                 part.layer.forward = forward
 
 
-def _read_inputs(state: ForwardState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    tokens = args[0] if args else kwargs.get("input_ids")
-    if tokens is None:
-        tokens = kwargs["inputs_embeds"]
-    cache = kwargs.get("past_key_values")
-    state.valid_BT, state.positions_BT = valid_and_positions(
-        args[1] if len(args) > 1 else kwargs.get("attention_mask"),
-        batch=tokens.shape[0],
-        tokens=tokens.shape[1],
-        past=int(cache.get_seq_length()) if cache is not None else 0,
-        device=tokens.device,
-    )
-
-
 def _layer_forward(
     index: int,
     part: LayerParts,
     sites: frozenset[Site],
     executor: Executor,
+    state: ForwardState,
     paused: Callable[[], bool],
+    dropped: frozenset[Site],
 ) -> Callable[..., Tensor]:
     """A pre-norm decoder layer in which routed units go through the executor."""
-    block, attention, mlp = (Site(index, k) for k in ("block", "attention", "mlp"))
     original = part.layer.forward
-
-    def step(
-        site: Site,
-        residual: Tensor,
-        norm: nn.Module,
-        run: Callable[[Tensor, Tensor], Tensor],
-        run_rows: Callable[[Tensor, Tensor, Rows], Tensor],
-    ) -> Tensor:
-        x = norm(residual)
-        if site not in sites:
-            return run(residual, x)
-        unit = Unit(
-            site,
-            residual,
-            x,
-            run=lambda: run(residual, x),
-            run_rows=lambda rows: run_rows(residual, x, rows),
-        )
-        return executor(unit)
-
-    def run_mlp(residual: Tensor, x: Tensor) -> Tensor:
-        return residual + part.mlp(x)
-
-    def mlp_rows(residual: Tensor, x: Tensor, rows: Rows) -> Tensor:
-        return part.mlp(take(x, rows.index_N))
+    kinds: tuple[Kind, ...] = ("attention", "mlp")
+    if Site(index, "block") in sites | dropped:
+        kinds = ("block",)
+    holds = bool({Site(index, "block"), Site(index, "attention")} & dropped)
+    kinds = tuple(kind for kind in kinds if Site(index, kind) not in dropped)
+    window = getattr(part.attention, "sliding_window", None)
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if paused():
             return original(hidden_states, *args, **kwargs)
         if args:
             kwargs["attention_mask"] = args[0]
-
-        def run_attention(residual: Tensor, x: Tensor) -> Tensor:
-            return residual + part.attention(hidden_states=x, **kwargs)[0]
-
-        def run_block(residual: Tensor, x: Tensor) -> Tensor:
-            attended = run_attention(residual, x)
-            return run_mlp(attended, part.mlp_norm(attended))
-
-        def attention_rows(residual: Tensor, x: Tensor, rows: Rows) -> Tensor:
-            return attend_rows(part.attention, x, rows, **kwargs)
-
-        def block_rows(residual: Tensor, x: Tensor, rows: Rows) -> Tensor:
-            attended = attend_rows(part.attention, x, rows, **kwargs)
-            middle = take(residual, rows.index_N) + attended
-            return attended + part.mlp(part.mlp_norm(middle))
-
-        norm = part.attention_norm
-        if block in sites:
-            return step(block, hidden_states, norm, run_block, block_rows)
-        attended = step(attention, hidden_states, norm, run_attention, attention_rows)
-        return step(mlp, attended, part.mlp_norm, run_mlp, mlp_rows)
+        inputs = LayerInputs(
+            position_embeddings=kwargs.pop("position_embeddings"),
+            attention_mask=kwargs.pop("attention_mask", None),
+            past_key_values=kwargs.pop("past_key_values", None),
+            past=state.past,
+            window=window,
+            others=kwargs,
+        )
+        if holds:
+            hold_place(part.attention, hidden_states, inputs.past_key_values)
+        for kind in kinds:
+            norm = part.mlp_norm if kind == "mlp" else part.attention_norm
+            site = Site(index, kind)
+            unit = Unit(site, part, hidden_states, normed(norm, hidden_states), inputs)
+            hidden_states = executor(unit) if site in sites else unit.run()
+        return hidden_states
 
     return forward
 

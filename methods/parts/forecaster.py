@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, cast
 
 import torch
@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from methods.base import Probe, Site, Stage, StageBudget, UnitView
-from methods.parts.ridge import Moments
+from methods.parts.closed_form import fit_closed_form
 
 Activation = Literal["silu", "identity"]
 Fit = Literal["closed_form", "sgd"]
+Loss = Literal["smooth_l1", "mse", "cosine"]
 
 
 class Forecaster(nn.Module):
@@ -21,25 +22,42 @@ class Forecaster(nn.Module):
 
     Float32 parameters, initialised N(0, 1e-3) with zero biases as in the published code of
     informed routing (arXiv 2510.13831); with `identity` it is the closed form's linear map.
+
+    Args:
+        branch: rank of a SiLU branch beside it, D -> branch -> D. It starts at zero, so that it
+            leaves a closed form as it is until a gradient stage trains it.
     """
 
-    def __init__(self, *, width: int, rank: int, activation: Activation = "silu") -> None:
+    def __init__(
+        self, *, width: int, rank: int, activation: Activation = "silu", branch: int = 0
+    ) -> None:
         super().__init__()
         if activation not in ("silu", "identity"):
             raise ValueError(f"activation must be 'silu' or 'identity', not {activation!r}")
         if not 1 <= rank <= width:
             raise ValueError(f"forecaster rank must lie in 1..{width}, not {rank}")
+        self.rank, self.branch = rank, branch
         self.down = nn.Linear(width, rank)
         self.up = nn.Linear(rank, width)
         self.activation = nn.SiLU() if activation == "silu" else nn.Identity()
         for layer in (self.down, self.up):
             nn.init.normal_(layer.weight, std=1e-3)
             nn.init.zeros_(layer.bias)
-        self.flops_per_token = 4.0 * width * rank
+        if branch:
+            self.branch_down = nn.Linear(width, branch)
+            self.branch_up = nn.Linear(branch, width, bias=False)
+            nn.init.normal_(self.branch_down.weight, std=width**-0.5)
+            nn.init.zeros_(self.branch_down.bias)
+            nn.init.zeros_(self.branch_up.weight)
+        self.flops_per_token = 4.0 * width * (rank + branch)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D], in the dtype of x."""
-        return self.up(self.activation(self.down(x.float()))).to(x.dtype)
+        inputs = x.float()
+        estimate: Tensor = self.up(self.activation(self.down(inputs)))
+        if self.branch:
+            estimate = estimate + self.branch_up(functional.silu(self.branch_down(inputs)))
+        return estimate.to(x.dtype)
 
     @torch.no_grad()
     def set_linear(self, down_Dr: Tensor, up_rD: Tensor, bias_D: Tensor) -> None:
@@ -54,13 +72,16 @@ class Forecasters(nn.Module):
     """One forecaster per site, and the two ways to fit them.
 
     Args:
-        rank: r of every forecaster.
+        rank: r of every forecaster; their mean with `allocate`.
         fit: `closed_form` (reduced-rank ridge regression, identity activation) or `sgd`
-            (the paper's: SmoothL1 on the unit's output under the dense forward).
+            (the paper's: regression by gradient on the unit's output under the dense forward).
         activation: between the two linears; None is `identity` for the closed form, which needs
             it, and the paper's `silu` for `sgd`.
+        loss: of `sgd`; `smooth_l1` is the published one, `mse` and `cosine` its alternatives.
         damping: ridge penalty relative to the mean input variance.
         lr: learning rate of `sgd`, cosine schedule (paper: 1e-3).
+        allocate: closed form with the total rank spent where it avoids the most error.
+        branch: rank of a SiLU branch that starts at zero.
     """
 
     def __init__(
@@ -69,25 +90,53 @@ class Forecasters(nn.Module):
         rank: int,
         fit: Fit = "closed_form",
         activation: Activation | None = None,
+        loss: Loss = "smooth_l1",
         damping: float = 1e-3,
         lr: float = 1e-3,
+        allocate: bool = False,
+        branch: int = 0,
     ) -> None:
         super().__init__()
         if fit not in ("closed_form", "sgd"):
             raise ValueError(f"forecaster fit must be 'closed_form' or 'sgd', not {fit!r}")
+        if loss not in ("smooth_l1", "mse", "cosine"):
+            raise ValueError(
+                f"forecaster loss must be 'smooth_l1', 'mse' or 'cosine', not {loss!r}"
+            )
         activation = activation or ("identity" if fit == "closed_form" else "silu")
         if fit == "closed_form" and activation != "identity":
             raise ValueError("a closed-form forecaster is linear: activation must be 'identity'")
-        self.rank, self.fit, self.activation = rank, fit, activation
-        self.damping, self.lr = damping, lr
+        if fit != "closed_form" and allocate:
+            raise ValueError("ranks are allocated by the closed form")
+        self.rank, self.fit, self.activation, self.branch = rank, fit, activation, branch
+        self.damping, self.lr, self.loss = damping, lr, loss
+        self.allocate = allocate
         self.modules_by_site = nn.ModuleDict()
 
     def create(self, sites: Sequence[Site], width: int) -> None:
         """One forecaster for each site; [.., width] -> [.., width]."""
+        self.width = width
         for site in sites:
-            self.modules_by_site[site.key] = Forecaster(
-                width=width, rank=self.rank, activation=self.activation
-            )
+            self._put(site.key, self.rank)
+
+    def resize(self, site: Site, rank: int) -> None:
+        """Give a site's forecaster another rank; it starts anew if that differs from its own."""
+        if self.at(site).rank != rank:
+            self._put(site.key, rank)
+
+    def adopt(self, shapes: Mapping[str, Sequence[int]], prefix: str) -> None:
+        """Ranks of saved tensors: `<prefix>modules_by_site.<key>.down.weight` is [r, D]."""
+        for key, forecaster in self.modules_by_site.items():
+            shape = shapes.get(f"{prefix}modules_by_site.{key}.down.weight")
+            if shape is not None and 1 <= shape[0] <= self.width and shape[0] != forecaster.rank:
+                self._put(key, int(shape[0]))
+
+    def __contains__(self, site: Site) -> bool:
+        return site.key in self.modules_by_site
+
+    def at(self, site: Site) -> Forecaster:
+        """The forecaster of one site."""
+        return cast(Forecaster, self.modules_by_site[site.key])
 
     def forward(self, site: Site, x: Tensor) -> Tensor:
         """Estimate of the unit's output at `site`."""
@@ -95,7 +144,7 @@ class Forecasters(nn.Module):
 
     def flops_per_token(self, site: Site) -> float:
         """Analytic FLOPs of one estimate."""
-        return float(cast("Forecaster", self.modules_by_site[site.key]).flops_per_token)
+        return self.at(site).flops_per_token
 
     def stage(self, budget: StageBudget) -> Stage:
         """The stage that fits all forecasters; shared by all targets."""
@@ -114,38 +163,34 @@ class Forecasters(nn.Module):
         )
 
     def solve(self, probe: Probe) -> None:
-        """Closed form: one dense pass, then one float64 solve per site.
-
-        Memory during the pass is 2 D^2 doubles a site.
-        """
-        moments: dict[str, Moments] = {}
-
-        def visit(view: UnitView) -> None:
-            key, width = view.site.key, view.x_ND.shape[-1]
-            if key not in self.modules_by_site:
-                return
-            if key not in moments:
-                moments[key] = Moments(inputs=width, outputs=width, device=view.x_ND.device)
-            moments[key].add(view.x_ND, view.y_ND)
-
-        probe.stream(visit)
-        for key, sums in moments.items():
-            down, up, bias = sums.reduced_rank(self.rank, self.damping)
-            forecaster = self.modules_by_site[key]
-            assert isinstance(forecaster, Forecaster)
-            forecaster.set_linear(down, up, bias)
+        """Closed form from a dense pass over the fit text."""
+        fit_closed_form(probe, self, damping=self.damping, allocate=self.allocate)
 
     def explained_variance(self, probe: Probe) -> dict[str, float]:
-        """1 - residual / total variance on calibration text, mean over the units of a kind."""
+        """1 - residual / total variance on a share of the calibration text, mean of each kind."""
         tally = ExplainedVariance(self)
-        probe.stream(tally, split="calibration")
+        probe.sample().stream(tally, split="calibration")
         return tally.by_kind()
 
+    def _put(self, key: str, rank: int) -> None:
+        made = Forecaster(
+            width=self.width, rank=rank, activation=self.activation, branch=self.branch
+        )
+        if key in self.modules_by_site:
+            old = next(self.modules_by_site[key].parameters())
+            made = made.to(old.device)
+        self.modules_by_site[key] = made
+
     def _regression_loss(self, view: UnitView) -> Tensor:
-        """SmoothL1 of forecast and output (published code of informed routing, stage 1)."""
-        if view.site.key not in self.modules_by_site:
+        """Distance of forecast and output (published code of informed routing, stage 1)."""
+        if view.site not in self:
             return view.x_ND.new_zeros((), dtype=torch.float32)
-        return functional.smooth_l1_loss(self(view.site, view.x_ND).float(), view.y_ND.float())
+        estimate, output = self(view.site, view.x_ND).float(), view.y_ND.float()
+        if self.loss == "smooth_l1":
+            return functional.smooth_l1_loss(estimate, output)
+        if self.loss == "mse":
+            return functional.mse_loss(estimate, output)
+        return (1.0 - functional.cosine_similarity(estimate, output, dim=-1)).mean()
 
 
 class ExplainedVariance:
@@ -157,7 +202,7 @@ class ExplainedVariance:
 
     def __call__(self, view: UnitView) -> None:
         """Add the tokens of one unit."""
-        if view.site.key not in self.forecasters.modules_by_site:
+        if view.site not in self.forecasters:
             return
         y = view.y_ND.double()
         error = y - self.forecasters(view.site, view.x_ND).double()

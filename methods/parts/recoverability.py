@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -22,6 +23,7 @@ def fit_recoverability(
     *,
     damping: float = 1e-3,
     sensitivity: bool = True,
+    inputs: Callable[[Site, Tensor, Tensor], Tensor] = lambda site, x, residual: x,
 ) -> None:
     """Set each router's last layer by ridge regression so that its score is the expected harm.
 
@@ -33,13 +35,15 @@ def fit_recoverability(
     Args:
         forecasters: what bypassed tokens get; None means skip, an estimate of zero.
         damping: ridge penalty relative to the mean variance of the router's features.
+        inputs: what the routers read, from (site, normalised input, residual stream).
     """
     moments: dict[Site, Moments] = {}
 
     def visit(view: UnitView) -> None:
         if view.site not in routers:
             return
-        features = routers.at(view.site).features(view.x_ND)
+        read = inputs(view.site, view.x_ND, view.residual_ND)
+        features = routers.at(view.site).features(read)
         if view.site not in moments:
             width = features.shape[-1]
             moments[view.site] = Moments(inputs=width, outputs=1, device=features.device)

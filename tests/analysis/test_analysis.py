@@ -11,7 +11,17 @@ import pandas as pd
 import pytest
 from matplotlib import image
 
-from analysis import frames, style, tables, tradeoff, training_time
+from analysis import (
+    ablation,
+    frames,
+    kv,
+    layers,
+    style,
+    tables,
+    tradeoff,
+    training_time,
+    two_by_two,
+)
 from analysis.cli import AnalysisError, Paths
 from tests.analysis.store import stage, write_point
 
@@ -154,3 +164,94 @@ def test_analysis_loads_no_torch():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert json.loads(done.stdout) == []
+
+
+def test_two_by_two_puts_each_router_beside_each_bypass(tmp_path):
+    value = {("greedy", "skip"): 90.0, ("greedy", "forecast"): 50.0}
+    value |= {("informed", "skip"): 70.0, ("informed", "forecast"): 30.0}
+    for (method, bypass), perplexity in value.items():
+        for seed, shift in ((0, -1.0), (1, 1.0)):
+            write_point(
+                tmp_path,
+                method,
+                0.3,
+                perplexity=perplexity + shift,
+                seed=seed,
+                variant=bypass,
+                options={"bypass": bypass, "train": "none"},
+            )
+    write_point(tmp_path, "random", 0.3, perplexity=1e4, options={"bypass": "skip"})
+    two_by_two.main(Paths(tmp_path, tmp_path / "plots"))
+    (row,) = pd.read_csv(tmp_path / "plots/two_by_two-tiny-sotu-quick.csv").to_dict("records")
+    for (method, bypass), perplexity in value.items():
+        assert row[f"{method}_{bypass}"] == perplexity
+    text = (tmp_path / "plots/two_by_two-tiny-sotu-quick.md").read_text()
+    assert "| sotu | 0.30 | none | 90.00 | 50.00 | 70.00 | 30.00 | 20.00 |" in text
+
+
+def test_two_by_two_of_one_router_is_one_clear_line(store, tmp_path):
+    with pytest.raises(AnalysisError, match="experiment=two_by_two"):
+        two_by_two.main(Paths(store, tmp_path / "plots"))
+
+
+def test_ablation_is_relative_to_the_whole_method(tmp_path):
+    for parts, perplexity in (([], 30.0), (["refit"], 36.0), (["a", "b"], 60.0)):
+        write_point(
+            tmp_path,
+            "informed_plus",
+            0.5,
+            perplexity=perplexity,
+            variant=str(parts),
+            options={"without": parts},
+            stages=[stage("distill", 100.0)],
+        )
+    ablation.main(Paths(tmp_path, tmp_path / "plots"))
+    found = pd.read_csv(tmp_path / "plots/ablation-tiny-sotu-quick.csv")
+    assert list(found["without"]) == ["all parts", "refit", "a, b"]
+    assert list(found["ratio"]) == pytest.approx([1.0, 1.2, 2.0])
+    assert set(found["training_s"]) == {100.0}
+
+
+def test_ablation_without_any_is_one_clear_line(store, tmp_path):
+    with pytest.raises(AnalysisError, match="experiment=ablation"):
+        ablation.main(Paths(store, tmp_path / "plots"))
+
+
+def test_layers_report_where_each_kind_is_bypassed(tmp_path):
+    for seed, shift in ((0, 0.0), (1, 0.2)):
+        per_layer = [
+            {"layer": i, "attention": 0.1 * i + shift, "mlp": 0.6 - 0.2 * i} for i in range(3)
+        ]
+        write_point(
+            tmp_path, "informed", 0.3, perplexity=9.0, seed=seed, realised={"per_layer": per_layer}
+        )
+    write_point(tmp_path, "dense", 0.0, perplexity=9.0, realised={"per_layer": []})
+    layers.main(Paths(tmp_path, tmp_path / "plots"))
+    found = pd.read_csv(tmp_path / "plots/layers-tiny-sotu-quick.csv")
+    attention = found[found.kind == "attention"].sort_values("layer")
+    assert list(attention.sparsity) == pytest.approx([0.1, 0.2, 0.3])
+    text = (tmp_path / "plots/layers-tiny-sotu-quick.md").read_text()
+    assert "| informed | 0.30 | 0.200 | 0.10 (0) | 0.30 (2) | 0.400 | 0.20 (2) | 0.60 (0) |" in text
+    with style.paper():
+        figure = layers.draw(layers.over_seeds(frames.layers(frames.read_store(tmp_path))), "t")
+    drawn = figure.axes[1].lines[1]
+    assert list(drawn.get_ydata()) == pytest.approx([0.6, 0.4, 0.2])
+
+
+def test_kv_bytes_of_each_policy(tmp_path):
+    for policy, ratio, perplexity in (("keep", 1.0, 30.0), ("evict", 0.7, 40.0)):
+        write_point(
+            tmp_path,
+            "informed",
+            0.3,
+            perplexity=perplexity,
+            variant=policy,
+            kv_policy=policy,
+            kv_bytes_ratio=ratio,
+        )
+    write_point(tmp_path, "dense", 0.0, perplexity=20.0)
+    kv.main(Paths(tmp_path, tmp_path / "plots"))
+    found = pd.read_csv(tmp_path / "plots/kv-tiny-sotu-quick.csv").set_index("kv_policy")
+    assert found.loc["evict", ["kv_bytes_ratio", "value"]].tolist() == [0.7, 40.0]
+    assert found.loc["keep", ["kv_bytes_ratio", "value"]].tolist() == [1.0, 30.0]
+    assert (tmp_path / "plots/kv-tiny-sotu-quick.png").stat().st_size > 1000

@@ -33,7 +33,9 @@ def logits_of(model, method, ids, mode="masked", **kwargs):
 
 
 def test_all_executed_equals_dense(config, model, method):
+    """Fine-tuned adapters apart: they make another dense model."""
     ids = token_rows(3, 20)
+    method.adapter = None
     method.threshold.fill_(float("-inf"))
     out, usage = logits_of(model, method, ids)
     assert torch.equal(out, model(input_ids=ids).logits)
@@ -43,8 +45,7 @@ def test_all_executed_equals_dense(config, model, method):
 def test_target_is_met_on_calibration_text(config, model, method):
     probe = probe_for(model, method)
     realised = probe.routed_scores(float(method.threshold)).sparsity
-    expected = SPARSITY if method.sites() else 0.0
-    assert realised == pytest.approx(expected, abs=0.01)
+    assert realised == pytest.approx(method.achievable(SPARSITY), abs=0.01)
 
 
 def test_routing_changes_the_output(config, model, method):

@@ -14,8 +14,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 OWN = {"methods", "runners", "analysis", "tests"}
 ENGINE = sorted((ROOT / "methods" / "engine").glob("*.py"))
-PARTS = [*sorted((ROOT / "methods" / "parts").glob("*.py")), ROOT / "methods" / "base.py"]
-METHOD_FILES = [p for p in sorted((ROOT / "methods").glob("*.py")) if p.stem != "base"]
+CONTRACT = [ROOT / "methods" / f"{name}.py" for name in ("base", "recipe", "views")]
+PARTS = [*sorted((ROOT / "methods" / "parts").glob("*.py")), *CONTRACT]
+METHOD_FILES = [p for p in sorted((ROOT / "methods").glob("*.py")) if p not in CONTRACT]
 RUNNERS = sorted((ROOT / "runners").glob("*.py"))
 ANALYSIS = sorted((ROOT / "analysis").glob("*.py"))
 
@@ -51,7 +52,8 @@ def test_there_is_something_to_check():
 
 @pytest.mark.parametrize("path", PARTS, ids=lambda path: path.stem)
 def test_parts_and_base_use_torch_alone(path):
-    assert outside(path, ("methods.base", "methods.parts"), {"torch"}) == []
+    own = ("methods.base", "methods.parts", "methods.recipe", "methods.views")
+    assert outside(path, own, {"torch"}) == []
 
 
 @pytest.mark.parametrize("path", METHOD_FILES, ids=lambda path: path.stem)
@@ -61,7 +63,7 @@ def test_a_method_uses_base_and_parts(path):
 
 @pytest.mark.parametrize("path", ENGINE, ids=lambda path: path.stem)
 def test_the_engine_knows_no_method(path):
-    allowed = {"torch", "transformers", "safetensors"}
+    allowed = {"torch", "transformers", "safetensors", "peft"}
     assert outside(path, ("methods.base", "methods.engine"), allowed) == []
 
 

@@ -51,7 +51,7 @@ def test_training_moves_the_routers_of_every_unit_and_nothing_else(model):
     method = attach(model, SkipGPT(sparsity=0.5))
     method.threshold.fill_(0.0)
     one = StageBudget(1, 1, 8)
-    (stage,) = method.stages(Budget("x", 8, 8, 8, one, one))
+    (stage,) = method.stages(Budget("x", 8, 8, 8, one, one, one))
     torch.manual_seed(0)
     with routed(model, method):
         routing = routing_of(model)

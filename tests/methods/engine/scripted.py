@@ -23,6 +23,7 @@ class Scripted(Method):
         tables: decision of each routed site.
         maps: a bypassed token gets x @ maps[site]; none means skip.
         gates: float gate of each routed site instead of the table's 0 and 1, for training.
+        kv_policy: `keep` or `evict`.
     """
 
     def __init__(
@@ -30,8 +31,10 @@ class Scripted(Method):
         tables: Tables,
         maps: Mapping[Site, Tensor] | None = None,
         gates: Mapping[Site, Tensor] | None = None,
+        kv_policy: str = "keep",
     ) -> None:
         super().__init__(sparsity=0.0)
+        self.kv_policy = kv_policy
         self.tables, self.maps, self.gates = tables, maps, gates
         self.rows: list[int] | None = None
         """Sequences of the batch, if not all of the table in order."""
@@ -85,9 +88,11 @@ def brute_force(model: PreTrainedModel, ids_T: Tensor, method: Scripted, row: in
     stack = model.model
     hidden = stack.embed_tokens(ids_T)
     for index, layer in enumerate(stack.layers):
+        kept = _kept(method, index, row, len(ids_T))
 
-        def attention(h: Tensor, layer: nn.Module = layer) -> Tensor:
-            return _attention(layer.self_attn, layer.input_layernorm(h), stack.rotary_emb.inv_freq)
+        def attention(h: Tensor, layer: nn.Module = layer, kept: Tensor = kept) -> Tensor:
+            x = layer.input_layernorm(h)
+            return _attention(layer.self_attn, x, stack.rotary_emb.inv_freq, kept)
 
         def mlp(h: Tensor, layer: nn.Module = layer) -> Tensor:
             return layer.mlp(layer.post_attention_layernorm(h))
@@ -115,7 +120,15 @@ def _step(method: Scripted, site: Site, row: int, hidden: Tensor, x: Tensor, del
     return after
 
 
-def _attention(module: nn.Module, x_TD: Tensor, frequencies: Tensor) -> Tensor:
+def _kept(method: Scripted, layer: int, row: int, tokens: int) -> Tensor:
+    """Which tokens leave keys in a layer, bool [tokens]."""
+    for site in (Site(layer, "block"), Site(layer, "attention")):
+        if site in method.tables and method.kv_policy == "evict":
+            return method.tables[site][row, :tokens]
+    return torch.ones(tokens, dtype=torch.bool)
+
+
+def _attention(module: nn.Module, x_TD: Tensor, frequencies: Tensor, kept_T: Tensor) -> Tensor:
     """Causal grouped-query attention with rotary positions, one query at a time."""
     tokens, head_dim = len(x_TD), module.head_dim
     q, k, v = (getattr(module, f"{name}_proj")(x_TD).view(tokens, -1, head_dim) for name in "qkv")
@@ -127,7 +140,8 @@ def _attention(module: nn.Module, x_TD: Tensor, frequencies: Tensor) -> Tensor:
     heads = torch.zeros_like(q)
     for t in range(tokens):
         for h in range(q.shape[1]):
-            keys, values = k[: t + 1, h // shared], v[: t + 1, h // shared]
+            seen = kept_T[: t + 1]
+            keys, values = k[: t + 1, h // shared][seen], v[: t + 1, h // shared][seen]
             weights = torch.softmax(keys @ q[t, h] / math.sqrt(head_dim), dim=0)
             heads[t, h] = weights @ values
     return module.o_proj(heads.flatten(1))

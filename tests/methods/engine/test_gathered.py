@@ -22,6 +22,7 @@ from tests.methods.engine.scripted import (
 )
 
 PADS = (0, 3, 5)
+POLICIES = ("keep", "evict")
 
 
 @torch.no_grad()
@@ -32,49 +33,67 @@ def logits(model, method, ids, mask, mode):
 
 @pytest.mark.parametrize("side", ["none", "left", "right"])
 @pytest.mark.parametrize("granularity", ["unit", "block"])
-def test_equals_brute_force(family_model, granularity, side):
+@pytest.mark.parametrize("policy", POLICIES)
+def test_equals_brute_force(family_model, policy, granularity, side):
     ids = small_ids(len(PADS), 12)
     ids, mask = (ids, torch.ones_like(ids)) if side == "none" else padded(ids, PADS, side)
     sites = all_sites(family_model, granularity)
-    method = Scripted(random_tables(sites, rows=len(PADS)), random_maps(sites, 32))
+    tables = random_tables(sites, rows=len(PADS))
+    method = Scripted(tables, random_maps(sites, 32), kv_policy=policy)
     out = logits(family_model, method, ids, mask, "gathered")
     for row, real in enumerate(mask.bool()):
         expected = brute_force(family_model, ids[row][real], method, row)
         assert torch.allclose(out[row][real], expected, atol=2e-4), row
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(
     family=st.sampled_from(sorted(FAMILIES)),
     granularity=st.sampled_from(["unit", "block"]),
+    policy=st.sampled_from(POLICIES),
     pads=st.lists(st.integers(0, 6), min_size=1, max_size=4),
     side=st.sampled_from(["left", "right"]),
     tokens=st.integers(7, 20),
     execute=st.sampled_from([-1.0, 0.1, 0.5, 0.9, 2.0]),
     forecast=st.booleans(),
     cuts=st.lists(st.integers(1, 19), max_size=3, unique=True),
+    window=st.sampled_from([None, 5]),
     seed=st.integers(0, 1000),
 )
-def test_equals_masked(family, granularity, pads, side, tokens, execute, forecast, cuts, seed):
+def test_equals_masked(
+    family, granularity, policy, pads, side, tokens, execute, forecast, cuts, window, seed
+):
     """In one pass and in chunks with a cache, padded and not, from nothing to all executed."""
-    model = small_model(family)
+    model = windowed(family, window)
     ids, mask = padded(small_ids(len(pads), tokens, seed=seed), pads, side)
     sites = all_sites(model, granularity)
     tables = random_tables(sites, rows=len(pads), execute=execute, seed=seed)
-    method = Scripted(tables, random_maps(sites, 32) if forecast else None)
+    method = Scripted(tables, random_maps(sites, 32) if forecast else None, kv_policy=policy)
     expected = logits(model, method, ids, mask, "masked")
     whole = logits(model, method, ids, mask, "gathered")
     real = mask.bool()
     assert torch.allclose(whole[real], expected[real], atol=2e-4)
     if side == "left":
-        chunks = in_chunks(model, method, ids, mask, [c for c in sorted(cuts) if c < tokens])
-        assert torch.allclose(chunks[real], expected[real], atol=2e-4)
+        cuts = [c for c in sorted(cuts) if c < tokens]
+        for mode in ("masked", "gathered"):
+            chunks = in_chunks(model, method, ids, mask, cuts, mode)
+            assert torch.allclose(chunks[real], expected[real], atol=2e-4), mode
+
+
+def windowed(family, window):
+    """A small model whose attention looks back `window` tokens, where the family can."""
+    model = small_model(family)
+    if window is not None and family == "mistral":
+        model.config.sliding_window = window
+        for layer in model.model.layers:
+            layer.self_attn.sliding_window = window
+    return model
 
 
 @torch.no_grad()
-def in_chunks(model, method, ids, mask, cuts):
+def in_chunks(model, method, ids, mask, cuts, mode):
     parts, cache = [], None
-    with routed(model, method, "gathered"):
+    with routed(model, method, mode):
         for start, end in zip([0, *cuts], [*cuts, ids.shape[1]], strict=True):
             out = model(
                 input_ids=ids[:, start:end],
@@ -88,27 +107,29 @@ def in_chunks(model, method, ids, mask, cuts):
     return torch.cat(parts, 1)
 
 
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_many_query_blocks(family):
+def test_many_query_blocks(family, policy):
     """More queries than a block holds; Mistral's window hides the oldest keys."""
-    model = small_model(family)
-    if family == "mistral":
-        model.config.sliding_window = 50
     tokens = 3 * BLOCK_QUERIES
+    model = windowed(family, 50)
     ids, sites = small_ids(2, tokens), all_sites(model, "unit")
-    method = Scripted(random_tables(sites, rows=2, positions=tokens, execute=0.7))
+    tables = random_tables(sites, rows=2, positions=tokens, execute=0.7)
+    method = Scripted(tables, kv_policy=policy)
     mask = torch.ones_like(ids)
     expected = logits(model, method, ids, mask, "masked")
     assert torch.allclose(logits(model, method, ids, mask, "gathered"), expected, atol=5e-4)
 
 
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("granularity", ["unit", "block"])
-def test_only_executed_rows_are_computed(granularity):
+def test_only_executed_rows_are_computed(granularity, policy):
     model, ids = small_model(), small_ids(2, 12)
     sites = all_sites(model, granularity)
-    method = Scripted(random_tables(sites, rows=2, execute=0.4))
+    method = Scripted(random_tables(sites, rows=2, execute=0.4), kv_policy=policy)
     seen: dict[str, int] = {}
-    for name in ("mlp", "self_attn.q_proj", "self_attn.o_proj", "self_attn.k_proj"):
+    names = ("mlp.gate_proj", "mlp.down_proj", *(f"self_attn.{n}_proj" for n in "qkvo"))
+    for name in names:
         module = model.model.layers[0].get_submodule(name)
         module.register_forward_pre_hook(
             lambda _, args, name=name: seen.__setitem__(name, args[0][..., 0].numel())
@@ -119,19 +140,6 @@ def test_only_executed_rows_are_computed(granularity):
     kinds = ("block", "block") if granularity == "block" else ("attention", "mlp")
     queries, mlps = (int(method.tables[Site(0, kind)][:, :12].sum()) for kind in kinds)
     assert seen["self_attn.q_proj"] == seen["self_attn.o_proj"] == queries
-    assert seen["mlp"] == mlps
-    assert seen["self_attn.k_proj"] == ids.numel()
-
-
-def test_generate_equals_masked():
-    model = small_model()
-    sites = all_sites(model, "unit")
-    method = Scripted(random_tables(sites, rows=2), random_maps(sites, 32))
-    ids, mask = padded(small_ids(2, 8), (0, 3), "left")
-    outputs = []
-    for mode in ("masked", "gathered"):
-        with routed(model, method, mode):
-            outputs.append(
-                model.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)
-            )
-    assert torch.equal(*outputs)
+    assert seen["mlp.gate_proj"] == seen["mlp.down_proj"] == mlps
+    keys = ids.numel() if policy == "keep" else queries
+    assert seen["self_attn.k_proj"] == seen["self_attn.v_proj"] == keys

@@ -53,11 +53,12 @@ def test_sparsity_zero_is_the_untouched_model(family_model, granularity, side):
 @pytest.mark.parametrize("side", ["none", "left", "right"])
 @pytest.mark.parametrize("bypass", ["skip", "forecast"])
 @pytest.mark.parametrize("granularity", ["unit", "block"])
-def test_half_bypassed_equals_brute_force(family_model, granularity, bypass, side):
+@pytest.mark.parametrize("policy", ["keep", "evict"])
+def test_half_bypassed_equals_brute_force(family_model, policy, granularity, bypass, side):
     ids, mask = batch(side)
     sites = all_sites(family_model, granularity)
     maps = random_maps(sites, 32) if bypass == "forecast" else None
-    method = Scripted(random_tables(sites, rows=len(PADS)), maps)
+    method = Scripted(random_tables(sites, rows=len(PADS)), maps, kv_policy=policy)
     out = routed_logits(family_model, method, ids, mask)
     for row, real in enumerate(mask.bool()):
         expected = brute_force(family_model, ids[row][real], method, row)

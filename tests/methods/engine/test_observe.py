@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import math
 
 import pytest
 import torch
 
 from methods.base import Site
-from methods.engine.observe import bypassed, gradient_norms, observed
+from methods.engine.observe import bypassed, observed, observed_routed, unit_gradients
 from tests.methods.conftest import small_ids, small_model
 from tests.methods.engine.scripted import Scripted, all_sites, brute_force, padded
 
@@ -65,11 +64,11 @@ def loss_of(model, ids, mask):
     return logits[..., 7][mask.bool()].sum()
 
 
-def test_gradient_norms_equal_retained_gradients():
+def test_unit_gradients_equal_retained_gradients():
     model = small_model()
     ids, mask = padded(small_ids(2, 9), (0, 3), "left")
-    sums = {}
-    with gradient_norms(model, sums):
+    seen = {}
+    with unit_gradients(model, lambda site, g: seen.setdefault(site, []).append(g)):
         for _ in range(2):
             loss_of(model, ids, mask).backward()
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
@@ -84,8 +83,42 @@ def test_gradient_norms_equal_retained_gradients():
         module_of(model, site).register_forward_hook(keep)
     model.requires_grad_(True)
     loss_of(model, ids, mask).backward()
-    assert sums.keys() == kept.keys()
+    assert seen.keys() == kept.keys()
     for site, output in kept.items():
-        expected = 2 * float(output.grad[mask.bool()].double().square().sum())
-        assert float(sums[site]) == pytest.approx(expected, rel=1e-4)
-        assert not math.isclose(expected, 0.0)
+        assert len(seen[site]) == 2
+        for gradient in seen[site]:
+            assert torch.allclose(gradient, output.grad[mask.bool()], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_routed_views_are_what_the_routed_model_computes(side):
+    """Inputs and outputs of the modules, in the stream that bypasses have changed."""
+    model = small_model()
+    ids, mask = padded(small_ids(2, 9), (0, 3), side)
+    sites = all_sites(model, "unit")
+    generator = torch.Generator().manual_seed(3)
+    execute = {site: torch.rand(2, 9, generator=generator) > 0.4 for site in sites}
+    if side == "left":
+        execute[sites[0]] = execute[sites[0]] | (mask == 0)
+    method = Scripted(execute)
+    inputs, outputs, views = {}, {}, []
+    for site in sites:
+
+        def keep(module, args, kwargs, out, site=site):
+            inputs[site] = args[0] if args else kwargs["hidden_states"]
+            outputs[site] = delta(out)
+
+        module_of(model, site).register_forward_hook(keep, with_kwargs=True)
+    with torch.no_grad(), observed_routed(model, method, views.append):
+        model(input_ids=ids, attention_mask=mask)
+    real = mask.bool()
+    assert [view.site for view in views] == sites
+    for view in views:
+        assert torch.equal(view.x_ND, inputs[view.site][real])
+        assert torch.allclose(view.y_ND, outputs[view.site][real], atol=1e-5)
+    decided = {view.site: view.execute_N for view in views}
+    for before, after in itertools.pairwise(views):
+        passed = torch.where(decided[before.site][:, None], before.y_ND, 0.0)
+        assert torch.allclose(before.residual_ND + passed, after.residual_ND, atol=1e-5)
+    assert 0.2 < float(torch.cat(list(decided.values())).float().mean()) < 0.9
+    assert not hasattr(model, "routing")

@@ -163,3 +163,42 @@ def test_stages_follow_the_recipe():
 def test_bad_options_are_one_clear_line(options, message):
     with pytest.raises(ValueError, match=message):
         forecasters(**options)
+
+
+def test_a_branch_starts_at_zero_and_learns():
+    torch.manual_seed(0)
+    plain, branched = (Forecaster(width=12, rank=3, branch=b) for b in (0, 5))
+    branched.load_state_dict(plain.state_dict(), strict=False)
+    x = torch.randn(7, 12)
+    assert torch.equal(plain(x), branched(x))
+    branched(x).square().mean().backward()
+    assert branched.branch_up.weight.grad.abs().sum() > 0
+    assert branched.flops_per_token == 4.0 * 12 * 8
+
+
+@pytest.mark.parametrize("loss", ["smooth_l1", "mse", "cosine"])
+def test_regression_losses_by_hand(loss):
+    forecasters = Forecasters(rank=3, fit="sgd", loss=loss)
+    forecasters.create([Site(0, "mlp")], SHAPE.width)
+    torch.nn.init.normal_(forecasters.at(Site(0, "mlp")).up.weight)
+    (view,) = linear_views([Site(0, "mlp")], tokens=30, batches=1, noise=0.1, rank=2, seed=3)
+    e, y = forecasters(view.site, view.x_ND), view.y_ND
+    gap = (e - y).abs()
+    expected = {
+        "smooth_l1": torch.where(gap < 1, gap.square() / 2, gap - 0.5).mean(),
+        "mse": gap.square().mean(),
+        "cosine": 1 - ((e * y).sum(-1) / e.norm(dim=-1) / y.norm(dim=-1)).mean(),
+    }[loss]
+    assert float(forecasters._regression_loss(view)) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_ranks_of_saved_tensors_are_adopted():
+    sites = [Site(0, "mlp"), Site(1, "mlp")]
+    saved, loaded = Forecasters(rank=3), Forecasters(rank=3)
+    for made in (saved, loaded):
+        made.create(sites, SHAPE.width)
+    saved.resize(sites[0], 5)
+    shapes = {f"x.{name}": value.shape for name, value in saved.state_dict().items()}
+    loaded.adopt(shapes, "x.")
+    loaded.load_state_dict(saved.state_dict())
+    assert [loaded.at(site).rank for site in sites] == [5, 3]

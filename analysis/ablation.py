@@ -1,0 +1,82 @@
+"""What each part of a method brings: perplexity without it, at one budget and target.
+
+python analysis/ablation.py results_dir=results [out_dir=results/plots]
+
+Reads the points of `experiment=ablation`: a method with an option `without`, one part left out.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, cast
+
+import pandas as pd
+
+from analysis import frames, tables
+from analysis.cli import AnalysisError, Paths, run
+
+log = logging.getLogger(__name__)
+
+WHOLE = "all parts"
+
+
+def main(paths: Paths) -> None:
+    """Write one table per (model, data, budget)."""
+    records = frames.read_store(paths.results_dir)
+    measured = frames.measures(records)
+    chosen = frames.options(records)
+    if "without" not in chosen:
+        raise AnalysisError(
+            "no point of this store leaves out a part: run runners/sweep.py experiment=ablation -m"
+        )
+    chosen = chosen[chosen["without"].notna()][["fingerprint", "without"]]
+    seconds = frames.stages(records).groupby("fingerprint")["seconds"].sum()
+    joined = measured[measured.measure == "perplexity"].merge(chosen, on="fingerprint")
+    joined["training_s"] = joined["fingerprint"].map(seconds)
+    for setting, part in joined.groupby(frames.SETTING):
+        stem = f"ablation-{frames.slug(cast('tuple[Any, ...]', setting))}"
+        rows = ablation(part)
+        for ending, text in (
+            ("csv", rows.to_csv(index=False)),
+            ("md", tables.markdown(formatted(rows))),
+            ("tex", tables.latex(formatted(rows))),
+        ):
+            log.info("wrote %s", tables.write(paths.out_dir / f"{stem}.{ending}", text))
+
+
+def ablation(part: pd.DataFrame) -> pd.DataFrame:
+    """One row per method, target and set of parts left out; `ratio` is to the whole method.
+
+    Figures are means over seeds.
+    """
+    named = part.assign(without=[", ".join(parts) or WHOLE for parts in part["without"]])
+    by = ["method", "name", "sparsity_target", "without"]
+    columns = ["sparsity_realised", "value", "low", "high", "dense", "training_s"]
+    rows = named.groupby(by)[columns].mean().reset_index()
+    whole = rows[rows.without == WHOLE].set_index(by[:3])["value"]
+    keys = pd.MultiIndex.from_frame(rows[by[:3]])
+    rows["ratio"] = rows["value"] / whole.reindex(keys).to_numpy()
+    return rows.sort_values([*by[:3], "ratio"], kind="stable").reset_index(drop=True)
+
+
+def formatted(rows: pd.DataFrame) -> pd.DataFrame:
+    """The table for a reader."""
+    return pd.DataFrame(
+        {
+            "method": rows["method"],
+            "target": [f"{v:.2f}" for v in rows["sparsity_target"]],
+            "without": rows["without"],
+            "realised": [f"{v:.3f}" for v in rows["sparsity_realised"]],
+            "perplexity": [
+                f"{v:.2f} [{a:.2f}, {b:.2f}]"
+                for v, a, b in zip(rows["value"], rows["low"], rows["high"], strict=True)
+            ],
+            "x whole": ["" if pd.isna(v) else f"{v:.2f}" for v in rows["ratio"]],
+            "x dense": [f"{v:.2f}" for v in rows["value"] / rows["dense"]],
+            "training s": [f"{v:.0f}" for v in rows["training_s"]],
+        }
+    )
+
+
+if __name__ == "__main__":
+    run(main, __doc__)

@@ -1,0 +1,183 @@
+"""Informed routing, extended: a closed-form start, then distillation of the whole routed model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+from torch import Tensor, nn
+
+from methods.base import (
+    Budget,
+    Decision,
+    KVPolicy,
+    Method,
+    Probe,
+    RouteContext,
+    RoutedView,
+    Shape,
+    Site,
+    SiteCost,
+    Stage,
+)
+from methods.parts.closed_form import refit_on_routed
+from methods.parts.forecaster import Forecasters
+from methods.parts.gates import sigmoid_gate
+from methods.parts.lora import lora_spec, lora_stage
+from methods.parts.penalties import sparsity_penalty
+from methods.parts.recoverability import fit_recoverability
+from methods.parts.routers import Routers
+
+Part = Literal[
+    "closed_form",
+    "sensitivity",
+    "allocation",
+    "refit",
+    "router_training",
+    "forecaster_training",
+    "controller",
+]
+
+
+class InformedPlus(Method):
+    """Informed routing (arXiv 2510.13831) with what survived ablation; ours, not the paper's.
+
+    1. Forecasters in closed form: reduced-rank ridge regression of each unit's output.
+    2. Recoverability routers: ridge regression of the log of the forecast's error, weighted by the
+       unit's loss sensitivity, so that one global threshold spends the budget where it matters.
+    3. Error-aware refit: forecasters again, on the stream that forecasts upstream have changed, and
+       routers for the new forecasters.
+    4. End-to-end distillation of forecasters and routers: KL to the dense model's distributions,
+       straight-through sigmoid gates, a controller that holds the realised sparsity at the target.
+
+    `experiment=ablation` leaves out one part at a time, at one budget.
+
+    Args:
+        without: parts to leave out. `closed_form`: random forecasters and routers (published
+            initialisation), no refit; `sensitivity`: of the routers' regression; `allocation`:
+            every unit gets the same rank; `refit`; `router_training`, `forecaster_training`, both
+            for no gradient stage; `controller`: the threshold stays where calibration put it.
+        rank: of the forecasters, their mean over the units.
+        branch: rank of a SiLU branch beside each linear map, zero until trained.
+        targets: one budget-conditional training for these sparsities in turn; empty trains for the
+            point's own.
+        train_lr: share of a parameter's root mean square that a step may move it.
+        tau: temperature of the gates' gradient.
+        hold: gain of the threshold controller.
+        penalty_weight: of |(1 - s) - mean execute rate|.
+        lora: options of `LoraSpec` for a fine-tuning stage at the end; None for none.
+        lora_lr: of that stage.
+        kv_policy: `keep` or `evict`.
+    """
+
+    paper = "extends arXiv 2510.13831"
+
+    def __init__(
+        self,
+        *,
+        sparsity: float,
+        without: Sequence[Part] = (),
+        rank: int = 128,
+        branch: int = 0,
+        damping: float = 1e-3,
+        targets: Sequence[float] = (),
+        train_lr: float = 0.03,
+        tau: float = 1.0,
+        hold: float = 0.3,
+        penalty_weight: float = 0.0,
+        lora: Mapping[str, Any] | None = None,
+        lora_lr: float = 2e-4,
+        kv_policy: KVPolicy = "keep",
+    ) -> None:
+        super().__init__(sparsity=sparsity)
+        if unknown := sorted(set(without) - set(get_args(Part))):
+            raise ValueError(f"no such part: {unknown}; known: {', '.join(get_args(Part))}")
+        self.parts = frozenset(get_args(Part)) - frozenset(without)
+        allocate = {"allocation", "closed_form"} <= self.parts
+        self.forecasters = Forecasters(rank=rank, damping=damping, allocate=allocate, branch=branch)
+        self.routers = Routers(kind="linear", outputs=1)
+        self.damping, self.targets = damping, tuple(targets)
+        self.train_lr, self.tau = train_lr, tau
+        self.hold = hold if "controller" in self.parts else 0.0
+        self.penalty_weight = penalty_weight
+        self.lora, self.lora_lr = lora_spec(lora), lora_lr
+        self.kv_policy = kv_policy
+
+    def setup(self, shape: Shape) -> None:
+        super().setup(shape)
+        self.routers.create(self.sites(), shape.width)
+        self.forecasters.create(self.sites(), shape.width)
+
+    def adopt(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        self.forecasters.adopt(shapes, "forecasters.")
+
+    def route(self, site: Site, x_BTD: Tensor, ctx: RouteContext) -> Decision:
+        scores = self.routers(site, x_BTD)
+        if not ctx.training:
+            return self.decide(scores)
+        gate = sigmoid_gate(scores - self.threshold, tau=self.tau)
+        return Decision(gate > 0.5, gate, scores)
+
+    def approximate(self, site: Site, x_BTD: Tensor) -> Tensor | None:
+        return self.forecasters(site, x_BTD)
+
+    def stages(self, budget: Budget) -> Iterable[Stage]:
+        if "closed_form" in self.parts:
+            yield self.forecasters.stage(budget.forecasters)
+            yield Stage("router_start", fit=self._start_routers)
+            if "refit" in self.parts:
+                yield Stage("refit", fit=self._refit, per_target=not self.targets)
+        if trained := self._trained():
+            yield Stage(
+                "distill",
+                loss=self._loss,
+                parameters=trained,
+                hard="router_training" not in self.parts,
+                budget=budget.routers,
+                lr=self.train_lr,
+                relative_lr=True,
+                schedule="cosine",
+                warmup=0.1,
+                weight_decay=0.0,
+                betas=(0.9, 0.95),
+                hold=self.hold,
+                per_target=not self.targets,
+                targets=self.targets,
+                calibrate_first=True,
+            )
+        if self.lora is not None:
+            yield lora_stage(self.lora, budget.lora, lr=self.lora_lr, targets=self.targets)
+
+    def cost(self, site: Site) -> SiteCost:
+        return SiteCost(
+            route=self.routers.at(site).flops_per_token,
+            approximate=self.forecasters.flops_per_token(site),
+        )
+
+    def _start_routers(self, probe: Probe) -> None:
+        fit_recoverability(
+            probe,
+            self.routers,
+            self.forecasters,
+            damping=self.damping,
+            sensitivity="sensitivity" in self.parts,
+        )
+
+    def _refit(self, probe: Probe) -> None:
+        """At the point's target, or at the middle one of a budget-conditional training."""
+        middle = sorted(self.targets)[len(self.targets) // 2] if self.targets else self.sparsity
+        self.calibrate(probe, middle)
+        refit_on_routed(probe, self.forecasters, damping=self.damping)
+        self._start_routers(probe)
+
+    def _trained(self) -> list[nn.Parameter]:
+        chosen: list[nn.Module] = []
+        if "router_training" in self.parts:
+            chosen.append(self.routers)
+        if "forecaster_training" in self.parts:
+            chosen.append(self.forecasters)
+        return [parameter for part in chosen for parameter in part.parameters()]
+
+    def _loss(self, view: RoutedView) -> Tensor:
+        penalty = sparsity_penalty(view.execute_rate, view.sparsity, weight=self.penalty_weight)
+        return view.task_loss + penalty

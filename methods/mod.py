@@ -1,0 +1,126 @@
+"""Mixture-of-Depths: each block picks the tokens that it executes, the others pass it by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from methods.base import (
+    Budget,
+    Decision,
+    Method,
+    RouteContext,
+    Shape,
+    Site,
+    SiteCost,
+    Stage,
+)
+from methods.parts.expert_choice import membership_loss, top_share
+from methods.parts.gates import straight_through
+from methods.parts.lora import lora_spec
+from methods.parts.routers import Routers
+
+
+class MoD(Method):
+    """Expert choice over whole blocks (Raposo et al., arXiv 2404.02258), on a pretrained model.
+
+    In training a block executes the top share of each sequence by a linear score of the residual
+    stream; attention runs among those tokens only. At inference a token's own logit decides
+    against the calibrated threshold: the score, which a BCE taught to tell membership, or a
+    predictor's.
+
+    Args:
+        layers: `alternate` routes every other block (the paper's best), which bounds the sparsity
+            by a half; `every` routes all.
+        decision: `score` (section 3.5, first way: BCE on the router itself) or `predictor`
+            (second way: a small MLP on the detached stream).
+        output: `scaled` multiplies the block by the sigmoid of the score, `whole` keeps its value
+            and lets the score carry the gradient: a frozen model was not trained to be scaled.
+        predictor_width: hidden width of the predictor; 0 means D // 4.
+        train_lr: of routers and adapters together, cosine.
+        bce_weight: of the membership loss.
+        lora: adapters trained with the routers (`LoraSpec` fields), or None.
+    """
+
+    paper = "arXiv 2404.02258"
+    kv_policy = "evict"
+
+    def __init__(
+        self,
+        *,
+        sparsity: float,
+        layers: Literal["alternate", "every"] = "alternate",
+        decision: Literal["score", "predictor"] = "score",
+        output: Literal["whole", "scaled"] = "whole",
+        predictor_width: int = 0,
+        train: Literal["none", "routers"] = "routers",
+        train_lr: float = 1e-3,
+        bce_weight: float = 1.0,
+        lora: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(sparsity=sparsity)
+        if decision == "predictor" and output == "scaled":
+            raise ValueError(
+                "output=scaled needs decision=score: a predictor tells who, not how much"
+            )
+        self.stride, self.first = (2, 1) if layers == "alternate" else (1, 0)
+        self.routers = Routers(kind="linear", outputs=1)
+        self.predictors: Routers | None = None
+        if decision == "predictor":
+            self.predictors = Routers(kind="mlp", hidden=predictor_width, outputs=1)
+        self.output, self.train_what = output, train
+        self.train_lr, self.bce_weight, self.lora = train_lr, bce_weight, lora_spec(lora)
+
+    def setup(self, shape: Shape) -> None:
+        super().setup(shape)
+        for parts in (self.routers, self.predictors):
+            if parts is not None:
+                parts.create(self.sites(), shape.width)
+
+    def sites(self) -> Sequence[Site]:
+        assert self.shape is not None, "setup() comes first"
+        return [Site(i, "block") for i in range(self.first, self.shape.layers, self.stride)]
+
+    def route(self, site: Site, x_BTD: Tensor, ctx: RouteContext) -> Decision:
+        if not ctx.training:
+            decider = self.predictors or self.routers
+            decision = self.decide(decider(site, ctx.residual_BTD))
+            return self._scaled(decision, decision.scores_BT)
+        scores = self.routers(site, ctx.residual_BTD)
+        target = self.sparsity if ctx.target is None else ctx.target
+        execute = top_share(scores.detach(), ctx.valid_BT, 1.0 - target / self.reach())
+        logits = scores
+        if self.predictors is not None:
+            logits = self.predictors(site, ctx.residual_BTD.detach())
+        membership = membership_loss(logits - self.threshold, execute, ctx.valid_BT)
+        gate = straight_through(torch.sigmoid(scores - self.threshold) * execute, execute)
+        return self._scaled(Decision(execute, gate, logits, auxiliary=membership), scores)
+
+    def stages(self, budget: Budget) -> Iterable[Stage]:
+        if self.train_what == "none":
+            return
+        yield Stage(
+            "train",
+            loss=lambda view: view.task_loss + self.bce_weight * view.auxiliary,
+            parameters=self._trained(),
+            lora=self.lora,
+            budget=budget.routers,
+            lr=self.train_lr,
+            schedule="cosine",
+            per_target=True,
+        )
+
+    def cost(self, site: Site) -> SiteCost:
+        return SiteCost(route=(self.predictors or self.routers).at(site).flops_per_token)
+
+    def _scaled(self, decision: Decision, scores_BT: Tensor) -> Decision:
+        if self.output == "scaled":
+            decision.scale_BT = torch.sigmoid(scores_BT - self.threshold)
+        return decision
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        parts = [self.routers] if self.predictors is None else [self.routers, self.predictors]
+        return [parameter for part in parts for parameter in part.parameters()]

@@ -1,0 +1,81 @@
+"""The oracle: looks at what a bypass would miss before it decides. An upper bound, no contender."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from methods.base import Budget, Decision, Method, Probe, RouteContext, Shape, Site, SiteCost, Stage
+from methods.parts.forecaster import Forecasters
+from methods.parts.recoverability import EPSILON
+
+
+class Oracle(Method):
+    """Executes where log ||unit output - bypass|| is large: the true error on the routed stream.
+
+    It is what a router that reads the unit's input tries to predict; the distance of a method to
+    the oracle with the same bypass is the regret of its router. Its decisions are counted as free
+    although it runs every unit, so its FLOPs are those of a router without cost.
+
+    Args:
+        bypass: `forecast` (closed-form forecasters, as `informed`) or `skip`.
+        rank, damping: of the forecasters.
+        sensitivity: add the log of the unit's root mean square loss gradient, so that one
+            threshold compares units by their expected harm.
+    """
+
+    paper = "none: an upper bound"
+    upper_bound = True
+    log_sensitivity: Tensor
+
+    def __init__(
+        self,
+        *,
+        sparsity: float,
+        bypass: Literal["forecast", "skip"] = "forecast",
+        rank: int = 64,
+        damping: float = 1e-3,
+        sensitivity: bool = True,
+    ) -> None:
+        super().__init__(sparsity=sparsity)
+        forecast = bypass == "forecast"
+        self.forecasters = Forecasters(rank=rank, damping=damping) if forecast else None
+        self.sensitivity = sensitivity
+
+    def setup(self, shape: Shape) -> None:
+        super().setup(shape)
+        self.register_buffer("log_sensitivity", torch.zeros(len(self.sites())))
+        self.place = {site: i for i, site in enumerate(self.sites())}
+        if self.forecasters is not None:
+            self.forecasters.create(self.sites(), shape.width)
+
+    def route(self, site: Site, x_BTD: Tensor, ctx: RouteContext) -> Decision:
+        assert ctx.output is not None, "an oracle needs the unit's output"
+        error = ctx.output().float()
+        if self.forecasters is not None:
+            error = error - self.forecasters(site, x_BTD).float()
+        scores = (error.norm(dim=-1) + EPSILON).log()
+        return self.decide(scores + self.log_sensitivity[self.place[site]])
+
+    def approximate(self, site: Site, x_BTD: Tensor) -> Tensor | None:
+        return None if self.forecasters is None else self.forecasters(site, x_BTD)
+
+    def stages(self, budget: Budget) -> Iterable[Stage]:
+        if self.forecasters is not None:
+            yield self.forecasters.stage(budget.forecasters)
+        if self.sensitivity:
+            yield Stage("sensitivity", fit=self._measure)
+
+    def cost(self, site: Site) -> SiteCost:
+        if self.forecasters is None:
+            return SiteCost()
+        return SiteCost(approximate=self.forecasters.flops_per_token(site))
+
+    def _measure(self, probe: Probe) -> None:
+        slopes = probe.sensitivity()
+        logs = [math.log(max(slopes[site], 1e-30)) for site in self.sites()]
+        self.log_sensitivity.copy_(torch.tensor(logs))

@@ -1,0 +1,92 @@
+"""What a router reads about a token: the unit's input, and what is known of its forecast."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from methods.base import Probe, Site
+from methods.parts.forecaster import Forecasters
+from methods.parts.recoverability import fit_recoverability
+from methods.parts.routers import Routers
+
+Source = Literal["post_norm", "residual"]
+Feature = Literal["forecast_norm", "predicted_error"]
+SMALL = 1e-6
+"""Keeps the logarithm finite where a forecast is zero."""
+
+
+class RouterInput(nn.Module):
+    """Input of the routers, [..., D] plus one number a feature, float32.
+
+    Args:
+        source: `post_norm`, the unit's normalised input (informed routing), or `residual`, the
+            stream before the norm (SkipGPT).
+        features: `forecast_norm`, log ||forecast||, for the price of a forecast for every token;
+            `predicted_error`, a ridge estimate of log(||output - forecast|| / ||residual||).
+        forecasters: whose forecasts the features are about.
+
+    Raises:
+        ValueError: an unknown choice, or features without forecasters.
+    """
+
+    def __init__(
+        self, *, source: Source, features: Sequence[Feature], forecasters: Forecasters | None
+    ) -> None:
+        super().__init__()
+        if source not in ("post_norm", "residual"):
+            raise ValueError(f"router_input must be 'post_norm' or 'residual', not {source!r}")
+        if unknown := sorted(set(features) - {"forecast_norm", "predicted_error"}):
+            raise ValueError(
+                f"router_features must be 'forecast_norm' or 'predicted_error', not {unknown}"
+            )
+        if features and forecasters is None:
+            raise ValueError("router_features are about forecasts: they need forecasters")
+        self.source, self.features = source, tuple(features)
+        self._about = (forecasters,)  # in a tuple: the forecasters are no part of this module
+        self.errors = Routers(outputs=1) if "predicted_error" in features else None
+
+    @property
+    def plain(self) -> bool:
+        """True if the router reads the unit's normalised input and nothing else."""
+        return self.source == "post_norm" and not self.features
+
+    def create(self, sites: Sequence[Site], width: int) -> int:
+        """Make what the features need; returns the width of a router's input."""
+        if self.errors is not None:
+            self.errors.create(sites, width)
+        self.flops_per_token = 2.0 * width if self.errors is not None else 0.0
+        return width + len(self.features)
+
+    def forward(self, site: Site, x: Tensor, residual: Tensor) -> Tensor:
+        """The router's input for tokens [..., D]."""
+        source = x if self.source == "post_norm" else residual
+        if not self.features:
+            return source
+        columns = [source.float()]
+        forecasters = self._about[0]
+        assert forecasters is not None
+        for feature in self.features:
+            if feature == "forecast_norm":
+                norm = forecasters(site, x).float().norm(dim=-1, keepdim=True)
+                columns.append((norm + SMALL).log())
+            else:
+                assert self.errors is not None
+                columns.append(self.errors(site, x)[..., None])
+        return torch.cat(columns, dim=-1)
+
+    def fit(self, probe: Probe, *, damping: float) -> None:
+        """Regress the forecasts' error, where a feature asks for it."""
+        if self.errors is not None:
+            fit_recoverability(
+                probe, self.errors, self._about[0], damping=damping, sensitivity=False
+            )
+
+    def cost(self, site: Site) -> float:
+        """Analytic FLOPs per token of the features."""
+        forecasters = self._about[0]
+        norm = "forecast_norm" in self.features and forecasters is not None
+        return self.flops_per_token + (forecasters.flops_per_token(site) if norm else 0.0)  # type: ignore[union-attr]

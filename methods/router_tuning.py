@@ -1,0 +1,109 @@
+"""Router-Tuning: attention that a token may skip, with nothing but routers trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from methods.base import (
+    Budget,
+    Decision,
+    Kind,
+    Method,
+    RouteContext,
+    RoutedView,
+    Shape,
+    Site,
+    SiteCost,
+    Stage,
+)
+from methods.parts.gates import straight_through
+from methods.parts.penalties import capacity_penalty
+from methods.parts.routers import Routers
+
+
+class RouterTuning(Method):
+    """MindSkip (He et al., Router-Tuning, arXiv 2410.13184), per token.
+
+    A linear router without bias reads the unit's normalised input and starts at zero, so that the
+    first step executes everything (sigmoid 0.5 >= 0.5). The gate is hard, its gradient that of the
+    sigmoid. The paper's variant that pools the whole sequence sees later tokens and is left out.
+
+    Args:
+        part: which units are routed.
+        layers: how many; the last layer is taken last, the others from the end. 0 is the paper's
+            half, or as many as leave each routed unit at most `share` of its tokens to bypass: a
+            half of the attention is no more than a quarter of all units.
+        share: see `layers`.
+        router_lr: cosine with 3 % of warm-up (published: 1e-5).
+        gradient_scale: of sum over units of relu(execute rate - its target).
+    """
+
+    paper = "arXiv 2410.13184"
+
+    def __init__(
+        self,
+        *,
+        sparsity: float,
+        part: Kind = "attention",
+        layers: int = 0,
+        share: float = 0.8,
+        train: Literal["none", "routers"] = "routers",
+        router_lr: float = 1e-5,
+        gradient_scale: float = 1.0,
+    ) -> None:
+        super().__init__(sparsity=sparsity)
+        if not 0.0 < share <= 1.0 or layers < 0:
+            raise ValueError("router_tuning needs share in (0, 1] and layers >= 0")
+        self.part, self.layers, self.share = part, layers, share
+        self.routers = Routers(kind="linear", outputs=1, bias=False)
+        self.train_what, self.router_lr = train, router_lr
+        self.gradient_scale = gradient_scale
+
+    def setup(self, shape: Shape) -> None:
+        super().setup(shape)
+        self.routers.create(self.sites(), shape.width)
+        for parameter in self.routers.parameters():
+            nn.init.zeros_(parameter)
+
+    def sites(self) -> Sequence[Site]:
+        assert self.shape is not None, "setup() comes first"
+        total = self.shape.layers
+        order = [*range(total - 2, -1, -1), total - 1]
+        units = 2.0 / len(Site(0, self.part).units)
+        needed = math.ceil(self.sparsity * units * total / self.share - 1e-9)
+        count = min(self.layers or max(total // 2, needed), total)
+        return [Site(layer, self.part) for layer in sorted(order[:count])]
+
+    def route(self, site: Site, x_BTD: Tensor, ctx: RouteContext) -> Decision:
+        scores = self.routers(site, x_BTD)
+        if not ctx.training:
+            return self.decide(scores)
+        execute = scores >= self.threshold
+        gate = straight_through(torch.sigmoid(scores - self.threshold), execute)
+        return Decision(execute, gate, scores)
+
+    def stages(self, budget: Budget) -> Iterable[Stage]:
+        if self.train_what == "routers":
+            yield Stage(
+                "routers",
+                loss=self._routed_loss,
+                parameters=list(self.routers.parameters()),
+                budget=budget.routers,
+                lr=self.router_lr,
+                schedule="cosine",
+                warmup=0.03,
+                per_target=True,
+            )
+
+    def cost(self, site: Site) -> SiteCost:
+        return SiteCost(route=self.routers.at(site).flops_per_token)
+
+    def _routed_loss(self, view: RoutedView) -> Tensor:
+        target = 1.0 - view.sparsity / self.reach()
+        penalty = capacity_penalty(view.site_rates.values(), target, weight=self.gradient_scale)
+        return view.task_loss + penalty

@@ -1,0 +1,144 @@
+"""All cases of a speed measurement, and what its record says about how they were taken."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from methods.base import Method
+from runners.bench import Bench
+from runners.corpus import pack_tokens
+from runners.draws import RandomDraw
+from runners.errors import UserError
+from runners.point import Point
+from runners.provenance import provenance
+
+log = logging.getLogger(__name__)
+
+ROUNDS = {"cuda": (10, 50), "cpu": (1, 5)}
+"""(warm-up, timed) rounds where the config leaves them open."""
+
+
+def measure(point: Point, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Time every case of the settings.
+
+    Args:
+        point: built; trained and calibrated unless its decisions are drawn.
+        settings: a file of conf/speed.
+
+    Returns:
+        `{speed: {prefill, decode, settings}, record}`; `record` holds what a record without
+        quality needs.
+
+    Raises:
+        UserError: too little text, or a sparsity that the method's sites cannot reach.
+    """
+    device = next(point.base.model.parameters()).device
+    default = ROUNDS["cuda" if device.type == "cuda" else "cpu"]
+    warmup = default[0] if settings["warmup"] is None else settings["warmup"]
+    repeats = settings["repeats"] or default[1]
+    bench = Bench(
+        point.base.model,
+        point.method,
+        _rows(point, settings),
+        draw=_draw(point, device) if settings["decisions"] == "random" else None,
+        warmup=warmup,
+        repeats=repeats,
+        kernels=settings["kernels"],
+        graphs=device.type == "cuda" if settings["graphs"] == "auto" else settings["graphs"],
+    )
+    prefill = [
+        _logged("prefill", bench.prefill(tokens, batch))
+        for tokens in settings["prefill"]["tokens"]
+        for batch in settings["prefill"]["batch_sizes"]
+    ]
+    decode = [
+        _logged("decode", bench.decode(context, batch, settings["decode"]["steps"]))
+        for context in settings["decode"]["context"]
+        for batch in settings["decode"]["batch_sizes"]
+    ]
+    how = {
+        "decisions": settings["decisions"],
+        "trained": settings["trained"],
+        "warmup": warmup,
+        "repeats": repeats,
+        "graphs": bench.graphs,
+        "kernels": settings["kernels"],
+        "attention": point.base.model.config._attn_implementation,
+        "dtype": str(point.base.model.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        **{key: provenance()[key] for key in ("device", "git", "packages")},
+    }
+    return {
+        "speed": {"prefill": prefill, "decode": decode, "settings": how},
+        "record": _record(point, prefill or decode),
+    }
+
+
+def _record(point: Point, cases: list[dict[str, Any]]) -> dict[str, Any]:
+    added = sum(p.numel() for p in point.method.parameters())
+    identity = {"fingerprint": point.folder.path.name, "budget": point.budget.name, **provenance()}
+    return {
+        "sparsity_realised": cases[0]["sparsity"] if cases else None,
+        "flops_ratio": 1.0 / cases[0]["bound"] if cases else None,
+        "stages": point.reports,
+        "added_parameters": added,
+        "identity": identity,
+    }
+
+
+def _logged(kind: str, entry: dict[str, Any]) -> dict[str, Any]:
+    size = entry.get("seq", entry.get("context"))
+    log.info(
+        "%s %d x %d: %.1f -> %.1f tokens/s, speed-up %.3f of %.3f (efficiency %.3f) at %.3f",
+        kind,
+        entry["batch"],
+        size,
+        entry["dense_tps"],
+        entry["routed_tps"],
+        entry["speedup"],
+        entry["bound"],
+        entry["efficiency"],
+        entry["sparsity"],
+    )
+    return entry
+
+
+def _draw(point: Point, device: torch.device) -> RandomDraw:
+    try:
+        return RandomDraw(
+            point.method.sparsity, covered(point.method), point.config["seed"], device
+        )
+    except ValueError as error:
+        raise UserError(f"method {point.config['method']['name']}: {error}") from error
+
+
+def covered(method: Method) -> float:
+    """Share of all units that the method's sites cover."""
+    assert method.shape is not None
+    routed = sum(len(site.units) for site in method.sites())
+    return routed / len(method.shape.units())
+
+
+def _rows(point: Point, settings: Mapping[str, Any]) -> Tensor:
+    """Test text as rows that every case fits in, int64 [batch, tokens]."""
+    prefill, decode = settings["prefill"], settings["decode"]
+    lengths = [*prefill["tokens"], *(c + decode["steps"] for c in decode["context"])]
+    longest, most = max(lengths), max([*prefill["batch_sizes"], *decode["batch_sizes"]])
+    rows = pack_tokens(
+        point.documents["test"],
+        point.base.tokenizer,
+        seq_len=longest,
+        max_tokens=longest * most,
+        seed=point.config["seed"],
+    )
+    if len(rows) < most:
+        raise UserError(
+            f"the test text gives {len(rows)} rows of {longest} tokens, fewer than the {most} of "
+            "the largest batch: give more text or smaller speed.prefill and speed.decode"
+        )
+    return rows

@@ -1,0 +1,82 @@
+"""informed_plus: what each part does to the recipe, and its gate against the equation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from methods.base import Shape, Site
+from methods.engine.checkpoint import from_pretrained, save_pretrained
+from methods.engine.wrap import attach, routed, routing_of
+from methods.informed_plus import InformedPlus
+from runners.build import build_budget, build_method, method_options
+from tests.conftest import token_rows
+from tests.methods.conftest import method_config, probe_for
+
+
+def recipe(**options):
+    config = method_config("informed_plus", "sparsity=0.5")
+    method = InformedPlus(sparsity=0.5, rank=4, **options)
+    method.setup(Shape(2, 32, 2, 1, 16, 48, 61))
+    return [(stage.name, stage) for stage in method.stages(build_budget(config))]
+
+
+@pytest.mark.parametrize(
+    ("without", "names"),
+    [
+        ([], ["forecasters", "router_start", "refit", "distill"]),
+        (["refit"], ["forecasters", "router_start", "distill"]),
+        (["closed_form"], ["distill"]),
+        (["router_training", "forecaster_training"], ["forecasters", "router_start", "refit"]),
+    ],
+)
+def test_parts_are_stages(without, names):
+    assert [name for name, _ in recipe(without=without)] == names
+
+
+def test_parts_change_the_distillation():
+    whole = dict(recipe())["distill"]
+    assert whole.hold > 0 and not whole.hard and whole.per_target
+    hard = dict(recipe(without=["router_training"]))["distill"]
+    assert hard.hard and 0 < len(hard.parameters) < len(whole.parameters)
+    assert dict(recipe(without=["controller"]))["distill"].hold == 0
+    shared = dict(recipe(targets=[0.3, 0.5]))
+    assert not shared["distill"].per_target and not shared["refit"].per_target
+    with pytest.raises(ValueError, match="no such part"):
+        InformedPlus(sparsity=0.5, without=["magic"])
+
+
+def test_gate_is_hard_with_the_sigmoids_gradient(tiny_llama):
+    method = attach(tiny_llama, InformedPlus(sparsity=0.5, rank=4, tau=0.7))
+    method.threshold.fill_(0.1)
+    with routed(tiny_llama, method):
+        routing = routing_of(tiny_llama)
+        routing.training = True
+        tiny_llama(input_ids=token_rows(2, 12))
+        decision = routing.decisions[Site(1, "mlp")]
+    scores = decision.scores_BT
+    assert torch.equal(decision.execute_BT, scores > 0.1)
+    assert torch.allclose(decision.gate_BT, (scores > 0.1).float())
+    (gradient,) = torch.autograd.grad(decision.gate_BT.sum(), scores)
+    soft = torch.sigmoid((scores.detach() - 0.1) / 0.7)
+    assert torch.allclose(gradient, soft * (1 - soft) / 0.7, atol=1e-6)
+
+
+def test_allocated_ranks_survive_saving(tiny_llama, tmp_path):
+    config = method_config("informed_plus", "sparsity=0.4")
+    method = build_method(config, tiny_llama)
+    method.forecasters.solve(probe_for(tiny_llama, method))
+    ranks = [method.forecasters.at(site).rank for site in method.sites()]
+    assert len(set(ranks)) > 1 and sum(ranks) == 4 * len(ranks)
+    method.threshold.fill_(0.0)
+    target, options = config["method"]["_target_"], method_options(config)
+    save_pretrained(method, tmp_path, target=target, options=options, base={})
+    again = from_pretrained(tmp_path, tiny_llama)
+    assert [again.forecasters.at(site).rank for site in again.sites()] == ranks
+    ids = token_rows(2, 12)
+    with torch.no_grad():
+        found = []
+        for one in (method, again):
+            with routed(tiny_llama, one):
+                found.append(tiny_llama(input_ids=ids).logits)
+    assert torch.equal(*found)
