@@ -45,10 +45,16 @@ def routed_bytes(model: PreTrainedModel, method: Method, usage: Usage) -> float:
             total += context * _key_bytes(model, usage)
             if method.kv_policy == "keep" and unit not in usage.dropped:
                 idle = usage.forwards - active
-                total += idle * (weight_bytes(module.k_proj) + weight_bytes(module.v_proj))  # type: ignore[arg-type]
+                total += idle * _key_value_weights(module)
     for site in usage.decided:
         total += _added(method, site, usage)
     return total
+
+
+def _key_value_weights(attention: nn.Module) -> int:
+    """Bytes of what makes keys and values, the norm of keys included where a family has one."""
+    names = ("k_proj", "v_proj", "k_norm")
+    return sum(weight_bytes(part) for n, part in attention.named_children() if n in names)
 
 
 def _added(method: Method, site: Site, usage: Usage) -> float:
