@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from analysis import frames, style, tables
+from analysis.bands import with_bands
 from analysis.cli import Paths, run
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,7 @@ ROW_HEIGHT_IN = 2.0
 def main(paths: Paths) -> None:
     """Draw one figure and write one table per (model, data, budget)."""
     measured = frames.measures(frames.read_store(paths.results_dir))
-    averaged = frames.over_seeds(measured)
+    averaged = with_bands(frames.over_seeds(measured), paths.results_dir)
     for setting, part in averaged.groupby(frames.SETTING):
         name = frames.slug(cast("tuple[Any, ...]", setting))
         title = " · ".join(str(word) for word in cast("tuple[Any, ...]", setting))
@@ -95,6 +96,15 @@ def _panel(panel: Axes, chosen: pd.DataFrame, cost: str, looks: dict[str, dict[s
         )
     for line, points in chosen[chosen.line != "dense"].groupby("line"):
         ordered = points.sort_values(cost)
+        if "band_low" in ordered and len(ordered) > 1:
+            panel.fill_between(
+                ordered[cost],
+                ordered["band_low"].astype(float),
+                ordered["band_high"].astype(float),
+                color=looks[str(line)]["color"],
+                alpha=0.15,
+                linewidth=0,
+            )
         error = [ordered.value - ordered.low, ordered.high - ordered.value]
         panel.errorbar(
             ordered[cost],

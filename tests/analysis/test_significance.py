@@ -11,8 +11,9 @@ import pytest
 from scipy import stats
 
 from analysis import significance
+from analysis.bands import bands, with_bands
 from analysis.cli import AnalysisError, Paths
-from analysis.frames import items
+from analysis.frames import items, measures, over_seeds, read_store
 from analysis.power import (
     answer,
     independent_disagreement,
@@ -22,6 +23,7 @@ from analysis.power import (
     t_power,
 )
 from analysis.significance import bootstrap, bootstrap_p, compare, holm, main, mcnemar
+from analysis.tradeoff import draw
 from tests.analysis.store import write_point
 
 
@@ -106,6 +108,30 @@ def test_main_writes_tables(store):
     assert written == {f"significance-tiny-sotu-quick.{ending}" for ending in ("csv", "md")}
     text = (store / "plots" / "significance-tiny-sotu-quick.md").read_text()
     assert "mcnemar" in text and "*" in text
+
+
+def test_bands_are_bootstrap_intervals_of_the_items(store):
+    found = bands(store).set_index(["method", "name"])
+    frame = items(store)
+    own = frame[(frame.method == "greedy") & (frame.name == "piqa")].value
+    half = 1.96 * own.std() / len(own) ** 0.5
+    row = found.loc[("greedy", "piqa")]
+    assert (row.band_low, row.band_high) == pytest.approx(
+        (own.mean() - half, own.mean() + half), abs=0.01
+    )
+    text = found.loc[("informed", "sotu")]
+    nll = frame[(frame.method == "informed") & (frame.name == "sotu")].value
+    assert text.band_low < np.exp(nll.sum() / 2000) < text.band_high
+    averaged = over_seeds(measures(read_store(store)))
+    assert len(with_bands(averaged, store)) == len(averaged)
+
+
+def test_curves_carry_bands(store):
+    for target, seed in ((0.5, 0), (0.7, 0)):
+        write_point(store, "informed", target, perplexity=40.0, seed=seed)
+    averaged = with_bands(over_seeds(measures(read_store(store))), store)
+    figure = draw(averaged, "title")
+    assert any(axes.collections for axes in figure.axes)
 
 
 def test_no_items_is_one_line(tmp_path):
