@@ -81,10 +81,13 @@ def binned(tokens: pd.DataFrame, view: str) -> pd.Series:
     values = tokens[view]
     if view == "frequency":
         values = np.log10(values)
-    edges = pd.qcut(values, BINS, duplicates="drop")
-    if view == "position":
-        return edges.map(lambda interval: f"{max(0, int(np.ceil(interval.left)))}+")
-    return edges.map(lambda interval: f"{interval.mid:.1f}")
+    bins = pd.qcut(values, BINS, duplicates="drop")
+    digits = 0 if view == "position" else 1 if view == "dense_loss" else 2
+    ends = [(max(0.0, i.left) if digits < 2 else i.left, i.right) for i in bins.cat.categories]
+    names = [f"{left:.{digits}f} to {right:.{digits}f}" for left, right in ends]
+    return bins.cat.rename_categories(
+        names if len(set(names)) == len(names) else [str(end) for end in ends]
+    )
 
 
 def executed_share(tokens: pd.DataFrame, decisions: pd.DataFrame, view: str) -> pd.DataFrame:

@@ -126,8 +126,8 @@ class Probe(Protocol):
     def sensitivity(self) -> dict[Site, float]:
         """Root mean square, over tokens and dimensions, of d(LM loss)/d(unit output)."""
 
-    def sample(self) -> Probe:
-        """A probe of the same model on a share of the calibration text, for rough answers."""
+    def sample(self, share: float = 0.25) -> Probe:
+        """A probe of the same model on a share of its train and calibration text."""
 
     def routed_scores(self, threshold: float) -> RoutedScores:
         """Route calibration text with this threshold and report what it realised."""

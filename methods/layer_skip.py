@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from methods.base import Method, Probe, Shape, Site
+from methods.base import Budget, Method, Probe, Shape, Site, Stage
+from methods.parts.lora import lora_spec, lora_stage
 from methods.parts.static_order import block_influence, greedy_loss, unit_influence
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,8 @@ class LayerSkip(Method):
             `uniform` drops at an even stride; `random` draws the blocks.
         seed: of `random`.
         tokens: text that `greedy_ppl` scores each candidate on.
+        lora: adapters that heal the shortened model (`LoraSpec` fields), or None.
+        lora_lr: of that stage.
     """
 
     paper = "arXiv 2403.03853, 2402.09025, 2406.15786"
@@ -46,11 +49,14 @@ class LayerSkip(Method):
         policy: Policy = "block_influence",
         seed: int = 0,
         tokens: int = 2048,
+        lora: Mapping[str, Any] | None = None,
+        lora_lr: float = 2e-4,
     ) -> None:
         super().__init__(sparsity=sparsity)
         if policy not in get_args(Policy):
             raise ValueError(f"policy must be one of {', '.join(get_args(Policy))}, not {policy!r}")
         self.policy, self.seed, self.tokens = policy, seed, tokens
+        self.lora, self.lora_lr = lora_spec(lora), lora_lr
 
     def setup(self, shape: Shape) -> None:
         super().setup(shape)
@@ -84,6 +90,10 @@ class LayerSkip(Method):
         else:
             order = sites[::-1]
         self.order.copy_(torch.tensor([sites.index(site) for site in order]))
+
+    def stages(self, budget: Budget) -> Iterable[Stage]:
+        if self.lora is not None:
+            yield lora_stage(self.lora, budget.lora, lr=self.lora_lr)
 
     def calibrate(self, probe: Probe, sparsity: float) -> None:
         """Drop the nearest possible number of sites; one step is 1 / (number of sites)."""

@@ -137,7 +137,11 @@ class Point:
         record["stages"] = self.reports
         threshold = float(self.method.threshold)
         on_calibration = self.probe.routed_scores(threshold).sparsity if routes else 0.0
-        record["realised"] = {**record["realised"], "calibration": on_calibration}
+        record["realised"] = {
+            **record["realised"],
+            "calibration": on_calibration,
+            "achievable": self.method.achievable(self.method.sparsity),
+        }
         record["added_parameters"] = sum(p.numel() for p in self.method.parameters())
         record["options"] = method_options(self.config)
         record["kv_policy"] = self.method.kv_policy

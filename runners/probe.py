@@ -99,11 +99,16 @@ class ModelProbe:
         scale = count * self.shape.width
         return {site: float((total / scale).sqrt()) for site, total in sums.items()}
 
-    def sample(self) -> ModelProbe:
-        """The same on a quarter of the calibration text; the tokens count here."""
-        rows = self.text.calibration[: max(1, len(self.text.calibration) // 4)]
+    def sample(self, share: float = 0.25) -> ModelProbe:
+        """The same on the first rows of the text; what it reads counts here."""
+
+        def first(rows: Tensor) -> Tensor:
+            return rows[: max(1, round(len(rows) * share))]
+
         part = copy.copy(self)
-        part.text = replace(self.text, calibration=rows)
+        texts = (self.text.train, self.text.calibration)
+        train, calibration = map(first, texts)
+        part.text = replace(self.text, train=train, calibration=calibration)
         return part
 
     @torch.no_grad()

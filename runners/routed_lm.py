@@ -37,7 +37,7 @@ class RoutedLM(HarnessModel):
     Args:
         pretrained: folder with routed.json and routed.safetensors.
         base_model: hub id or folder of the base model; None for the one that the folder names.
-        mode: masked or gathered.
+        mode: gathered computes what is executed; masked computes all and blends.
         sparsity: None keeps the saved threshold; a number moves it to that target on calibration
             text.
         calibration_dir: folder with calibration.jsonl or train.jsonl (field `text`); None for the
@@ -56,7 +56,7 @@ class RoutedLM(HarnessModel):
         pretrained: str,
         *,
         base_model: str | None = None,
-        mode: str = "masked",
+        mode: str = "gathered",
         sparsity: float | None = None,
         calibration_dir: str | None = None,
         calibration_tokens: int = 8192,

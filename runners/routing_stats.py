@@ -24,10 +24,10 @@ from transformers import PreTrainedModel
 
 from methods.base import Decision, Method, Site, UnitView
 from methods.engine.adapter import layers_of
-from methods.engine.checkpoint import TENSORS, load_tensors
+from methods.engine.checkpoint import BadCheckpoint, from_pretrained
 from methods.engine.observe import observed
 from methods.engine.wrap import routed, routing_of
-from runners.build import Base, build_method, load_base
+from runners.build import Base, load_base
 from runners.corpus import Document, load_documents
 from runners.errors import UserError
 from runners.store import write_bytes_atomic
@@ -47,8 +47,10 @@ def record_routing(config: Mapping[str, Any]) -> Path:
         The folder that holds them.
     """
     base = load_base(config)
-    method = build_method(config, base.model)
-    load_tensors(method, Path(config["saved"]) / TENSORS)
+    try:
+        method = from_pretrained(config["saved"], base.model)
+    except BadCheckpoint as error:
+        raise UserError(str(error)) from error
     if not method.sites():
         raise UserError(f"saved={config['saved']} routes nowhere: there is nothing to inspect")
     options = {key: value for key, value in config["data"].items() if key != "name"}

@@ -12,6 +12,8 @@ from methods.parts.forecaster import Forecasters
 from methods.parts.ridge import Moments
 from methods.parts.routers import Routers
 
+ROUTER_SHARE = 0.5
+"""Share of the fitting text that a router reads: it has one output where a forecaster has D."""
 EPSILON = 1e-6
 """Keeps the logarithm finite where a forecast is exact."""
 
@@ -52,7 +54,7 @@ def fit_recoverability(
             target = target - (view.residual_ND.float().norm(dim=-1) + EPSILON).log()
         moments[view.site].add(features, target[:, None])
 
-    probe.stream(visit)
+    probe.sample(ROUTER_SHARE).stream(visit)
     slopes = probe.sensitivity() if sensitivity else {}
     for site, sums in moments.items():
         weight, bias, _ = sums.ridge(damping)

@@ -8,9 +8,10 @@ import itertools
 import pytest
 import torch
 
-from methods.base import Site
+from methods.base import Budget, Site, StageBudget
 from methods.engine.wrap import attach, routed
 from methods.layer_skip import LayerSkip, uniform_order
+from runners.loop import Loop
 from runners.probe import ModelProbe, ProbeText
 from tests.methods.conftest import small_ids, small_model
 
@@ -182,3 +183,37 @@ def test_the_target_is_the_nearest_whole_number_of_layers_and_it_says_so(
 def test_an_unknown_policy_is_refused():
     with pytest.raises(ValueError, match="block_influence"):
         LayerSkip(sparsity=0.3, policy="best")
+
+
+def test_healing_trains_adapters_on_the_shortened_model(model):
+    method = attach(model, LayerSkip(sparsity=0.4, policy="early_exit", lora={"rank": 2}))
+    losses, rates = [], []
+
+    def rows(_):
+        return small_ids(4, 16, seed=5)
+
+    loop = Loop(
+        model,
+        method,
+        probe_of(model, method),
+        rows,
+        objective="lm",
+        seed=0,
+        on_step=lambda _, figures: (
+            losses.append(figures["loss"]),
+            rates.append(figures["sparsity"]),
+        ),
+    )
+    method.fit(loop.probe)
+    budget = StageBudget(12, 4, 16)
+    (stage,) = method.stages(Budget("x", 8, 8, 8, budget, budget, budget))
+    stage.lr = 0.02
+    loop.run(stage)
+    ids = rows(None)
+    with torch.no_grad():
+        untouched = without(model, {3, 4})(input_ids=ids, labels=ids).loss
+        with routed(model, method):
+            healed = model(input_ids=ids, labels=ids).loss
+    assert losses[0] == pytest.approx(float(untouched), rel=1e-3)
+    assert healed < untouched - 0.05
+    assert rates == pytest.approx([0.4] * 12)

@@ -23,9 +23,8 @@ class Hub:
 
     def records(self, wanted: Wanted) -> datasets.Dataset:
         self.asked.append(wanted)
-        rows = [
-            {"page": f"text {i} é", "choices": {"text": ["a"], "label": ["A"]}} for i in range(9)
-        ]
+        choices = {"text": ["a"], "label": ["A"]}
+        rows = [{"page": f"text {i} \u00e9", "choices": choices} for i in range(9)]
         return datasets.Dataset.from_list(rows)
 
     def revision(self, wanted: Wanted) -> str:

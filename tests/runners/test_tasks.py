@@ -82,12 +82,10 @@ def test_word_problems_are_worked_out():
         total = 0
         for verb, amount in re.findall(r"(has|buys|gives away) (\d+)", problem["question"]):
             total += -int(amount) if verb == "gives away" else int(amount)
-        steps, answer = problem["answer"].split(" #### ")
-        assert int(answer) == total >= 0
-        assert all(
-            eval(left) == int(right)
-            for left, right in (step.split(" = ") for step in steps.rstrip(".").split(". "))
-        )
+        step, answer = problem["answer"].split("\n#### ")
+        assert int(answer) == int(step.split(" = ")[1]) == total > 0
+        left, sign, right, *_ = step.split()
+        assert total == (int(left) + int(right) if sign == "+" else int(left) - int(right))
 
 
 def test_verbs_agree_with_the_subject():
@@ -156,6 +154,6 @@ def test_word_problems_are_generated(tiny_llama, tokenizer, tmp_path):
     harness = HarnessModel(tiny_llama, tokenizer, batch_size=3)
     scores = chosen.run(harness, "word_problems", tmp_path / "log")
     assert (scores.entry["n"], scores.entry["shots"], scores.entry["value"]) == (3, 4, 0.0)
-    assert 0 < scores.entry["generated_tokens"] <= 3 * 40
+    assert 0 < scores.entry["generated_tokens"] <= 3 * 24
     prompt = json.loads((tmp_path / "log").read_text().splitlines()[0])["arguments"][0][0]
     assert prompt.count("Question:") == 5 and prompt.count("####") == 4
