@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from methods.views import RoutedView as RoutedView
 from methods.views import UnitView as UnitView
 
 Kind = Literal["attention", "mlp", "block"]
-KVPolicy = Literal["keep", "evict"]
+KVPolicy = Literal["keep", "evict", "forecast"]
 
 
 class Site(NamedTuple):
@@ -139,6 +139,8 @@ class SiteCost:
 
     route: float = 0.0
     approximate: float = 0.0
+    stored: float = 0.0
+    """Numbers, not FLOPs: what a bypassed token keeps instead of K and V (policy `forecast`)."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,14 @@ class Method(nn.Module):
         self.register_buffer("threshold", torch.tensor(float("-inf")))
 
     def setup(self, shape: Shape) -> None:
-        """Create routers and forecasters for a model of this shape."""
+        """Create routers and forecasters for a model of this shape.
+
+        Raises:
+            ValueError: an unknown KV policy.
+        """
+        if self.kv_policy not in get_args(KVPolicy):
+            known = ", ".join(get_args(KVPolicy))
+            raise ValueError(f"kv_policy must be one of {known}, not {self.kv_policy!r}")
         self.shape = shape
 
     def sites(self) -> Sequence[Site]:
@@ -221,6 +230,14 @@ class Method(nn.Module):
 
     def approximate(self, site: Site, x_BTD: Tensor) -> Tensor | None:
         """What a bypassed token gets instead of the unit's output; None means skip (zero)."""
+        return None
+
+    def forecast_keys(self, site: Site, x_BTD: Tensor) -> Tensor | None:
+        """K and V of a bypassed token under KV policy `forecast`, before rotation and key norm.
+
+        Returns:
+            [..., 2 * key-value heads * head size], K first; None under the other policies.
+        """
         return None
 
     def linear(self, site: Site) -> LinearUnit | None:

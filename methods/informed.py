@@ -27,6 +27,7 @@ from methods.parts.closed_form import refit_on_routed
 from methods.parts.forecaster import Activation, Fit, Forecasters, Loss
 from methods.parts.gates import anneal, gumbel_gate, sigmoid_gate
 from methods.parts.inputs import Feature, RouterInput, Source
+from methods.parts.keys import KeyForecasts
 from methods.parts.linear import linear_unit
 from methods.parts.lora import lora_spec, lora_stage
 from methods.parts.penalties import sparsity_penalty
@@ -74,7 +75,8 @@ class Informed(Method):
         penalty_weight: of |(1 - s) - mean execute rate| (paper: 8).
         lora: options of `LoraSpec` for the paper's optional stage 3; None for none.
         lora_lr: of that stage (paper: 2e-4, cosine).
-        kv_policy: `keep` (bypassed tokens write K and V) or `evict` (they do not).
+        kv_policy: `keep` (bypassed tokens write K and V), `evict` (they do not) or `forecast` (a
+            linear map of the forecaster's bottleneck estimates both).
     """
 
     paper = "arXiv 2510.13831"
@@ -137,11 +139,16 @@ class Informed(Method):
         self.penalty_weight = penalty_weight
         self.lora, self.lora_lr = lora_spec(lora), lora_lr
         self.kv_policy = kv_policy
+        self.keys: KeyForecasts | None = None
+        if kv_policy == "forecast":
+            self.keys = KeyForecasts(self.forecasters, damping=damping)
 
     def setup(self, shape: Shape) -> None:
         super().setup(shape)
         self.routers.create(self.sites(), self.router_input.create(self.sites(), shape.width))
         self.forecasters.create(self.sites(), shape.width)
+        if self.keys is not None:
+            self.keys.create(self.sites(), shape)
 
     def route(self, site: Site, x_BTD: Tensor, ctx: RouteContext) -> Decision:
         scores = self.routers(site, self.router_input(site, x_BTD, ctx.residual_BTD))
@@ -157,6 +164,9 @@ class Informed(Method):
     def approximate(self, site: Site, x_BTD: Tensor) -> Tensor | None:
         return self.forecasters(site, x_BTD) if self.bypass == "forecast" else None
 
+    def forecast_keys(self, site: Site, x_BTD: Tensor) -> Tensor | None:
+        return None if self.keys is None else self.keys(site, x_BTD)
+
     def linear(self, site: Site) -> LinearUnit | None:
         if self.balanced or not self.router_input.plain:
             return None
@@ -170,6 +180,8 @@ class Informed(Method):
         yield self.forecasters.stage(budget.forecasters)
         if self.router_start == "recoverability":
             yield Stage("router_start", fit=self._start_routers)
+        if self.keys is not None:
+            yield self.keys.stage("keys")
         if self.refit and trains_forecasters:
             yield refit
         if self.train_what != "none":
@@ -188,6 +200,8 @@ class Informed(Method):
             )
         if self.refit and not trains_forecasters:
             yield refit
+        if self.keys is not None and (self.refit or trains_forecasters):
+            yield self.keys.stage("keys_again", per_target=self.refit or not self.targets)
         if self.lora is not None:
             yield lora_stage(self.lora, budget.lora, lr=self.lora_lr, targets=self.targets)
 
@@ -200,7 +214,9 @@ class Informed(Method):
         route = self.routers.at(site).flops_per_token + self.router_input.cost(site)
         forecasts = self.bypass == "forecast"
         estimate = self.forecasters.flops_per_token(site) if forecasts else 0.0
-        return SiteCost(route=route, approximate=estimate)
+        if self.keys is None:
+            return SiteCost(route, estimate)
+        return SiteCost(route, estimate + self.keys.flops_per_token(site), self.keys.stored(site))
 
     def _start_routers(self, probe: Probe) -> None:
         self.router_input.fit(probe, damping=self.damping)

@@ -11,6 +11,7 @@ from methods.base import (
     Budget,
     Decision,
     KVPolicy,
+    LinearUnit,
     Method,
     Probe,
     RouteContext,
@@ -23,6 +24,8 @@ from methods.base import (
 from methods.parts.closed_form import refit_on_routed
 from methods.parts.forecaster import Forecasters
 from methods.parts.gates import sigmoid_gate
+from methods.parts.keys import KeyForecasts
+from methods.parts.linear import linear_unit
 from methods.parts.lora import lora_spec, lora_stage
 from methods.parts.penalties import sparsity_penalty
 from methods.parts.recoverability import fit_recoverability
@@ -67,7 +70,7 @@ class InformedPlus(Method):
         penalty_weight: of |(1 - s) - mean execute rate|.
         lora: options of `LoraSpec` for a fine-tuning stage at the end; None for none.
         lora_lr: of that stage.
-        kv_policy: `keep` or `evict`.
+        kv_policy: `keep`, `evict` or `forecast`.
     """
 
     paper = "extends arXiv 2510.13831"
@@ -102,14 +105,21 @@ class InformedPlus(Method):
         self.penalty_weight = penalty_weight
         self.lora, self.lora_lr = lora_spec(lora), lora_lr
         self.kv_policy = kv_policy
+        self.keys: KeyForecasts | None = None
+        if kv_policy == "forecast":
+            self.keys = KeyForecasts(self.forecasters, damping=damping)
 
     def setup(self, shape: Shape) -> None:
         super().setup(shape)
         self.routers.create(self.sites(), shape.width)
         self.forecasters.create(self.sites(), shape.width)
+        if self.keys is not None:
+            self.keys.create(self.sites(), shape)
 
     def adopt(self, shapes: Mapping[str, Sequence[int]]) -> None:
         self.forecasters.adopt(shapes, "forecasters.")
+        if self.keys is not None:
+            self.keys.adopt()
 
     def route(self, site: Site, x_BTD: Tensor, ctx: RouteContext) -> Decision:
         scores = self.routers(site, x_BTD)
@@ -121,12 +131,20 @@ class InformedPlus(Method):
     def approximate(self, site: Site, x_BTD: Tensor) -> Tensor | None:
         return self.forecasters(site, x_BTD)
 
+    def linear(self, site: Site) -> LinearUnit | None:
+        return linear_unit(self.routers, self.forecasters, site)
+
+    def forecast_keys(self, site: Site, x_BTD: Tensor) -> Tensor | None:
+        return None if self.keys is None else self.keys(site, x_BTD)
+
     def stages(self, budget: Budget) -> Iterable[Stage]:
         if "closed_form" in self.parts:
             yield self.forecasters.stage(budget.forecasters)
             yield Stage("router_start", fit=self._start_routers)
             if "refit" in self.parts:
                 yield Stage("refit", fit=self._refit, per_target=not self.targets)
+        if self.keys is not None:
+            yield self.keys.stage("keys", per_target=not self.targets)
         if trained := self._trained():
             yield Stage(
                 "distill",
@@ -145,14 +163,17 @@ class InformedPlus(Method):
                 targets=self.targets,
                 calibrate_first=True,
             )
+            if self.keys is not None:
+                yield self.keys.stage("keys_again", per_target=not self.targets)
         if self.lora is not None:
             yield lora_stage(self.lora, budget.lora, lr=self.lora_lr, targets=self.targets)
 
     def cost(self, site: Site) -> SiteCost:
-        return SiteCost(
-            route=self.routers.at(site).flops_per_token,
-            approximate=self.forecasters.flops_per_token(site),
-        )
+        route = self.routers.at(site).flops_per_token
+        estimate = self.forecasters.flops_per_token(site)
+        if self.keys is None:
+            return SiteCost(route, estimate)
+        return SiteCost(route, estimate + self.keys.flops_per_token(site), self.keys.stored(site))
 
     def _start_routers(self, probe: Probe) -> None:
         fit_recoverability(

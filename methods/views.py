@@ -5,6 +5,7 @@ Part of the contract; import these names from `methods.base`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,9 @@ class UnitView:
     """Residual stream that enters the unit."""
     execute_N: Tensor | None = None
     """bool, under the routed forward: which tokens execute the unit."""
+    keys: Callable[[], Tensor] | None = None
+    """Computes K and V of these tokens before rotation and key norm, [N, 2 * key-value heads *
+    head size], under the dense forward at an attention unit."""
 
 
 @dataclass

@@ -58,11 +58,17 @@ def kv_bytes_ratio(method: Method, usage: Usage) -> float:
     """Keys and values that the routed model keeps over those that the dense one keeps.
 
     Under KV policy `keep` those of every layer whose attention is not dropped; under `evict` the
-    executed share of (token, attention unit) pairs.
+    executed share of (token, attention unit) pairs; under `forecast` that share, and for the rest
+    the numbers from which their K and V are forecast.
     """
     if method.kv_policy == "keep":
         return 1.0 - sum(u.kind == "attention" for u in usage.dropped) / usage.shape.layers
-    return 1.0 - usage.sparsity("attention")
+    own = 1.0 - usage.sparsity("attention")
+    if method.kv_policy == "evict":
+        return own
+    dense = 2.0 * usage.shape.kv_heads * usage.shape.head_dim * usage.shape.layers
+    codes = sum(method.cost(u).stored * usage.rate(u) for u in usage.decided if u.kind != "mlp")
+    return own + codes / dense
 
 
 def _query_side(shape: Shape) -> float:

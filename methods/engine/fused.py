@@ -47,7 +47,7 @@ class FusedExecutor:
     def covers(self, unit: Unit) -> bool:
         """False where the general gathered path has to run: `evict`, adapters, other masks."""
         method, state = self.routing.method, self.routing.state
-        if (unit.attends and method.kv_policy == "evict") or not state.contiguous:
+        if (unit.attends and method.kv_policy != "keep") or not state.contiguous:
             return False
         if self.routing.training or torch.is_grad_enabled():
             return False

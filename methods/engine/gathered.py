@@ -38,7 +38,8 @@ class GatheredExecutor:
         if use_triton(routing.kernels, unit.x_BTD) and self.fused.covers(unit):
             return self.fused(unit)
         evicts = routing.method.kv_policy == "evict" and unit.attends
-        if unit.residual_BTD.shape[:2] == (1, 1) and not evicts:
+        keeps = routing.method.kv_policy == "keep" or not unit.attends
+        if unit.residual_BTD.shape[:2] == (1, 1) and keeps:
             done = self.one_token(unit)
             if done is not None:
                 return done

@@ -60,7 +60,7 @@ def attend_rows(
         raise ValueError("mode=gathered needs attn_implementation sdpa or eager")
     x_ND = take(x_BTD, rows.index_N)
     angles = _angles(inputs, rows, len(x_BTD))
-    if kv_policy == "keep":
+    if kv_policy != "evict":
         sequences = _kept_by_all(attention, x_BTD, rows, inputs)
     else:
         sequences = _kept_by_executed(attention, x_ND, rows, inputs, angles)

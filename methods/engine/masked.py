@@ -41,7 +41,7 @@ class MaskedExecutor:
     def _execute(self, unit: Unit, decision: Decision) -> Tensor:
         """Run the unit for every token; under `evict`, queries see executed tokens' keys only."""
         execute, method = decision.execute_BT, self.routing.method
-        if method.kv_policy == "keep" or not unit.attends:
+        if method.kv_policy != "evict" or not unit.attends:
             self.routing.counters.add(unit.site, execute)
             return unit.run()
         kept, cache = execute, unit.inputs.past_key_values

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from methods.base import Decision, Method, Site, UnitView
 from methods.engine.adapter import shape_of
+from methods.engine.forecast_keys import projected_keys
 from methods.engine.forward import ForwardState
 from methods.engine.unit import Unit
 from methods.engine.wrap import routed, routing_of, swapped
@@ -32,7 +33,10 @@ def observed(model: PreTrainedModel, visit: Callable[[UnitView], None]) -> Itera
         assert state.valid_BT is not None
         keep = state.valid_BT
         delta = after - unit.residual_BTD
-        visit(UnitView(unit.site, unit.x_BTD[keep], delta[keep], unit.residual_BTD[keep]))
+        view = UnitView(unit.site, unit.x_BTD[keep], delta[keep], unit.residual_BTD[keep])
+        if unit.attends:
+            view.keys = lambda: projected_keys(unit.part.attention, view.x_ND)
+        visit(view)
         return after
 
     with swapped(model, frozenset(shape_of(model.config).units()), executor, state):

@@ -19,6 +19,7 @@ from methods.engine.adapter import LayerParts, decoder, layers_of, shape_of
 from methods.engine.clock import Clock, NoClock
 from methods.engine.counters import Counters
 from methods.engine.dropped import hold_place
+from methods.engine.forecast_keys import forecast_keys
 from methods.engine.forward import ForwardState, read_inputs
 from methods.engine.kernels.choose import Kernels
 from methods.engine.lora import applied, suspended
@@ -63,6 +64,8 @@ class Routing:
     """Called by the masked path with (unit, decision, residual stream after execution)."""
     decisions: dict[Site, Decision] = field(default_factory=dict)
     """Decisions of the last training forward, with gradient."""
+    attending: dict[int, Tensor] = field(default_factory=dict)
+    """execute_BT of each layer's attention in this forward."""
 
     @property
     def watched(self) -> bool:
@@ -86,6 +89,8 @@ class Routing:
         if self.draw is not None:
             decision.execute_BT = self.draw(unit.site, valid)
         decision.execute_BT = decision.execute_BT & valid
+        if unit.attends:
+            self.attending[unit.site.layer] = decision.execute_BT
         if self.training:
             self.decisions[unit.site] = decision
         if self.observer is not None:
@@ -148,6 +153,7 @@ def routed(
     executor, asked = executors[mode](routing), sites - fixed.keys()
     with (
         applied(method.adapter),
+        forecast_keys(model, method, lambda layer: _attending(routing, layer)),
         swapped(model, asked, executor, routing.state, lambda: routing.paused, dropped),
     ):
         stack = decoder(model)
@@ -164,7 +170,12 @@ def routed(
             del model.routing
 
 
+def _attending(routing: Routing, layer: int) -> Tensor | None:
+    return None if routing.paused else routing.attending.get(layer)
+
+
 def _start_count(routing: Routing) -> None:
+    routing.attending.clear()
     if not routing.paused:
         assert routing.state.valid_BT is not None and routing.state.positions_BT is not None
         routing.counters.start_forward(routing.state.valid_BT, routing.state.positions_BT)

@@ -54,10 +54,15 @@ class Forecaster(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D], in the dtype of x."""
         inputs = x.float()
-        estimate: Tensor = self.up(self.activation(self.down(inputs)))
+        estimate: Tensor = self.up(self.code(inputs))
         if self.branch:
             estimate = estimate + self.branch_up(functional.silu(self.branch_down(inputs)))
         return estimate.to(x.dtype)
+
+    def code(self, x: Tensor) -> Tensor:
+        """The bottleneck, float32 [..., r]."""
+        code: Tensor = self.activation(self.down(x.float()))
+        return code
 
     @torch.no_grad()
     def set_linear(self, down_Dr: Tensor, up_rD: Tensor, bias_D: Tensor) -> None:

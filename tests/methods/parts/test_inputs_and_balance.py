@@ -102,7 +102,7 @@ def test_balanced_kinds_bypass_the_same_share_of_tokens(tiny_llama):
         bypassed = seen.scores <= float(method.threshold)
         shares[balanced] = [float(bypassed[k].float().mean()) for k in (~seen.is_mlp, seen.is_mlp)]
         assert seen.sparsity == pytest.approx(0.4, abs=0.01)
-    assert abs(shares[False][0] - shares[False][1]) > 0.05
+    assert abs(shares[False][0] - shares[False][1]) > 0.03
     assert shares[True] == pytest.approx([0.4, 0.4], abs=0.01)
 
 
