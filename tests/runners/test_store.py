@@ -50,7 +50,7 @@ def changed(config, path, value):
     return copy
 
 
-OUTPUTS = {"results_dir", "cache_dir", "tracking", "force", "hydra"}
+OUTPUTS = {"results_dir", "cache_dir", "tracking", "force", "hydra", "speed"}
 
 
 @pytest.mark.parametrize("path", list(leaves(CONFIG)), ids=".".join)
