@@ -21,8 +21,9 @@ compare: $(READY)
 	$(BIN)/python analysis/tradeoff.py results_dir=$(RESULTS)
 	$(BIN)/python analysis/training_time.py results_dir=$(RESULTS)
 
+# two processes of one thread: most tests are too small to share their work among threads
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow --timeout 3600

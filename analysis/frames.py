@@ -129,6 +129,24 @@ def stages(records: Sequence[Record]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def speed(records: Sequence[Record]) -> pd.DataFrame:
+    """One row per point and timed case.
+
+    Columns beside the point's: `phase` (prefill | decode), `tokens` (of the prompt, or in the
+    cache), `batch`, `dense_tps`, `routed_tps`, `speedup` with `speedup_p20` and `speedup_p80`,
+    `bound`, `efficiency`, `sparsity` (realised on what was timed), `device`.
+    """
+    kept = "batch dense_tps routed_tps speedup speedup_p20 speedup_p80 bound efficiency sparsity"
+    rows = []
+    for record in records:
+        measured = record.get("speed") or {}
+        for phase, length in (("prefill", "seq"), ("decode", "context")):
+            for case in measured.get(phase, []):
+                row = {"phase": phase, "tokens": case[length], **{k: case[k] for k in kept.split()}}
+                rows.append(_key(record) | row | {"device": measured["settings"]["device"]})
+    return pd.DataFrame(rows)
+
+
 def layers(records: Sequence[Record]) -> pd.DataFrame:
     """One row per point, layer and unit kind: realised sparsity there (`sparsity`)."""
     rows = []

@@ -1,0 +1,128 @@
+"""Measured speed-up against sparsity, with the bound of FLOPs or bytes as a dashed line.
+
+python analysis/speedup.py results_dir=results [out_dir=results/plots]
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, cast
+
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analysis import frames, style, tables
+from analysis.cli import AnalysisError, Paths, run
+
+log = logging.getLogger(__name__)
+
+PANEL_HEIGHT_IN = 1.9
+COLUMNS = 2
+
+
+def main(paths: Paths) -> None:
+    """Draw one figure and write one table per (model, data, budget)."""
+    rows = frames.speed(frames.read_store(paths.results_dir))
+    if rows.empty:
+        raise AnalysisError(f"no speed in {paths.results_dir}; run runners/speed.py first")
+    for setting, part in rows.groupby(frames.SETTING):
+        name = frames.slug(cast("tuple[Any, ...]", setting))
+        title = " · ".join(str(word) for word in cast("tuple[Any, ...]", setting))
+        with style.paper():
+            written = style.save(draw(part, title), paths.out_dir / f"speedup-{name}")
+        table = paths.out_dir / f"speedup-{name}.csv"
+        written.append(tables.write(table, part.to_csv(index=False)))
+        written.append(tables.write(table.with_suffix(".md"), tables.markdown(summary(part))))
+        for path in written:
+            log.info("wrote %s", path)
+
+
+def draw(part: pd.DataFrame, title: str) -> Figure:
+    """One panel per phase, length and batch; one line per method, its bound dashed."""
+    part = part.assign(
+        line=[frames.label(m, v) for m, v in zip(part.method, part.variant, strict=True)]
+    )
+    cases = sorted({tuple(c) for c in part[["phase", "tokens", "batch"]].itertuples(index=False)})
+    cases.sort(key=lambda case: (case[0] != "prefill", *case[1:]))
+    looks = style.looks(set(part.line))
+    rows = -(-len(cases) // COLUMNS)
+    figure, grid = plt.subplots(
+        rows,
+        COLUMNS,
+        figsize=(2 * style.COLUMN_WIDTH_IN, PANEL_HEIGHT_IN * rows + 0.7),
+        squeeze=False,
+        sharex=True,
+        layout="constrained",
+    )
+    for panel, case in zip(grid.flat, cases, strict=False):
+        phase, tokens, batch = case
+        chosen = part[(part.phase == phase) & (part.tokens == tokens) & (part.batch == batch)]
+        _panel(panel, chosen, looks)
+        panel.set_title(f"{phase}, batch {batch}, {tokens} tokens")
+    for panel in grid.flat[len(cases) :]:
+        panel.set_visible(False)
+    for panel in grid[:, 0]:
+        panel.set_ylabel("speed-up over dense")
+    for panel in grid[-1]:
+        panel.set_xlabel("realised sparsity")
+    handles = dict(zip(*reversed(grid[0][0].get_legend_handles_labels()), strict=True))
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        title=title,
+        title_fontsize=8,
+        loc="outside upper center",
+        ncols=4,
+        frameon=False,
+    )
+    return figure
+
+
+def _panel(panel: Axes, chosen: pd.DataFrame, looks: dict[str, dict[str, Any]]) -> None:
+    panel.axhline(1.0, color=style.REFERENCE, linestyle=":", linewidth=1)
+    for line, points in chosen.groupby("line"):
+        ordered, look = points.sort_values("sparsity"), looks[str(line)] | {"linestyle": "-"}
+        low, high = ordered.speedup - ordered.speedup_p20, ordered.speedup_p80 - ordered.speedup
+        panel.errorbar(
+            ordered.sparsity,
+            ordered.speedup,
+            yerr=[low.clip(lower=0), high.clip(lower=0)],
+            label=str(line),
+            elinewidth=0.8,
+            **look,
+        )
+        panel.plot(
+            ordered.sparsity,
+            ordered.bound,
+            color=look["color"],
+            linestyle=(0, (4, 2)),
+            linewidth=1,
+            label="bound",
+        )
+
+
+def summary(part: pd.DataFrame) -> pd.DataFrame:
+    """One row per point and case, formatted."""
+    order = ["phase", "tokens", "batch", "method", "sparsity"]
+    rows = [
+        {
+            "phase": row.phase,
+            "tokens": row.tokens,
+            "batch": row.batch,
+            "method": frames.label(str(row.method), str(row.variant)),
+            "sparsity": f"{row.sparsity:.3f}",
+            "dense tokens/s": f"{row.dense_tps:,.1f}",
+            "routed tokens/s": f"{row.routed_tps:,.1f}",
+            "speed-up": f"{row.speedup:.3f} [{row.speedup_p20:.3f}, {row.speedup_p80:.3f}]",
+            "bound": f"{row.bound:.3f}",
+            "efficiency": f"{row.efficiency:.3f}",
+        }
+        for row in cast("Any", part.sort_values(order, ascending=[False, *[True] * 4]).itertuples())
+    ]
+    return pd.DataFrame(rows)
+
+
+if __name__ == "__main__":
+    run(main, __doc__)

@@ -1,0 +1,120 @@
+"""`runners/speed.py`: what it times, what it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from methods.base import Site
+from methods.engine.flops import dense_flops
+from runners.draws import RandomDraw
+from runners.stopwatch import Timing, interleaved, ratio
+
+TIMED = (
+    "speed.prefill={tokens:[24],batch_sizes:[1,2]}",
+    "speed.decode={context:[16],batch_sizes:[1,2],steps:3}",
+    "speed.repeats=2",
+)
+
+
+def written(commands) -> dict:
+    (file,) = commands.results.glob("*/result.json")
+    return json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("policy", ["keep", "evict"])
+def test_drawn_decisions_on_random_weights_need_no_training(commands, policy):
+    words = ("speed.decisions=random", "speed.trained=false", "sparsity=0.5")
+    method = ("method=informed", "method.rank=4", f"method.kv_policy={policy}")
+    done = commands.run("speed", *TIMED, *words, *method)
+    assert done.code == 0, done.stderr
+    record = written(commands)
+    assert record["status"] == "complete" and record["evaluated"] is False
+    assert record["stages"] == [] and record["perplexity"] == {}
+    speed = record["speed"]
+    assert [(e["seq"], e["batch"]) for e in speed["prefill"]] == [(24, 1), (24, 2)]
+    assert [(e["context"], e["batch"]) for e in speed["decode"]] == [(16, 1), (16, 2)]
+    for entry in [*speed["prefill"], *speed["decode"]]:
+        assert entry["efficiency"] == pytest.approx(entry["speedup"] / entry["bound"])
+        assert entry["dense_tps"] > 0 and entry["routed_tps"] > 0
+        assert 0.3 < entry["sparsity"] < 0.7
+        assert entry["bound"] > 1.0
+        assert set(entry["peak_memory_bytes"]) == {"dense", "routed"}
+        assert {"router", "attention", "mlp", "other"} <= set(entry["parts_s"])
+    for entry in speed["decode"]:
+        held = entry["cache_bytes"]
+        assert (held["routed"] < held["dense"]) == (policy == "evict")
+
+
+def test_a_trained_point_keeps_its_quality_and_gains_speed(commands):
+    point = ("method=informed", "method.rank=4", "sparsity=0.3")
+    assert commands.run("sweep", *point).code == 0
+    before = written(commands)
+    done = commands.run("speed", *TIMED, *point)
+    assert done.code == 0, done.stderr
+    after = written(commands)
+    assert after.pop("speed")["settings"]["decisions"] == "real"
+    assert after == before
+    again = commands.run("sweep", *point, "force=true")
+    assert again.code == 0 and "speed" in written(commands)
+
+
+def test_a_point_that_was_only_timed_is_still_to_be_evaluated(commands):
+    point = ("method=greedy", "sparsity=0.3")
+    assert commands.run("speed", *TIMED, *point).code == 0
+    assert commands.run("sweep", *point).code == 0
+    record = written(commands)
+    assert record["perplexity"] and "speed" in record and record.get("evaluated", True)
+
+
+@pytest.mark.parametrize(
+    ("word", "named"),
+    [
+        ("speed.decisions=best", "speed.decisions"),
+        ("speed.trained=false", "speed.decisions=random"),
+        ("speed.prefill.tokens=[0]", "speed.prefill.tokens"),
+        ("speed.kernels=cuda", "speed.kernels"),
+    ],
+)
+def test_bad_settings_are_one_line(commands, word, named):
+    done = commands.run("speed", word)
+    assert done.code == 2
+    assert len(done.error_lines) == 1 and named in done.error_lines[0]
+
+
+def test_runs_take_turns_and_the_first_rounds_are_not_kept():
+    order = []
+
+    def run(name, seconds):
+        return lambda: order.append(name) or seconds * len(order)
+
+    cpu = torch.device("cpu")
+    runs = [run("dense", 2.0), run("routed", 1.0)]
+    dense, routed = interleaved(runs, device=cpu, warmup=1, repeats=2, label="t")
+    assert order == ["dense", "routed"] * 3
+    assert dense.seconds == [6.0, 10.0] and routed.seconds == [4.0, 6.0]
+    assert ratio(dense, routed)["median"] == pytest.approx((6 / 4 + 10 / 6) / 2)
+    assert Timing([3.0, 1.0, 2.0], 0).spread()["median"] == 2.0
+
+
+def test_draws_are_replayed_at_the_share_that_the_sites_can_bypass():
+    draw = RandomDraw(0.25, 0.5, 0, torch.device("cpu"))
+    valid = torch.ones(2, 4000, dtype=torch.bool)
+    first = draw(Site(0, "mlp"), valid)
+    assert float((~first).float().mean()) == pytest.approx(0.5, abs=0.03)
+    later = [draw(Site(0, "mlp"), valid) for _ in range(16)]
+    assert torch.equal(first, later[-1]) and not torch.equal(first, later[0])
+    with pytest.raises(ValueError, match="out of reach"):
+        RandomDraw(0.6, 0.5, 0, torch.device("cpu"))
+
+
+def test_head_flops_count_the_logits_that_are_computed():
+    from tests.methods.parts.text import SHAPE
+
+    all_logits = dense_flops(SHAPE, tokens=10, context=55)
+    last = dense_flops(SHAPE, tokens=10, context=55, head_tokens=1)
+    assert all_logits - last == 9 * 2 * SHAPE.width * SHAPE.vocab
+    assert math.isfinite(last)
