@@ -16,8 +16,8 @@ from tests.methods.conftest import probe_for, small_ids, small_model
 
 def informed(model, *, kv_policy="forecast", threshold=0.0, **options):
     """Random routers and forecasters, the same whatever the policy."""
-    torch.manual_seed(5)
     method = attach(model, Informed(sparsity=0.4, kv_policy=kv_policy, **({"rank": 4} | options)))
+    torch.manual_seed(5)
     with torch.no_grad():
         for part in (method.routers, method.forecasters):
             for parameter in part.parameters():
