@@ -29,9 +29,10 @@ from runners.tasks import TEMPLATES, task_set
 log = logging.getLogger(__name__)
 
 HERE = Path(__file__).resolve().parent
-MODULES = (
-    "perplexity tasks task_items harness shared_contexts scores local_tasks eval_texts".split()
-)
+MODULES = [
+    *("perplexity", "bootstrap", "scores"),
+    *("tasks", "task_items", "local_tasks", "eval_texts", "harness", "shared_contexts"),
+]
 CODE = [HERE / f"{name}.py" for name in MODULES]
 CODE += sorted(TEMPLATES.glob("*.yaml"))
 

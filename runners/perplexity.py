@@ -17,6 +17,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from methods.engine.adapter import decoder
+from runners.bootstrap import bootstrap_interval
 from runners.corpus import Document
 from runners.errors import UserError
 from runners.progress import progress as progress_bar
@@ -234,18 +235,3 @@ def _token_losses(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Te
         for h, t in zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)
     ]
     return torch.cat(parts)
-
-
-def bootstrap_interval(
-    nll: np.ndarray, tokens: np.ndarray, samples: int, seed: int
-) -> tuple[float, float]:
-    """2.5 and 97.5 percentile of the perplexity when documents are drawn with replacement.
-
-    Args:
-        nll: sum of each document, nats.
-        tokens: scored tokens of each document, all positive.
-    """
-    draws = np.random.default_rng(seed).integers(0, len(nll), size=(samples, len(nll)))
-    values = np.exp(nll[draws].sum(axis=1) / tokens[draws].sum(axis=1))
-    low, high = np.percentile(values, [2.5, 97.5])
-    return float(low), float(high)

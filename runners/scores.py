@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from runners.bootstrap import bootstrap_interval
 from runners.errors import UserError
-from runners.perplexity import bootstrap_interval
 
 METRICS = ("acc_norm,none", "acc,none", "exact_match,strict-match", "exact_match,none")
 """The first of these that a task reports is its accuracy; built-in tasks report `acc`."""

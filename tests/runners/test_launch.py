@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import subprocess
 import sys
 
 import pytest
@@ -12,6 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from runners import launch as module
 from runners.errors import UserError
 from runners.launch import launch, points, prepare, split_flags
+from tests.conftest import ROOT
 
 
 def parse(*words):
@@ -106,3 +108,12 @@ def test_exit_codes(argv, capsys):
     with pytest.raises(SystemExit) as ended:
         launch(lambda: module.failed_points.append("why"), "sweep")
     assert ended.value.code == 1
+
+
+def test_checks_load_neither_torch_nor_transformers():
+    """They stand before every command: a mistake must not wait for a model's libraries."""
+    code = "import sys, runners.launch, runners.job; print(*sorted(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert not {"torch", "transformers", "lm_eval", "datasets", "wandb"} & set(done.stdout.split())

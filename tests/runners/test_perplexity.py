@@ -11,9 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runners.bootstrap import bootstrap_interval
 from runners.corpus import Document
 from runners.errors import UserError
-from runners.perplexity import bootstrap_interval, perplexity, windows_of
+from runners.perplexity import perplexity, windows_of
 from tests.conftest import documents
 
 
