@@ -8,7 +8,6 @@ Reads the points of `experiment=ablation`: a method with an option `without`, on
 from __future__ import annotations
 
 import logging
-from typing import Any, cast
 
 import pandas as pd
 
@@ -33,8 +32,8 @@ def main(paths: Paths) -> None:
     seconds = frames.stages(records).groupby("fingerprint")["seconds"].sum()
     joined = measured[measured.measure == "perplexity"].merge(chosen, on="fingerprint")
     joined["training_s"] = joined["fingerprint"].map(seconds)
-    for setting, part in joined.groupby(frames.SETTING):
-        stem = f"ablation-{frames.slug(cast('tuple[Any, ...]', setting))}"
+    for name, _, part in frames.by_setting(joined):
+        stem = f"ablation-{name}"
         rows = ablation(part)
         for ending, text in (
             ("csv", rows.to_csv(index=False)),

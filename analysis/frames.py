@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 
@@ -175,6 +175,19 @@ def over_seeds(frame: pd.DataFrame) -> pd.DataFrame:
     merged.loc[several, "low"] = (merged["value"] - spread)[several]
     merged.loc[several, "high"] = (merged["value"] + spread)[several]
     return merged.reset_index()
+
+
+def by_setting(frame: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """(slug for a file name, title, rows) of each setting whose points share a picture."""
+    for setting, part in frame.groupby(SETTING):
+        words = cast("tuple[Any, ...]", setting)
+        yield slug(words), " · ".join(str(word) for word in words), part
+
+
+def with_lines(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows with a column `line`, the label of what they belong to in a picture."""
+    lines = [label(m, v) for m, v in zip(frame.method, frame.variant, strict=True)]
+    return frame.assign(line=lines)
 
 
 def label(method: str, variant: str) -> str:

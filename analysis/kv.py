@@ -6,7 +6,6 @@ python analysis/kv.py results_dir=results [out_dir=results/plots]
 from __future__ import annotations
 
 import logging
-from typing import Any, cast
 
 import pandas as pd
 from matplotlib import pyplot as plt
@@ -22,9 +21,7 @@ def main(paths: Paths) -> None:
     """Draw one figure and write one table per (model, data, budget)."""
     measured = frames.measures(frames.read_store(paths.results_dir))
     measured = measured[(measured.measure == "perplexity") & (measured.method != "dense")]
-    for setting, part in measured.groupby(frames.SETTING):
-        name = frames.slug(cast("tuple[Any, ...]", setting))
-        title = " · ".join(str(word) for word in cast("tuple[Any, ...]", setting))
+    for name, title, part in frames.by_setting(measured):
         rows = averaged(part)
         with style.paper():
             written = style.save(draw(rows, title), paths.out_dir / f"kv-{name}")
@@ -37,9 +34,7 @@ def main(paths: Paths) -> None:
 
 def averaged(part: pd.DataFrame) -> pd.DataFrame:
     """Means over seeds, one row per line, text and target."""
-    named = part.assign(
-        line=[frames.label(m, v) for m, v in zip(part.method, part.variant, strict=True)]
-    )
+    named = frames.with_lines(part)
     by = ["line", "kv_policy", "name", "sparsity_target"]
     columns = ["sparsity_realised", "kv_bytes_ratio", "value", "dense"]
     return named.groupby(by)[columns].mean().reset_index()

@@ -6,7 +6,6 @@ python analysis/layers.py results_dir=results [out_dir=results/plots]
 from __future__ import annotations
 
 import logging
-from typing import Any, cast
 
 import pandas as pd
 from matplotlib import pyplot as plt
@@ -27,10 +26,8 @@ def main(paths: Paths) -> None:
     if rows.empty:
         log.info("no method of this store routes: no figure")
         return
-    for setting, part in rows.groupby(frames.SETTING):
-        name = frames.slug(cast("tuple[Any, ...]", setting))
+    for name, title, part in frames.by_setting(rows):
         averaged = over_seeds(part)
-        title = " · ".join(str(word) for word in cast("tuple[Any, ...]", setting))
         with style.paper():
             written = style.save(draw(averaged, title), paths.out_dir / f"layers-{name}")
         table = paths.out_dir / f"layers-{name}.csv"
@@ -42,9 +39,7 @@ def main(paths: Paths) -> None:
 
 def over_seeds(part: pd.DataFrame) -> pd.DataFrame:
     """Mean sparsity over seeds of each line, target, kind and layer."""
-    named = part.assign(
-        line=[frames.label(m, v) for m, v in zip(part.method, part.variant, strict=True)]
-    )
+    named = frames.with_lines(part)
     by = ["line", "sparsity_target", "kind", "layer"]
     return named.groupby(by)["sparsity"].mean().reset_index()
 
@@ -74,16 +69,7 @@ def draw(averaged: pd.DataFrame, title: str) -> Figure:
         panels[0].set_ylim(-0.03, 1.03)
     for panel in grid[-1]:
         panel.set_xlabel("layer")
-    handles = dict(zip(*reversed(grid[0][0].get_legend_handles_labels()), strict=True))
-    figure.legend(
-        handles.values(),
-        handles.keys(),
-        title=title,
-        title_fontsize=8,
-        loc="outside upper center",
-        ncols=4,
-        frameon=False,
-    )
+    style.legend(figure, grid[0][0], title)
     return figure
 
 

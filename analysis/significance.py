@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -29,9 +29,9 @@ SAME = ["measure", "name", "metric", "item"]
 def main(paths: Paths) -> None:
     """Write one table per (model, data, budget): `significance-<setting>.{csv,md}`."""
     items = frames.items(paths.results_dir)
-    for setting, part in items.groupby(frames.SETTING):
+    for name, _, part in frames.by_setting(items):
         compared = compare(part)
-        stem = f"significance-{frames.slug(cast('tuple[Any, ...]', setting))}"
+        stem = f"significance-{name}"
         for ending, text in (
             ("csv", compared.to_csv(index=False)),
             ("md", tables.markdown(formatted(compared))),

@@ -27,9 +27,7 @@ def main(paths: Paths) -> None:
     rows = frames.speed(frames.read_store(paths.results_dir))
     if rows.empty:
         raise AnalysisError(f"no speed in {paths.results_dir}; run runners/speed.py first")
-    for setting, part in rows.groupby(frames.SETTING):
-        name = frames.slug(cast("tuple[Any, ...]", setting))
-        title = " · ".join(str(word) for word in cast("tuple[Any, ...]", setting))
+    for name, title, part in frames.by_setting(rows):
         with style.paper():
             written = style.save(draw(part, title), paths.out_dir / f"speedup-{name}")
         table = paths.out_dir / f"speedup-{name}.csv"
@@ -41,9 +39,7 @@ def main(paths: Paths) -> None:
 
 def draw(part: pd.DataFrame, title: str) -> Figure:
     """One panel per phase, length and batch; one line per method, its bound dashed."""
-    part = part.assign(
-        line=[frames.label(m, v) for m, v in zip(part.method, part.variant, strict=True)]
-    )
+    part = frames.with_lines(part)
     cases = sorted({tuple(c) for c in part[["phase", "tokens", "batch"]].itertuples(index=False)})
     cases.sort(key=lambda case: (case[0] != "prefill", *case[1:]))
     looks = style.looks(set(part.line))
@@ -67,16 +63,7 @@ def draw(part: pd.DataFrame, title: str) -> Figure:
         panel.set_ylabel("speed-up over dense")
     for panel in grid[-1]:
         panel.set_xlabel("realised sparsity")
-    handles = dict(zip(*reversed(grid[0][0].get_legend_handles_labels()), strict=True))
-    figure.legend(
-        handles.values(),
-        handles.keys(),
-        title=title,
-        title_fontsize=8,
-        loc="outside upper center",
-        ncols=4,
-        frameon=False,
-    )
+    style.legend(figure, grid[0][0], title)
     return figure
 
 

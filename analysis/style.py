@@ -10,6 +10,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 # Okabe and Ito (2008), dark ones first; yellow is too faint on white.
@@ -73,6 +74,20 @@ def _free(choices: tuple[Any, ...], start: int, taken: list[Any]) -> Any:
     """The first choice from `start` on that is used least."""
     ring = [choices[(start + step) % len(choices)] for step in range(len(choices))]
     return min(ring, key=taken.count)
+
+
+def legend(figure: Figure, panel: Axes, title: str) -> None:
+    """One legend above all panels, with one entry for each label of `panel`."""
+    handles = dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        title=title,
+        title_fontsize=8,
+        loc="outside upper center",
+        ncols=4,
+        frameon=False,
+    )
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:

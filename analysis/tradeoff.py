@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pandas as pd
 from matplotlib import pyplot as plt
@@ -29,9 +29,7 @@ def main(paths: Paths) -> None:
     """Draw one figure and write one table per (model, data, budget)."""
     measured = frames.measures(frames.read_store(paths.results_dir))
     averaged = with_bands(frames.over_seeds(measured), paths.results_dir)
-    for setting, part in averaged.groupby(frames.SETTING):
-        name = frames.slug(cast("tuple[Any, ...]", setting))
-        title = " · ".join(str(word) for word in cast("tuple[Any, ...]", setting))
+    for name, title, part in frames.by_setting(averaged):
         with style.paper():
             written = style.save(draw(part, title), paths.out_dir / f"tradeoff-{name}")
         written += write_tables(part, paths.out_dir / f"tradeoff-{name}")
@@ -43,9 +41,7 @@ def draw(part: pd.DataFrame, title: str) -> Figure:
     """One row of panels per measure, one column per cost axis."""
     rows = sorted({(m, n) for m, n in part[["measure", "name"]].itertuples(index=False)})
     rows.sort(key=lambda row: row[0] != "perplexity")
-    part = part.assign(
-        line=[frames.label(m, v) for m, v in zip(part.method, part.variant, strict=True)]
-    )
+    part = frames.with_lines(part)
     looks = style.looks(set(part.line) - {"dense"})
     figure, grid = plt.subplots(
         len(rows),
@@ -66,16 +62,7 @@ def draw(part: pd.DataFrame, title: str) -> Figure:
     for panel, cost in zip(grid[-1], AXES, strict=True):
         if cost == "flops_ratio":
             panel.invert_xaxis()
-    handles = dict(zip(*reversed(grid[0][0].get_legend_handles_labels()), strict=True))
-    figure.legend(
-        handles.values(),
-        handles.keys(),
-        title=title,
-        title_fontsize=8,
-        loc="outside upper center",
-        ncols=4,
-        frameon=False,
-    )
+    style.legend(figure, grid[0][0], title)
     return figure
 
 

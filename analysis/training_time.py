@@ -6,7 +6,7 @@ python analysis/training_time.py results_dir=results [out_dir=results/plots]
 from __future__ import annotations
 
 import logging
-from typing import Any, cast
+from typing import Any
 
 import pandas as pd
 
@@ -24,8 +24,8 @@ def main(paths: Paths) -> None:
     if rows.empty:
         log.info("no method of this store has a stage: no table")
         return
-    for setting, part in rows.groupby(frames.SETTING):
-        stem = f"training_time-{frames.slug(cast('tuple[Any, ...]', setting))}"
+    for name, _, part in frames.by_setting(rows):
+        stem = f"training_time-{name}"
         costs = cost_table(part)
         readable = formatted(costs)
         for ending, text in (

@@ -9,7 +9,6 @@ Reads the points of `experiment=two_by_two` (methods `informed` and `greedy` wit
 from __future__ import annotations
 
 import logging
-from typing import Any, cast
 
 import pandas as pd
 
@@ -34,8 +33,8 @@ def main(paths: Paths) -> None:
             "the 2 x 2 needs points of both informed and greedy: "
             "run runners/sweep.py experiment=two_by_two -m"
         )
-    for setting, part in joined.groupby(frames.SETTING):
-        stem = f"two_by_two-{frames.slug(cast('tuple[Any, ...]', setting))}"
+    for name, _, part in frames.by_setting(joined):
+        stem = f"two_by_two-{name}"
         grid = cells(part)
         for ending, text in (
             ("csv", grid.to_csv(index=False)),

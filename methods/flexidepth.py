@@ -19,9 +19,8 @@ from methods.base import (
     SiteCost,
     Stage,
 )
-from methods.parts.adapters import Adapter, branch_scale
+from methods.parts.adapters import Adapter, gate_branch
 from methods.parts.bottleneck import BottleneckRouter
-from methods.parts.gates import straight_through
 from methods.parts.penalties import depth_penalty
 from methods.parts.per_site import PerSite
 
@@ -84,11 +83,8 @@ class FlexiDepth(Method):
     def route(self, site: Site, x_BTD: Tensor, ctx: RouteContext) -> Decision:
         decision = self.decide(self.routers(site, x_BTD))
         gate = torch.sigmoid(decision.scores_BT - self.threshold)
-        if self.output == "scaled":
-            decision.scale_BT = branch_scale(gate, decision.execute_BT)
-        if ctx.training:
-            decision.gate_BT = straight_through(gate, decision.execute_BT)
-        return decision
+        scaled = self.output == "scaled"
+        return gate_branch(decision, gate, scaled=scaled, training=ctx.training)
 
     def approximate(self, site: Site, x_BTD: Tensor) -> Tensor | None:
         output: Tensor = self.adapters(site, x_BTD)

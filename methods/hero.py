@@ -19,8 +19,7 @@ from methods.base import (
     SiteCost,
     Stage,
 )
-from methods.parts.adapters import Adapter, branch_scale
-from methods.parts.gates import straight_through
+from methods.parts.adapters import Adapter, gate_branch
 from methods.parts.history import HistoryEncoder, Path, unit_rms
 from methods.parts.penalties import depth_penalty
 from methods.parts.per_site import PerSite
@@ -100,11 +99,8 @@ class HeRo(Method):
         scores = logit + self.routers(site, unit_rms(ctx.residual_BTD.float()))
         decision = self.decide(scores)
         gate = torch.sigmoid(scores - self.threshold)
-        if self.output == "scaled":
-            decision.scale_BT = branch_scale(gate, decision.execute_BT)
-        if ctx.training:
-            decision.gate_BT = straight_through(gate, decision.execute_BT)
-        return decision
+        scaled = self.output == "scaled"
+        return gate_branch(decision, gate, scaled=scaled, training=ctx.training)
 
     def approximate(self, site: Site, x_BTD: Tensor) -> Tensor | None:
         output: Tensor = self.adapters(site, x_BTD)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from methods.base import Method
 from runners.bench import Bench
 from runners.corpus import pack_tokens
 from runners.draws import RandomDraw
@@ -35,7 +34,7 @@ def measure(point: Point, settings: Mapping[str, Any]) -> dict[str, Any]:
         quality needs.
 
     Raises:
-        UserError: too little text, or a sparsity that the method's sites cannot reach.
+        UserError: too little text.
     """
     device = next(point.base.model.parameters()).device
     default = ROUNDS["cuda" if device.type == "cuda" else "cpu"]
@@ -109,19 +108,9 @@ def _logged(kind: str, entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _draw(point: Point, device: torch.device) -> RandomDraw:
-    try:
-        return RandomDraw(
-            point.method.sparsity, covered(point.method), point.config["seed"], device
-        )
-    except ValueError as error:
-        raise UserError(f"method {point.config['method']['name']}: {error}") from error
-
-
-def covered(method: Method) -> float:
-    """Share of all units that the method's sites cover."""
-    assert method.shape is not None
-    routed = sum(len(site.units) for site in method.sites())
-    return routed / len(method.shape.units())
+    """Draws at the point's target, which its method was found to reach when it was built."""
+    reach = point.method.reach()
+    return RandomDraw(min(point.method.sparsity, reach), reach, point.config["seed"], device)
 
 
 def _rows(point: Point, settings: Mapping[str, Any]) -> Tensor:

@@ -18,12 +18,17 @@ class ForwardState:
     positions_BT: Tensor | None = None
     past: int | Tensor = 0
     """Tokens that the cache held before this forward; a 0-dim tensor while a graph is captured."""
-    first_valid_B: Tensor | None = None
-    """int64: leading padding slots of each sequence; None if there is no mask."""
-    contiguous: bool = True
-    """False if padding stands between real tokens, or behind those of the cache."""
+    mask: Any = None
+    """The attention mask that the model was given."""
+    _padding: tuple[Tensor | None, bool] | None = None
     threshold: float | None = None
     """The method's threshold on the host, read once a forward where a path needs it there."""
+
+    def padding(self) -> tuple[Tensor | None, bool]:
+        """`leading_padding` of the mask; looked at once a forward, and only if a path asks."""
+        if self._padding is None:
+            self._padding = leading_padding(self.mask)
+        return self._padding
 
 
 def read_inputs(state: ForwardState, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -32,10 +37,9 @@ def read_inputs(state: ForwardState, args: tuple[Any, ...], kwargs: dict[str, An
     if tokens is None:
         tokens = kwargs["inputs_embeds"]
     cache = kwargs.get("past_key_values")
-    state.threshold = None
-    mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
+    state.threshold = state._padding = None
+    mask = state.mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
     state.past = 0 if cache is None else tokens_in(cache)
-    state.first_valid_B, state.contiguous = leading_padding(mask, tokens.shape[1])
     state.valid_BT, state.positions_BT = valid_and_positions(
         mask,
         batch=tokens.shape[0],

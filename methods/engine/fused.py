@@ -46,10 +46,11 @@ class FusedExecutor:
 
     def covers(self, unit: Unit) -> bool:
         """False where the general gathered path has to run: `evict`, adapters, other masks."""
-        method, state = self.routing.method, self.routing.state
-        if (unit.attends and method.kv_policy != "keep") or not state.contiguous:
+        if unit.attends and self.routing.method.kv_policy != "keep":
             return False
         if self.routing.training or torch.is_grad_enabled():
+            return False
+        if not self.routing.state.padding()[1]:
             return False
         parts: list[Any] = []
         if unit.attends:
@@ -106,7 +107,7 @@ class FusedExecutor:
 
     def _attention(self, unit: Unit, residual_ND: Tensor, rows: Partition) -> None:
         attention: Any = unit.part.attention
-        inputs, state = unit.inputs, self.routing.state
+        inputs = unit.inputs
         key, value = keys_of_all(attention, unit.x_BTD, inputs)
         batch, tokens = unit.x_BTD.shape[:2]
         query = linear_rows(
@@ -136,7 +137,7 @@ class FusedExecutor:
             past=past,
             scale=attention.scaling,
             window=inputs.window,
-            first_valid_B=state.first_valid_B,
+            first_valid_B=self.routing.state.padding()[0],
             kernels=self.kernels,
         )
         linear_rows_add(

@@ -54,7 +54,7 @@ def capturing() -> bool:
     return bool(torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
-def leading_padding(attention_mask: Any, tokens: int) -> tuple[Tensor | None, bool]:
+def leading_padding(attention_mask: Any) -> tuple[Tensor | None, bool]:
     """Padding slots before each sequence, int64 [B] or None, and whether that tells it all.
 
     It does if each sequence's real tokens are contiguous, and none of several new tokens follows

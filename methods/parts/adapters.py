@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from methods.base import Decision
+from methods.parts.gates import straight_through
+
 
 class Adapter(nn.Module):
     """A narrow feed-forward network; float32 inside, output in the dtype of the input.
@@ -39,6 +42,20 @@ class Adapter(nn.Module):
         )
         output: Tensor = self.up(inner)
         return output.to(x.dtype)
+
+
+def gate_branch(decision: Decision, gate_BT: Tensor, *, scaled: bool, training: bool) -> Decision:
+    """Put the gate of a trained bypass into a hard decision (FlexiDepth, HeRo).
+
+    Args:
+        scaled: what the chosen branch adds is scaled by its gate, at inference too.
+        training: the gate carries the gradient.
+    """
+    if scaled:
+        decision.scale_BT = branch_scale(gate_BT, decision.execute_BT)
+    if training:
+        decision.gate_BT = straight_through(gate_BT, decision.execute_BT)
+    return decision
 
 
 def branch_scale(gate_BT: Tensor, execute_BT: Tensor) -> Tensor:
