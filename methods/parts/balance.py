@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -73,15 +75,15 @@ def shift_kinds(probe: Probe, routers: Routers, threshold: Tensor, sparsity: flo
             if site.kind == "mlp":
                 routers.at(site).shift(amount)
 
-    def loss() -> float:
-        threshold.fill_(realising_threshold(part, sparsity, tolerance=2 * TOLERANCE))
+    def loss(guess: float) -> float:
+        threshold.fill_(realising_threshold(part, sparsity, tolerance=2 * TOLERANCE, guess=guess))
         return part.routed_loss()
 
-    best = loss()
+    best = loss(-math.inf)
     direction = -SHIFT_STEP
     for tried in range(MOST_SHIFTS):
         move(direction)
-        found = loss()
+        found = loss(float(threshold))
         if found < best:
             best = found
             continue
