@@ -28,13 +28,15 @@ class RandomDraw:
         self.share = sparsity / covered if covered else 0.0
         self.generator = torch.Generator(device=device).manual_seed(seed)
         self.turn: dict[Site, int] = {}
-        self.drawn: dict[tuple[Site, int, tuple[int, ...]], Tensor] = {}
+        self.drawn: dict[tuple[Site, tuple[int, ...]], list[Tensor]] = {}
 
     def __call__(self, site: Site, valid_BT: Tensor) -> Tensor:
         """Bool [B, T]."""
         turn = self.turn[site] = (self.turn.get(site, 0) + 1) % DRAWS
-        key = (site, turn, tuple(valid_BT.shape))
+        key = (site, tuple(valid_BT.shape))
         if key not in self.drawn:
-            draw = torch.rand(valid_BT.shape, generator=self.generator, device=valid_BT.device)
-            self.drawn[key] = draw >= self.share
-        return self.drawn[key]
+            # all at once, so that no later pass pays for drawing
+            size = (DRAWS, *valid_BT.shape)
+            draws = torch.rand(size, generator=self.generator, device=valid_BT.device)
+            self.drawn[key] = list((draws >= self.share).unbind())
+        return self.drawn[key][turn]

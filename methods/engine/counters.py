@@ -25,9 +25,9 @@ class Counters:
         self.shape, self.dropped = shape, dropped
         self._tokens: Tensor | None = None
         """int64 [4], as `_sums` of all valid tokens: what the dense model executes."""
-        self._sums: dict[Site, Tensor] = {}
-        """Per routed site, int64 [4]: executed tokens, keys that they attended to, forwards in
-        which any token executed, forwards in which any did not."""
+        self._sums: dict[tuple[Site, ...], Tensor] = {}
+        """By the routed sites U of a forward, int64 [U, 4]: executed tokens, keys that they
+        attended to, forwards in which any token executed, forwards in which any did not."""
         self._open: list[tuple[Site, Tensor, Tensor | None]] = []
         self._valid_BT: Tensor | None = None
         self._keys_BT: Tensor | None = None
@@ -61,28 +61,28 @@ class Counters:
             keys = [self._keys_BT if k is None else k for _, _, k in self._open]
             plain = all(k is None for _, _, k in self._open)
             sums_U4 = _sums(execute_UBT, keys[0] if plain else torch.stack(keys), valid)
-            for (site, _, _), sums in zip(self._open, sums_U4, strict=True):
-                self._sums[site] = _plus(self._sums.get(site), sums)
+            sites = tuple(site for site, _, _ in self._open)
+            self._sums[sites] = _plus(self._sums.get(sites), sums_U4)
         self._open = []
 
     def read(self) -> Usage:
         """Bring the sums to the host: one synchronisation for all of them."""
         if self._tokens is None:
             return Usage(shape=self.shape, tokens=0, context=0)
-        sites = list(self._sums)
-        flat = torch.stack([self._tokens, *(self._sums[site] for site in sites)]).tolist()
+        flat = torch.cat([self._tokens[None], *self._sums.values()]).tolist()
         tokens, context, forwards, _ = flat[0]
         usage = Usage(shape=self.shape, tokens=tokens, context=context, forwards=forwards)
         usage.dropped = frozenset(unit for site in self.dropped for unit in site.units)
         for sums in (usage.executed, usage.executed_context, usage.active):
             sums |= dict.fromkeys(usage.dropped, 0)
-        for site, (executed, seen, active, bypassing) in zip(sites, flat[1:], strict=True):
+        order = [site for sites in self._sums for site in sites]
+        for site, (executed, seen, active, bypassing) in zip(order, flat[1:], strict=True):
             for unit in site.units:
-                usage.executed[unit] = executed
-                usage.executed_context[unit] = seen
-                usage.active[unit] = active
-            usage.decided[site] = executed
-            usage.bypassing[site] = bypassing
+                _count(usage.executed, unit, executed)
+                _count(usage.executed_context, unit, seen)
+                _count(usage.active, unit, active)
+            _count(usage.decided, site, executed)
+            _count(usage.bypassing, site, bypassing)
         return usage
 
 
@@ -91,6 +91,10 @@ def _sums(mask_UBT: Tensor, keys: Tensor, valid_BT: Tensor) -> Tensor:
     tokens = mask_UBT.sum((1, 2))
     context = (mask_UBT * keys).sum((1, 2))
     return torch.stack([tokens, context, (tokens > 0).long(), (tokens < valid_BT.sum()).long()], 1)
+
+
+def _count(sums: dict[Site, int], site: Site, more: int) -> None:
+    sums[site] = sums.get(site, 0) + more
 
 
 def _plus(total: Tensor | None, more: Tensor) -> Tensor:

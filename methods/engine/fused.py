@@ -12,9 +12,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from methods.base import LinearUnit
+from methods.engine.adapter import all_linear
 from methods.engine.gathered_attention import keys_of_all, rotate, split_heads
 from methods.engine.kernels.attend_rows import attend
 from methods.engine.kernels.choose import Kernels
@@ -28,7 +29,8 @@ from methods.engine.kernels.route import (
     route_and_forecast,
 )
 from methods.engine.masked import scaled
-from methods.engine.unit import Unit, is_swiglu
+from methods.engine.swiglu import is_swiglu
+from methods.engine.unit import Unit
 from methods.engine.wrap import Routing
 
 PROJECTIONS = {"attention": ("q_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
@@ -60,7 +62,7 @@ class FusedExecutor:
             if not is_swiglu(mlp):
                 return False
             parts += [getattr(mlp, name, None) for name in PROJECTIONS["mlp"]]
-        return all(type(part) is nn.Linear for part in parts)
+        return all_linear(parts)
 
     def __call__(self, unit: Unit) -> Tensor:
         """Residual stream after the unit, [B, T, D]."""

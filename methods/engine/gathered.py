@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from methods.base import Decision
+from methods.base import Decision, LinearUnit
 from methods.engine.evict import KeptKeys
 from methods.engine.fused import FusedExecutor
 from methods.engine.kernels.choose import use_triton
+from methods.engine.linear_sites import LinearSites, estimate
 from methods.engine.masked import MaskedExecutor, scaled
 from methods.engine.one_token import OneToken
 from methods.engine.rows import Rows, bypassed_index, executed_rows, put, rank_BT, take
@@ -25,13 +26,20 @@ class GatheredExecutor:
 
     def __init__(self, routing: Routing) -> None:
         self.routing, self.masked = routing, MaskedExecutor(routing)
-        self.one_token = OneToken(routing)
+        self.linear = LinearSites(routing)
+        self.one_token = OneToken(routing, self.linear)
         self.fused = FusedExecutor(routing, routing.kernels)
+        self._eagerly = torch.compiler.disable(self._run)
 
     def __call__(self, unit: Unit) -> Tensor:
         """Residual stream after the unit, [B, T, D]."""
+        # its shapes follow the data: one graph break a unit, not one at each operation
+        return self._eagerly(unit) if torch.compiler.is_compiling() else self._run(unit)
+
+    def _run(self, unit: Unit) -> Tensor:
         routing = self.routing
         if routing.training or torch.is_grad_enabled():
+            self.linear.forget()
             self.one_token.forget()
         if routing.training:
             return self.masked(unit)
@@ -39,12 +47,14 @@ class GatheredExecutor:
             return self.fused(unit)
         evicts = routing.method.kv_policy == "evict" and unit.attends
         keeps = routing.method.kv_policy == "keep" or not unit.attends
-        if unit.residual_BTD.shape[:2] == (1, 1) and keeps:
+        if keeps and unit.x_BTD.numel() == unit.x_BTD.shape[-1]:
             done = self.one_token(unit)
             if done is not None:
                 return done
         with routing.clock.part("router"):
-            decision = routing.decide(unit)
+            linear = self.linear.at(unit.site)
+            ask = routing.decide if linear is None else self.linear.decide
+            decision = ask(unit)
             execute = decision.execute_BT
             keys_BT = _keys_in_sight(unit, execute) if evicts else None
             routing.counters.add(unit.site, execute, keys_BT)
@@ -55,9 +65,9 @@ class GatheredExecutor:
                 return executed(unit, decision)
         if unit.after_BTD is not None:
             return self.masked.blend(unit, decision, unit.after_BTD)
-        return self._add(unit, rows, decision)
+        return self._add(unit, rows, decision, linear)
 
-    def _add(self, unit: Unit, rows: Rows, decision: Decision) -> Tensor:
+    def _add(self, unit: Unit, rows: Rows, decision: Decision, linear: LinearUnit | None) -> Tensor:
         method, valid_BT, clock = (
             self.routing.method,
             self.routing.state.valid_BT,
@@ -67,22 +77,28 @@ class GatheredExecutor:
         with clock.part(unit.site.kind):
             delta_ND = unit.run_rows(rows, method.kv_policy)
         with clock.part("scatter"):
-            after = unit.residual_BTD.clone()
+            # a method that was asked may hold the stream; one that was not cannot
+            owned = unit.owned and linear is not None
+            after = unit.residual_BTD if owned else unit.residual_BTD.clone()
             if len(delta_ND):
                 put(after, rows.index_N, scaled_rows(delta_ND, rows.index_N, decision))
             bypassed = bypassed_index(decision.execute_BT, valid_BT)
         if len(bypassed):
             with clock.part("forecast"):
-                x_1MD = take(unit.x_BTD, bypassed)[None]
-                estimate = method.approximate(unit.site, x_1MD)
-                if estimate is not None:
-                    put(after, bypassed, scaled_rows(estimate[0], bypassed, decision))
+                x_MD = take(unit.x_BTD, bypassed)
+                if linear is None:
+                    forecast = method.approximate(unit.site, x_MD[None])
+                else:
+                    forecast = estimate(linear, x_MD)
+                if forecast is not None:
+                    forecast_MD = forecast.view(len(bypassed), -1)
+                    put(after, bypassed, scaled_rows(forecast_MD, bypassed, decision))
         return after
 
 
 def executed(unit: Unit, decision: Decision) -> Tensor:
     """Residual stream after a unit that every token executes."""
-    after, scale_BT = unit.run(), decision.scale_BT
+    after, scale_BT = unit.run_fast(), decision.scale_BT
     return after if scale_BT is None else scaled(unit.residual_BTD, after, scale_BT)
 
 

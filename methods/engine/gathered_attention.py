@@ -23,8 +23,10 @@ from methods.engine.rows import Rows, take
 if TYPE_CHECKING:
     from methods.engine.unit import LayerInputs
 
-BLOCK_QUERIES = 256
+BLOCK_QUERIES = 64
 """Queries that share a key prefix: small blocks waste few masked scores, large ones few calls."""
+GROUP_QUERIES = 256
+"""Queries whose mask is made at once."""
 
 
 @dataclass(frozen=True)
@@ -158,17 +160,31 @@ def _attend(query_NHd: Tensor, sequence: Sequence, scale: float, out_NHd: Tensor
     if sequence.square:
         out_NHd.copy_(_dot(query_NHd, sequence.key_KSd, sequence.value_KSd, None, scale, True))
         return
-    for start in range(0, len(query_NHd), BLOCK_QUERIES):
-        part = slice(start, start + BLOCK_QUERIES)
-        last = sequence.last_N[part]
-        seen = int(last[-1]) + 1
-        mask = None
-        if len(last) > 1 or sequence.mask is not None:
-            mask = torch.arange(seen, device=last.device) <= last[:, None]
-            if sequence.mask is not None:
-                mask = _both(mask, sequence.mask(part, seen))
-        keys, values = sequence.key_KSd[:, :seen], sequence.value_KSd[:, :seen]
-        out_NHd[part] = _dot(query_NHd[part], keys, values, mask, scale, False)
+    ends = sequence.last_N.tolist()
+    for first in range(0, len(ends), GROUP_QUERIES):
+        group = slice(first, min(first + GROUP_QUERIES, len(ends)))
+        mask_NS = _group_mask(query_NHd, sequence, group, ends[group])
+        for start in range(first, group.stop, BLOCK_QUERIES):
+            part = slice(start, min(start + BLOCK_QUERIES, group.stop))
+            seen = ends[part.stop - 1] + 1
+            mask = None if mask_NS is None else mask_NS[start - first : part.stop - first, :seen]
+            keys, values = sequence.key_KSd[:, :seen], sequence.value_KSd[:, :seen]
+            out_NHd[part] = _dot(query_NHd[part], keys, values, mask, scale, False)
+
+
+def _group_mask(like: Tensor, sequence: Sequence, group: slice, ends: list[int]) -> Tensor | None:
+    """What the queries of a group see of the keys up to their last, [queries, keys]."""
+    last_N, shared, seen = sequence.last_N[group], ends[0] + 1, ends[-1] + 1
+    if sequence.mask is not None:
+        causal = torch.arange(seen, device=last_N.device) <= last_N[:, None]
+        return _both(causal, sequence.mask(group, seen))
+    if shared == seen:
+        return None
+    # additive, as the kernel takes it, and computed only where the queries differ
+    mask_NS = like.new_zeros(len(ends), seen)
+    later = torch.arange(shared, seen, device=last_N.device) > last_N[:, None]
+    mask_NS[:, shared:].masked_fill_(later, float("-inf"))
+    return mask_NS
 
 
 def _dot(
@@ -212,14 +228,17 @@ def split_heads(attention: Any, name: str, projected: Tensor) -> Tensor:
 
 def _angles(inputs: LayerInputs, rows: Rows, batch: int) -> tuple[Tensor, Tensor]:
     """cos and sin of the gathered tokens, [N, 1, d]."""
-    cos, sin = (
-        take(angle.expand(batch, -1, -1), rows.index_N).unsqueeze(1)
-        for angle in inputs.position_embeddings
-    )
+    shared = len(inputs.position_embeddings[0]) == 1
+    index_N = rows.index_N % rows.tokens if shared and batch > 1 else rows.index_N
+    cos, sin = (take(angle, index_N).unsqueeze(1) for angle in inputs.position_embeddings)
     return cos, sin
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding, halves paired (Su et al., arXiv 2104.09864)."""
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-b, a), dim=-1) * sin
+    half = x.shape[-1] // 2
+    a, b = x[..., :half], x[..., half:]
+    out = x * cos
+    out[..., :half].addcmul_(b, sin[..., :half], value=-1)
+    out[..., half:].addcmul_(a, sin[..., half:])
+    return out

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from methods.base import Decision, Kind, Method, RouteContext, Site
@@ -23,7 +24,8 @@ from methods.engine.forecast_keys import forecast_keys
 from methods.engine.forward import ForwardState, read_inputs
 from methods.engine.kernels.choose import Kernels
 from methods.engine.lora import applied, suspended
-from methods.engine.unit import LayerInputs, Unit, normed
+from methods.engine.norm import called, normed
+from methods.engine.unit import LayerInputs, Unit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -154,7 +156,15 @@ def routed(
     with (
         applied(method.adapter),
         forecast_keys(model, method, lambda layer: _attending(routing, layer)),
-        swapped(model, asked, executor, routing.state, lambda: routing.paused, dropped),
+        swapped(
+            model,
+            asked,
+            executor,
+            routing.state,
+            paused=lambda: routing.paused,
+            dropped=dropped,
+            norm=normed if mode == "gathered" else called,
+        ),
     ):
         stack = decoder(model)
         hooks = [
@@ -198,13 +208,16 @@ def swapped(
     sites: frozenset[Site],
     executor: Executor,
     state: ForwardState,
+    *,
     paused: Callable[[], bool] = lambda: False,
     dropped: frozenset[Site] = frozenset(),
+    norm: Callable[[Any, Tensor], Tensor] = called,
 ) -> Iterator[None]:
     """Send the units of `sites` through `executor`; the layers' forwards are put back on exit.
 
     Args:
         dropped: units that do not run at all.
+        norm: (module, residual stream) -> input of a unit.
     """
     parts = layers_of(model)
     hook = decoder(model).register_forward_pre_hook(
@@ -214,7 +227,7 @@ def swapped(
     try:
         for index, part in enumerate(parts):
             part.layer.forward = _layer_forward(
-                index, part, sites, executor, state, paused, dropped
+                index, part, sites, executor, state, paused, dropped, norm
             )
         yield
     finally:
@@ -233,6 +246,7 @@ def _layer_forward(
     state: ForwardState,
     paused: Callable[[], bool],
     dropped: frozenset[Site],
+    norm: Callable[[Any, Tensor], Tensor],
 ) -> Callable[..., Tensor]:
     """A pre-norm decoder layer in which routed units go through the executor."""
     original = part.layer.forward
@@ -242,6 +256,8 @@ def _layer_forward(
     holds = bool({Site(index, "block"), Site(index, "attention")} & dropped)
     kinds = tuple(kind for kind in kinds if Site(index, kind) not in dropped)
     window = getattr(part.attention, "sliding_window", None)
+    norms = {"mlp": part.mlp_norm, "attention": part.attention_norm, "block": part.attention_norm}
+    units = [(Site(index, kind), norms[kind]) for kind in kinds]
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if paused():
@@ -258,12 +274,13 @@ def _layer_forward(
         )
         if holds:
             hold_place(part.attention, hidden_states, inputs.past_key_values)
-        for kind in kinds:
-            norm = part.mlp_norm if kind == "mlp" else part.attention_norm
-            site = Site(index, kind)
-            unit = Unit(site, part, hidden_states, normed(norm, hidden_states), inputs)
-            hidden_states = executor(unit) if site in sites else unit.run()
-        return hidden_states
+        after = hidden_states
+        for site, module in units:
+            # what enters a layer may be held by who records hidden states, or by autograd
+            owned = after is not hidden_states and not torch.is_grad_enabled()
+            unit = Unit(site, part, after, norm(module, after), inputs, owned)
+            after = executor(unit) if site in sites else unit.run()
+        return after
 
     return forward
 

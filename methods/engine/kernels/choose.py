@@ -28,11 +28,11 @@ def use_triton(setting: Kernels, tensor: Tensor) -> bool:
     """
     if setting not in ("auto", "triton", "torch"):
         raise ValueError(f"kernels must be auto, triton or torch, not {setting!r}")
-    if setting == "torch":
+    if setting == "torch" or (setting == "auto" and not tensor.is_cuda):
         return False
     installed = importlib.util.find_spec("triton") is not None
     possible = installed and (tensor.is_cuda or interpreting())
     if setting == "triton" and not possible:
         missing = "an accelerator (CUDA)" if installed else "the package triton"
         raise ValueError(f"kernels=triton needs {missing}; kernels=auto runs without")
-    return possible if setting == "triton" else possible and tensor.is_cuda
+    return possible

@@ -1,0 +1,68 @@
+"""The MLP of the known families on gathered rows, as fast as a CPU's matrix products go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from methods.engine.adapter import all_linear
+
+TURNED_ROWS = 1024
+"""Up to here W @ x.T is faster than x @ W.T on a CPU: with few rows, the library splits the work
+between threads better along the longer side. Measured at widths 576 and 1536."""
+CHUNK_ROWS = 512
+ALIGNED_ROWS = 16
+"""Rows of a turned product are a multiple of this, so that its rows begin at a cache line."""
+NAMES = ("gate_proj", "up_proj", "down_proj")
+
+
+def is_swiglu(mlp: Any) -> bool:
+    """True for down(silu(gate(x)) * up(x)), by the names that the known families use."""
+    silu = type(getattr(mlp, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
+    return silu and all(hasattr(mlp, name) for name in NAMES)
+
+
+def swiglu(mlp: Any, x_ND: Tensor) -> Tensor:
+    """The MLP on gathered rows, [N, D], with its intermediates in place where nothing needs them.
+
+    At thousands of rows the intermediates are larger than the caches; writing each once instead
+    of three times is a quarter of the time of the module's own forward.
+    """
+    if not is_swiglu(mlp) or torch.is_grad_enabled():
+        delta: Tensor = mlp(x_ND)
+        return delta
+    on_cpu = x_ND.device.type == "cpu" and x_ND.dtype == torch.float32
+    if on_cpu and 1 < len(x_ND) <= TURNED_ROWS and _is_plain(mlp):
+        return _turned(mlp, x_ND)
+    hidden = functional.silu(mlp.gate_proj(x_ND), inplace=True)
+    down: Tensor = mlp.down_proj(hidden.mul_(mlp.up_proj(x_ND)))
+    return down
+
+
+def _is_plain(mlp: Any) -> bool:
+    """True if the projections are weights only: no bias, no adapter, and nobody watches them."""
+    parts = [getattr(mlp, name) for name in NAMES]
+    if not all_linear(parts) or any(part.bias is not None for part in parts):
+        return False
+    return not any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+
+
+def _turned(mlp: Any, x_ND: Tensor) -> Tensor:
+    """The same with every product transposed, in chunks of rows."""
+    out = torch.empty_like(x_ND)
+    chunks = -(-len(x_ND) // CHUNK_ROWS)
+    rows = _aligned(-(-len(x_ND) // chunks))
+    for x, into in zip(x_ND.split(rows), out.split(rows), strict=True):
+        missing = _aligned(len(x)) - len(x)
+        x_DN = (functional.pad(x, (0, 0, 0, missing)) if missing else x).t()
+        hidden_FN = functional.silu(mlp.gate_proj.weight @ x_DN, inplace=True)
+        hidden_FN.mul_(mlp.up_proj.weight @ x_DN)
+        into.copy_((mlp.down_proj.weight @ hidden_FN)[:, : len(x)].t())
+    return out
+
+
+def _aligned(rows: int) -> int:
+    return -(-rows // ALIGNED_ROWS) * ALIGNED_ROWS
