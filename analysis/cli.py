@@ -23,8 +23,8 @@ class Paths:
     out_dir: Path
 
 
-def parse(arguments: Sequence[str]) -> Paths:
-    """Read `results_dir=results out_dir=<results_dir>/plots`, both optional.
+def parse(arguments: Sequence[str], out: str = "plots") -> Paths:
+    """Read `results_dir=results out_dir=<results_dir>/<out>`, both optional.
 
     Raises:
         AnalysisError: an unknown key or no such folder.
@@ -38,18 +38,22 @@ def parse(arguments: Sequence[str]) -> Paths:
     results = Path(values["results_dir"]).expanduser()
     if not results.is_dir():
         raise AnalysisError(f"results_dir={results} is not a folder; run runners/sweep.py first")
-    return Paths(results, Path(values.get("out_dir", results / "plots")).expanduser())
+    return Paths(results, Path(values.get("out_dir", results / out)).expanduser())
 
 
-def run(main: Callable[[Paths], None], usage: str | None) -> None:
-    """Run a script's main function; exit 2 with one line on a user's mistake."""
+def run(main: Callable[[Paths], None], usage: str | None, *, out: str = "plots") -> None:
+    """Run a script's main function; exit 2 with one line on a user's mistake.
+
+    Args:
+        out: where it writes by default, below the results.
+    """
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     logging.getLogger("fontTools").setLevel(logging.WARNING)
     if {"-h", "--help"} & set(sys.argv[1:]):
         sys.stdout.write(f"{usage}\n")
         return
     try:
-        main(parse(sys.argv[1:]))
+        main(parse(sys.argv[1:], out))
     except (AnalysisError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
