@@ -19,6 +19,7 @@ from methods.recipe import Budget as Budget
 from methods.recipe import LoraSpec as LoraSpec
 from methods.recipe import Stage as Stage
 from methods.recipe import StageBudget as StageBudget
+from methods.recipe import middle as middle
 from methods.views import RoutedScores as RoutedScores
 from methods.views import RoutedView as RoutedView
 from methods.views import UnitView as UnitView
@@ -131,6 +132,9 @@ class Probe(Protocol):
 
     def routed_scores(self, threshold: float) -> RoutedScores:
         """Route calibration text with this threshold and report what it realised."""
+
+    def routed_loss(self) -> float:
+        """LM loss of the routed model at the method's threshold, nats per calibration token."""
 
 
 @dataclass(frozen=True)

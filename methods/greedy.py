@@ -20,7 +20,9 @@ from methods.base import (
     Site,
     SiteCost,
     Stage,
+    middle,
 )
+from methods.parts.balance import shift_kinds
 from methods.parts.expert_choice import membership_loss, top_share
 from methods.parts.forecaster import Forecasters
 from methods.parts.gates import straight_through
@@ -44,6 +46,7 @@ class Greedy(Method):
         router_start: `recoverability` regresses log ||what a skip would miss||, as informed
             routing's start does for a forecast; `none` starts at random.
         sensitivity: weight the regression by each unit's loss sensitivity.
+        kind_shift: after that start, move the MLP scores to where the routed model loses least.
         train: `routers` runs the gradient stage, `none` keeps the start.
         router_lr: of the gradient stage, constant.
         bce_weight: of the top-k membership loss.
@@ -61,6 +64,7 @@ class Greedy(Method):
         rank: int = 64,
         router_start: Literal["recoverability", "none"] = "recoverability",
         sensitivity: bool = True,
+        kind_shift: bool = False,
         damping: float = 1e-3,
         train: Literal["none", "routers"] = "none",
         router_lr: float = 2e-3,
@@ -73,6 +77,7 @@ class Greedy(Method):
         self.routers = Routers(kind="linear", outputs=1)
         self.router_start, self.train_what = router_start, train
         self.sensitivity, self.damping = sensitivity, damping
+        self.kind_shift = kind_shift and router_start == "recoverability"
         self.router_lr, self.bce_weight = router_lr, bce_weight
         self.targets = tuple(targets)
 
@@ -104,6 +109,8 @@ class Greedy(Method):
             yield self.forecasters.stage(budget.forecasters)
         if self.router_start == "recoverability":
             yield Stage("router_start", fit=self._start_routers)
+        if self.kind_shift:
+            yield Stage("kind_shift", fit=self._shift_kinds, per_target=not self.targets)
         if self.train_what == "routers":
             yield Stage(
                 "routers",
@@ -125,6 +132,9 @@ class Greedy(Method):
         fit_recoverability(
             probe, self.routers, None, damping=self.damping, sensitivity=self.sensitivity
         )
+
+    def _shift_kinds(self, probe: Probe) -> None:
+        shift_kinds(probe, self.routers, self.threshold, middle(self.targets, self.sparsity))
 
     def _routed_loss(self, view: RoutedView) -> Tensor:
         return view.task_loss + self.bce_weight * view.auxiliary

@@ -21,8 +21,9 @@ from methods.base import (
     Site,
     SiteCost,
     Stage,
+    middle,
 )
-from methods.parts.balance import balance_kinds, balanced_penalty
+from methods.parts.balance import balance_kinds, balanced_penalty, shift_kinds
 from methods.parts.closed_form import refit_on_routed
 from methods.parts.forecaster import Activation, Fit, Forecasters, Loss
 from methods.parts.gates import anneal, gumbel_gate, sigmoid_gate
@@ -62,6 +63,7 @@ class Informed(Method):
         router_start: `recoverability` (regression of the forecast's error, no gradient) or
             `none` (the paper's random start).
         sensitivity: weight the regression by each unit's loss sensitivity.
+        kind_shift: after that start, move the MLP scores to where the routed model loses least.
         balanced: attention and MLP units bypass the same share of tokens.
         train: what the gradient stage moves: `none`, `routers` (the paper's stage 2),
             `forecasters` under the routed forward, or `end_to_end` (both).
@@ -72,6 +74,7 @@ class Informed(Method):
         train_lr: of the gradient stage (paper: 2e-3, constant).
         weight_decay: of its AdamW.
         schedule: of its learning rate.
+        warmup: share of its steps with a linearly rising learning rate.
         penalty_weight: of |(1 - s) - mean execute rate| (paper: 8).
         lora: options of `LoraSpec` for the paper's optional stage 3; None for none.
         lora_lr: of that stage (paper: 2e-4, cosine).
@@ -100,6 +103,7 @@ class Informed(Method):
         router_features: Sequence[Feature] = (),
         router_start: Literal["recoverability", "none"] = "recoverability",
         sensitivity: bool = True,
+        kind_shift: bool = False,
         balanced: bool = False,
         train: Train = "none",
         targets: Sequence[float] = (),
@@ -109,6 +113,7 @@ class Informed(Method):
         tau_start: float = 5.0,
         tau_end: float = 1.0,
         schedule: Literal["constant", "cosine"] = "constant",
+        warmup: float = 0.0,
         penalty_weight: float = 8.0,
         lora: Mapping[str, Any] | None = None,
         lora_lr: float = 2e-4,
@@ -133,9 +138,11 @@ class Informed(Method):
         self.bypass, self.damping, self.refit = bypass, damping, refit
         self.sensitivity, self.router_start, self.balanced = sensitivity, router_start, balanced
         self.train_what: Train = "none" if (bypass, train) == ("skip", "forecasters") else train
+        self.kind_shift = kind_shift and router_start == "recoverability" and not balanced
         self.targets = tuple(targets)
         self.gate, self.tau_start, self.tau_end = gate, tau_start, tau_end
-        self.train_lr, self.schedule, self.weight_decay = train_lr, schedule, weight_decay
+        self.train_lr, self.weight_decay = train_lr, weight_decay
+        self.schedule, self.warmup = schedule, warmup
         self.penalty_weight = penalty_weight
         self.lora, self.lora_lr = lora_spec(lora), lora_lr
         self.kv_policy = kv_policy
@@ -180,6 +187,8 @@ class Informed(Method):
         yield self.forecasters.stage(budget.forecasters)
         if self.router_start == "recoverability":
             yield Stage("router_start", fit=self._start_routers)
+        if self.kind_shift:
+            yield Stage("kind_shift", fit=self._shift_kinds, per_target=not self.targets)
         if self.keys is not None:
             yield self.keys.stage("keys")
         if self.refit and trains_forecasters:
@@ -192,6 +201,7 @@ class Informed(Method):
                 budget=budget.routers,
                 lr=self.train_lr,
                 schedule=self.schedule,
+                warmup=self.warmup,
                 weight_decay=self.weight_decay,
                 hard=self.train_what == "forecasters",
                 per_target=not self.targets,
@@ -228,6 +238,9 @@ class Informed(Method):
             sensitivity=self.sensitivity,
             inputs=self.router_input,
         )
+
+    def _shift_kinds(self, probe: Probe) -> None:
+        shift_kinds(probe, self.routers, self.threshold, middle(self.targets, self.sparsity))
 
     def _refit(self, probe: Probe) -> None:
         self.calibrate(probe, self.sparsity)

@@ -20,6 +20,7 @@ from methods.base import (
     Site,
     SiteCost,
     Stage,
+    middle,
 )
 from methods.parts.closed_form import refit_on_routed
 from methods.parts.forecaster import Forecasters
@@ -186,8 +187,7 @@ class InformedPlus(Method):
 
     def _refit(self, probe: Probe) -> None:
         """At the point's target, or at the middle one of a budget-conditional training."""
-        middle = sorted(self.targets)[len(self.targets) // 2] if self.targets else self.sparsity
-        self.calibrate(probe, middle)
+        self.calibrate(probe, middle(self.targets, self.sparsity))
         refit_on_routed(probe, self.forecasters, damping=self.damping)
         self._start_routers(probe)
 

@@ -115,3 +115,8 @@ class Stage:
     (target - realised sparsity), so that training runs at the target whatever the scores do."""
     report: Callable[[Probe], dict[str, float]] | None = None
     """Figures worth keeping in the result record, measured after the stage."""
+
+
+def middle(targets: Sequence[float], sparsity: float) -> float:
+    """The target that a fit reads which all points share: the middle one, or the only one."""
+    return sorted(targets)[len(targets) // 2] if targets else sparsity

@@ -143,6 +143,16 @@ class ModelProbe:
             is_mlp=torch.cat(is_mlp) if is_mlp else empty.bool(),
         )
 
+    @torch.no_grad()
+    def routed_loss(self) -> float:
+        """LM loss of the routed model on the calibration text, nats per token."""
+        total, count = 0.0, 0
+        with routed(self.model, self.method, "gathered"):
+            for batch in self._batches(self.text.calibration):
+                total += float(language_model_loss(self.model, batch)) * batch.numel()
+                count += batch.numel()
+        return total / count
+
     def _run_decoder(self, rows: Tensor, label: str) -> None:
         for batch in progress(self._batches(rows), label):
             decoder(self.model)(input_ids=batch, use_cache=False)

@@ -49,16 +49,27 @@ def calibrate_threshold(
     if sparsity == 0.0:
         return -math.inf
     part = probe.sample()
-    seen = part.routed_scores(-math.inf)
+    guess = realising_threshold(part, sparsity, tolerance=4 * tolerance, max_passes=max_passes)
+    if part is probe:
+        return guess
+    return _search(probe, sparsity, guess, tolerance=tolerance, max_passes=max_passes)
+
+
+def realising_threshold(
+    probe: Probe, sparsity: float, *, tolerance: float, max_passes: int = 16
+) -> float:
+    """The same search on all of the probe's calibration text from the start.
+
+    Raises:
+        ValueError: as `calibrate_threshold`.
+    """
+    seen = probe.routed_scores(-math.inf)
     reachable = float(seen.weights[seen.scores < math.inf].sum()) / seen.total_weight
     if sparsity > reachable + tolerance:
         raise ValueError(
             f"sparsity {sparsity} is out of reach: this method routes {reachable:.3f} of all units"
         )
     guess = _next_guess(seen, sparsity, -math.inf, math.inf, halve=False)
-    guess = _search(part, sparsity, guess, tolerance=4 * tolerance, max_passes=max_passes)
-    if part is probe:
-        return guess
     return _search(probe, sparsity, guess, tolerance=tolerance, max_passes=max_passes)
 
 

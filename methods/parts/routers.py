@@ -70,6 +70,17 @@ class Router(nn.Module):
             self.head.bias.zero_()
             self.head.bias[0] = bias
 
+    @torch.no_grad()
+    def shift(self, amount: float) -> None:
+        """Add `amount` to every score.
+
+        Raises:
+            ValueError: the router has no bias.
+        """
+        if self.head.bias is None:
+            raise ValueError("a router without a bias cannot shift its scores")
+        self.head.bias[0] += amount
+
 
 class Routers(nn.Module):
     """One router per site; the arguments are those of `Router`."""

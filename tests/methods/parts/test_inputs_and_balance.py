@@ -8,10 +8,12 @@ import torch
 from methods.base import RoutedView, Site
 from methods.engine.wrap import attach
 from methods.informed import Informed
-from methods.parts.balance import balanced_penalty
+from methods.parts.balance import MOST_SHIFTS, SHIFT_STEP, balanced_penalty, shift_kinds
+from methods.parts.calibration import realising_threshold
 from methods.parts.forecaster import Forecasters
 from methods.parts.inputs import RouterInput
 from methods.parts.recoverability import log_error
+from methods.parts.routers import Routers
 from tests.methods.conftest import probe_for
 from tests.methods.parts.text import SHAPE, MadeUp, linear_views
 
@@ -109,3 +111,49 @@ def test_balanced_kinds_bypass_the_same_share_of_tokens(tiny_llama):
 def test_balanced_training_knows_one_target():
     with pytest.raises(ValueError, match="targets"):
         Informed(sparsity=0.4, balanced=True, train="routers", targets=[0.2, 0.4])
+
+
+@pytest.mark.parametrize("wrong_by", [0.0, 2.0, -2.0])
+def test_kind_shift_ends_where_a_further_step_loses_more(tiny_llama, wrong_by):
+    """Against brute force: the loss at every shift of a grid around the start."""
+    method = attach(tiny_llama, Informed(sparsity=0.4, rank=4)).eval()
+    probe = probe_for(tiny_llama, method)
+    method.forecasters.solve(probe)
+    method._start_routers(probe)
+    mlps = [site for site in method.sites() if site.kind == "mlp"]
+
+    def shifted(amount):
+        for site in mlps:
+            method.routers.at(site).shift(amount)
+
+    def loss():
+        part = probe.sample()
+        method.threshold.fill_(realising_threshold(part, 0.4, tolerance=0.004))
+        return part.routed_loss()
+
+    shifted(wrong_by)
+    start = {site: method.routers.at(site).head.bias[0].item() for site in mlps}
+    shift_kinds(probe, method.routers, method.threshold, 0.4)
+    moves = [method.routers.at(site).head.bias[0].item() - start[site] for site in mlps]
+    assert moves == pytest.approx([moves[0]] * len(moves), abs=1e-5)
+    grid = {}
+    for step in range(-MOST_SHIFTS, MOST_SHIFTS + 1):
+        shifted(step * SHIFT_STEP - moves[0])
+        grid[step] = loss()
+        shifted(moves[0] - step * SHIFT_STEP)
+    chosen = round(moves[0] / SHIFT_STEP)
+    assert moves[0] == pytest.approx(chosen * SHIFT_STEP, abs=1e-5)
+    assert grid[chosen] <= grid[0] + 1e-6
+    for neighbour in (chosen - 1, chosen + 1):
+        if abs(neighbour) < MOST_SHIFTS:
+            assert grid[chosen] <= grid[neighbour] + 1e-6
+
+
+def test_kind_shift_leaves_methods_of_one_kind_alone(tiny_llama):
+    method = attach(tiny_llama, Informed(sparsity=0.2, rank=4)).eval()
+    attention = [site for site in method.sites() if site.kind == "attention"]
+    routers = Routers(kind="linear")
+    routers.create(attention, method.shape.width)
+    before = {k: v.clone() for k, v in routers.state_dict().items()}
+    shift_kinds(probe_for(tiny_llama, method), routers, method.threshold, 0.2)
+    assert all(torch.equal(before[k], v) for k, v in routers.state_dict().items())
