@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RESULTS ?= results
 
-.PHONY: sweep compare forecasters test slow lint format clean
+.PHONY: sweep compare forecasters report docs test slow lint format clean
 
 sweep: $(READY)
 	$(BIN)/python runners/sweep.py method=informed sparsity=0.3,0.5,0.7 results_dir=$(RESULTS) -m
@@ -20,6 +20,16 @@ compare: $(READY)
 	$(BIN)/python runners/sweep.py experiment=compare results_dir=$(RESULTS) -m
 	$(BIN)/python analysis/tradeoff.py results_dir=$(RESULTS)
 	$(BIN)/python analysis/training_time.py results_dir=$(RESULTS)
+
+report: $(READY)
+	$(BIN)/python analysis/report.py results_dir=$(RESULTS)
+
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+
+$(VENV)/.docs: $(READY)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[docs]'
+	touch $@
 
 # two processes of one thread: most tests are too small to share their work among threads
 test: $(READY)

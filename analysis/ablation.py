@@ -35,12 +35,8 @@ def main(paths: Paths) -> None:
     for name, _, part in frames.by_setting(joined):
         stem = f"ablation-{name}"
         rows = ablation(part)
-        for ending, text in (
-            ("csv", rows.to_csv(index=False)),
-            ("md", tables.markdown(formatted(rows))),
-            ("tex", tables.latex(formatted(rows))),
-        ):
-            log.info("wrote %s", tables.write(paths.out_dir / f"{stem}.{ending}", text))
+        for path in tables.save(paths.out_dir / stem, rows, formatted(rows)):
+            log.info("wrote %s", path)
 
 
 def ablation(part: pd.DataFrame) -> pd.DataFrame:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import pandas as pd
+import pyarrow
+from pyarrow import parquet
 
 from analysis.cli import AnalysisError
 
@@ -30,26 +32,38 @@ def read_store(results_dir: Path) -> list[Record]:
     Raises:
         AnalysisError: none is complete, or all are of another schema.
     """
-    records, reasons = [], []
-    for path in sorted(results_dir.glob("*/result.json")):
-        try:
-            record = json.loads(path.read_bytes())
-            version, status = record["schema_version"], record["status"]
-        except (ValueError, KeyError, TypeError):
-            reasons.append(f"{path}: not a result record")
-            continue
-        if version != SCHEMA_VERSION:
-            reasons.append(f"{path}: schema {version}, this code reads {SCHEMA_VERSION}")
-        elif status != "complete":
-            reasons.append(f"{path}: {status}: {record.get('reason', 'no reason given')}")
-        else:
-            records.append(record)
+    return read_all(results_dir)[0]
+
+
+def read_all(results_dir: Path) -> tuple[list[Record], list[tuple[Path, str]]]:
+    """`read_store`, and (file, reason) of each record that is not complete."""
+    records, left_out = _scan(results_dir)
+    reasons = [f"{path}: {reason}" for path, reason in left_out]
     for reason in reasons:
         log.warning("left out %s", reason)
     if not records:
         why = f" ({reasons[0]})" if reasons else ""
         raise AnalysisError(f"no complete result in {results_dir}{why}")
-    return records
+    return records, left_out
+
+
+def _scan(results_dir: Path) -> tuple[list[Record], list[tuple[Path, str]]]:
+    records: list[Record] = []
+    left_out = []
+    for path in sorted(results_dir.glob("*/result.json")):
+        try:
+            record = json.loads(path.read_bytes())
+            version, status = record["schema_version"], record["status"]
+        except (ValueError, KeyError, TypeError):
+            left_out.append((path, "not a result record"))
+            continue
+        if version != SCHEMA_VERSION:
+            left_out.append((path, f"schema {version}, this code reads {SCHEMA_VERSION}"))
+        elif status != "complete":
+            left_out.append((path, f"{status}: {record.get('reason', 'no reason given')}"))
+        else:
+            records.append(record)
+    return records, left_out
 
 
 def points(records: Sequence[Record]) -> pd.DataFrame:
@@ -94,27 +108,34 @@ def _measures(record: Record) -> Iterator[dict[str, Any]]:
         }
 
 
-def items(results_dir: Path) -> pd.DataFrame:
+def items(results_dir: Path, records: Sequence[Record] | None = None) -> pd.DataFrame:
     """One row per point and item of its tasks and texts, from `items.parquet` beside each record.
 
     Columns beside the point's: `line` (its label), `measure`, `name`, `metric`, `item` (equal for
     the same item in all points), `value` (right or wrong; nll in nats), `weight`, `dense`.
 
+    Args:
+        records: those of the store, where they are read already.
+
     Raises:
         AnalysisError: no complete point has such a file.
     """
-    parts = []
-    for record in read_store(results_dir):
+    tables, keys, counts = [], [], []
+    for record in read_store(results_dir) if records is None else records:
         key = _key(record)
         path = results_dir / key["fingerprint"] / "items.parquet"
         if path.is_file():
-            key["line"] = label(key["method"], key["variant"])
-            parts.append(pd.read_parquet(path).assign(**key))
-    if not parts:
+            tables.append(parquet.ParquetFile(path).read(use_threads=False))
+            keys.append(key | {"line": label(key["method"], key["variant"])})
+            counts.append(len(tables[-1]))
+    if not tables:
         raise AnalysisError(
             f"no point of {results_dir} has an items.parquet; run it with force=true"
         )
-    return pd.concat(parts, ignore_index=True)
+    own = pyarrow.concat_tables(tables, promote_options="permissive").to_pandas()
+    frame = pd.DataFrame(keys)
+    repeated = frame.loc[frame.index.repeat(counts)].reset_index(drop=True)
+    return pd.concat([own, repeated], axis="columns")
 
 
 def stages(records: Sequence[Record]) -> pd.DataFrame:
@@ -148,14 +169,23 @@ def speed(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def layers(records: Sequence[Record]) -> pd.DataFrame:
-    """One row per point, layer and unit kind: realised sparsity there (`sparsity`)."""
-    rows = []
-    for record in records:
-        for entry in record["realised"]["per_layer"]:
-            for kind in ("attention", "mlp"):
-                own = {"layer": entry["layer"], "kind": kind, "sparsity": entry[kind]}
-                rows.append(_key(record) | own)
-    return pd.DataFrame(rows)
+    """One row per point, layer and unit kind: realised sparsity there (`sparsity`).
+
+    Built by column: a store of thousands of points has hundreds of thousands of such rows.
+    """
+    per_layer = [(record.get("realised") or {}).get("per_layer") or [] for record in records]
+    kinds = ("attention", "mlp")
+    own = pd.DataFrame(
+        {
+            "layer": [entry["layer"] for entries in per_layer for entry in entries for _ in kinds],
+            "kind": [kind for entries in per_layer for _ in entries for kind in kinds],
+            "sparsity": [entry[k] for entries in per_layer for entry in entries for k in kinds],
+        }
+    )
+    counts = [len(kinds) * len(entries) for entries in per_layer]
+    keys = points(records)
+    repeated = keys.loc[keys.index.repeat(counts)].reset_index(drop=True)
+    return pd.concat([repeated, own], axis="columns") if len(own) else pd.DataFrame()
 
 
 def options(records: Sequence[Record]) -> pd.DataFrame:

@@ -6,9 +6,12 @@ python analysis/kv.py results_dir=results [out_dir=results/plots]
 from __future__ import annotations
 
 import logging
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import frames, style, tables
@@ -22,14 +25,16 @@ def main(paths: Paths) -> None:
     measured = frames.measures(frames.read_store(paths.results_dir))
     measured = measured[(measured.measure == "perplexity") & (measured.method != "dense")]
     for name, title, part in frames.by_setting(measured):
-        rows = averaged(part)
-        with style.paper():
-            written = style.save(draw(rows, title), paths.out_dir / f"kv-{name}")
-        table = paths.out_dir / f"kv-{name}.csv"
-        written.append(tables.write(table, rows.to_csv(index=False)))
-        written.append(tables.write(table.with_suffix(".md"), tables.markdown(formatted(rows))))
-        for path in written:
+        for path in save(part, title, paths.out_dir / f"kv-{name}"):
             log.info("wrote %s", path)
+
+
+def save(part: pd.DataFrame, title: str, stem: Path) -> list[Path]:
+    """Figure and table of one setting, from the perplexities of `frames.measures`."""
+    rows = averaged(part)
+    with style.paper():
+        written = style.save(draw(rows, title), stem)
+    return written + tables.save(stem, rows, formatted(rows))
 
 
 def averaged(part: pd.DataFrame) -> pd.DataFrame:
@@ -42,8 +47,14 @@ def averaged(part: pd.DataFrame) -> pd.DataFrame:
 
 def draw(rows: pd.DataFrame, title: str) -> Figure:
     """Log perplexity over KV bytes (routed / dense); less memory to the right."""
-    looks = style.looks(set(rows.line))
     figure, panel = plt.subplots(figsize=(style.COLUMN_WIDTH_IN * 1.4, 2.6), layout="constrained")
+    draw_panel(panel, rows, style.looks(set(rows.line)))
+    figure.legend(title=title, title_fontsize=8, loc="outside upper center", ncols=2, frameon=False)
+    return figure
+
+
+def draw_panel(panel: Axes, rows: pd.DataFrame, looks: dict[str, dict[str, Any]]) -> None:
+    """The curves of one text."""
     panel.axhline(
         float(rows.dense.iloc[0]), color=style.REFERENCE, linestyle="--", linewidth=1, label="dense"
     )
@@ -54,8 +65,6 @@ def draw(rows: pd.DataFrame, title: str) -> Figure:
     panel.invert_xaxis()
     panel.set_xlabel("KV bytes (routed / dense)")
     panel.set_ylabel("perplexity")
-    figure.legend(title=title, title_fontsize=8, loc="outside upper center", ncols=2, frameon=False)
-    return figure
 
 
 def formatted(rows: pd.DataFrame) -> pd.DataFrame:

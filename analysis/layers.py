@@ -6,9 +6,13 @@ python analysis/layers.py results_dir=results [out_dir=results/plots]
 from __future__ import annotations
 
 import logging
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import frames, style, tables
@@ -18,6 +22,7 @@ log = logging.getLogger(__name__)
 
 KINDS = ("attention", "mlp")
 PANEL_HEIGHT_IN = 1.6
+MAX_TARGETS = 8
 
 
 def main(paths: Paths) -> None:
@@ -27,14 +32,16 @@ def main(paths: Paths) -> None:
         log.info("no method of this store routes: no figure")
         return
     for name, title, part in frames.by_setting(rows):
-        averaged = over_seeds(part)
-        with style.paper():
-            written = style.save(draw(averaged, title), paths.out_dir / f"layers-{name}")
-        table = paths.out_dir / f"layers-{name}.csv"
-        written.append(tables.write(table, averaged.to_csv(index=False)))
-        written.append(tables.write(table.with_suffix(".md"), tables.markdown(summary(averaged))))
-        for path in written:
+        for path in save(part, title, paths.out_dir / f"layers-{name}"):
             log.info("wrote %s", path)
+
+
+def save(part: pd.DataFrame, title: str, stem: Path) -> list[Path]:
+    """Figure and table of one setting, from `frames.layers`."""
+    averaged = over_seeds(part)
+    with style.paper():
+        written = style.save(draw(averaged, title), stem)
+    return written + tables.save(stem, averaged, summary(averaged))
 
 
 def over_seeds(part: pd.DataFrame) -> pd.DataFrame:
@@ -44,9 +51,16 @@ def over_seeds(part: pd.DataFrame) -> pd.DataFrame:
     return named.groupby(by)["sparsity"].mean().reset_index()
 
 
+def drawn_targets(averaged: pd.DataFrame) -> list[float]:
+    """At most `MAX_TARGETS`, from the least to the most; the table has all."""
+    targets = sorted(float(t) for t in averaged.sparsity_target.unique())
+    places = np.linspace(0, len(targets) - 1, min(len(targets), MAX_TARGETS))
+    return [targets[round(place)] for place in places]
+
+
 def draw(averaged: pd.DataFrame, title: str) -> Figure:
-    """One row of panels per target, attention left, MLP right, one line per method."""
-    targets = sorted(averaged.sparsity_target.unique())
+    """One row of panels per drawn target, attention left, MLP right, one line per method."""
+    targets = drawn_targets(averaged)
     looks = style.looks(set(averaged.line))
     figure, grid = plt.subplots(
         len(targets),
@@ -59,18 +73,25 @@ def draw(averaged: pd.DataFrame, title: str) -> Figure:
     )
     for target, panels in zip(targets, grid, strict=True):
         for kind, panel in zip(KINDS, panels, strict=True):
-            chosen = averaged[(averaged.sparsity_target == target) & (averaged.kind == kind)]
-            panel.axhline(float(target), color=style.REFERENCE, linestyle=":", linewidth=1)
-            for line, points in chosen.groupby("line"):
-                ordered = points.sort_values("layer")
-                panel.plot(ordered.layer, ordered.sparsity, label=str(line), **looks[str(line)])
-            panel.set_title(f"{kind}, target {target:g}")
+            draw_panel(panel, averaged, float(target), kind, looks)
         panels[0].set_ylabel("sparsity")
-        panels[0].set_ylim(-0.03, 1.03)
     for panel in grid[-1]:
         panel.set_xlabel("layer")
     style.legend(figure, grid[0][0], title)
     return figure
+
+
+def draw_panel(
+    panel: Axes, averaged: pd.DataFrame, target: float, kind: str, looks: dict[str, dict[str, Any]]
+) -> None:
+    """Sparsity over depth of one unit kind at one target, the target dotted."""
+    chosen = averaged[(averaged.sparsity_target == target) & (averaged.kind == kind)]
+    panel.axhline(target, color=style.REFERENCE, linestyle=":", linewidth=1)
+    for line, points in chosen.groupby("line"):
+        ordered = points.sort_values("layer")
+        panel.plot(ordered.layer, ordered.sparsity, label=str(line), **looks[str(line)])
+    panel.set_title(f"{kind}, target {target:g}")
+    panel.set_ylim(-0.03, 1.03)
 
 
 def summary(averaged: pd.DataFrame) -> pd.DataFrame:

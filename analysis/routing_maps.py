@@ -39,17 +39,21 @@ def main(paths: Paths) -> None:
             f"no routing/ folder in {paths.results_dir}: run runners/inspect_routing.py first"
         )
     for folder in folders:
-        stem = paths.out_dir / f"routing-{folder.parent.name}"
-        tokens, decisions, depth = read(folder)
-        with style.paper():
-            written = style.save(draw_maps(tokens, decisions), Path(f"{stem}-maps"))
-            written += style.save(draw_errors(decisions, depth), Path(f"{stem}-errors"))
-        text = coloured_text.page(tokens, decisions, title=folder.parent.name)
-        written.append(tables.write(Path(f"{stem}-text.html"), text))
-        summary = by_layer(decisions).to_csv(index=False)
-        written.append(tables.write(Path(f"{stem}-layers.csv"), summary))
-        for path in written:
+        for path in save(folder, paths.out_dir):
             log.info("wrote %s", path)
+
+
+def save(folder: Path, out_dir: Path) -> list[Path]:
+    """Maps, errors, text and table of one inspected point."""
+    stem = out_dir / f"routing-{folder.parent.name}"
+    tokens, decisions, depth = read(folder)
+    with style.paper():
+        written = style.save(draw_maps(tokens, decisions), Path(f"{stem}-maps"))
+        written += style.save(draw_errors(decisions, depth), Path(f"{stem}-errors"))
+    text = coloured_text.page(tokens, decisions, title=folder.parent.name)
+    written.append(tables.write(Path(f"{stem}-text.html"), text))
+    shares = by_layer(decisions)
+    return written + tables.save(Path(f"{stem}-layers"), shares, formatted(shares))
 
 
 def read(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
@@ -69,6 +73,21 @@ def by_layer(decisions: pd.DataFrame) -> pd.DataFrame:
     table["error_l2_bypassed"] = bypassed["error_l2"].mean()
     table["error_cosine_bypassed"] = bypassed["error_cosine"].mean()
     return table.reset_index()
+
+
+def formatted(shares: pd.DataFrame) -> pd.DataFrame:
+    """`by_layer` for a reader."""
+    names = {
+        "executed": "executed",
+        "error_l2": "error",
+        "error_cosine": "cosine",
+        "error_l2_bypassed": "error, bypassed",
+        "error_cosine_bypassed": "cosine, bypassed",
+    }
+    shown = {
+        new: ["" if pd.isna(v) else f"{v:.3f}" for v in shares[old]] for old, new in names.items()
+    }
+    return pd.DataFrame({"layer": shares["layer"], "kind": shares["kind"], **shown})
 
 
 def binned(tokens: pd.DataFrame, view: str) -> pd.Series:
@@ -120,20 +139,25 @@ def draw_maps(tokens: pd.DataFrame, decisions: pd.DataFrame) -> Figure:
         table = executed_share(tokens, decisions, view)
         for row, kind in enumerate(kinds):
             panel: Axes = grid[row][column]
-            part = table.loc[kind]
-            shown = panel.imshow(
-                part.to_numpy(), aspect="auto", vmin=0, vmax=1, cmap="cividis", origin="lower"
-            )
-            panel.grid(False)
-            panel.set_xticks(range(part.shape[1]), part.columns, rotation=60, ha="right")
-            step = max(1, len(part) // 6)
-            panel.set_yticks(range(0, len(part), step), part.index[::step])
+            shown = draw_map(panel, table.loc[kind])
             if column == 0:
                 panel.set_ylabel(f"{kind}: layer")
             if row == 0:
                 panel.set_title(title)
     figure.colorbar(shown, ax=grid, label="share of tokens executed", fraction=0.03, pad=0.01)
     return figure
+
+
+def draw_map(panel: Axes, part: pd.DataFrame) -> Any:
+    """One heatmap, a row a layer, a column a bin; returns the image, for its colour bar."""
+    shown = panel.imshow(
+        part.to_numpy(), aspect="auto", vmin=0, vmax=1, cmap="cividis", origin="lower"
+    )
+    panel.grid(False)
+    panel.set_xticks(range(part.shape[1]), part.columns, rotation=60, ha="right")
+    step = max(1, len(part) // 6)
+    panel.set_yticks(range(0, len(part), step), part.index[::step])
+    return shown
 
 
 def draw_errors(decisions: pd.DataFrame, depth: pd.DataFrame) -> Figure:

@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import itertools
 import logging
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +26,8 @@ from analysis.cli import Paths, run
 log = logging.getLogger(__name__)
 
 BOOTSTRAP_SAMPLES = 10_000
+DRAWN_AT_ONCE = 500
+ORDER = ["measure", "name", "sparsity_target", "a", "b"]
 SAME = ["measure", "name", "metric", "item"]
 
 
@@ -30,13 +35,13 @@ def main(paths: Paths) -> None:
     """Write one table per (model, data, budget): `significance-<setting>.{csv,md}`."""
     items = frames.items(paths.results_dir)
     for name, _, part in frames.by_setting(items):
-        compared = compare(part)
-        stem = f"significance-{name}"
-        for ending, text in (
-            ("csv", compared.to_csv(index=False)),
-            ("md", tables.markdown(formatted(compared))),
-        ):
-            log.info("wrote %s", tables.write(paths.out_dir / f"{stem}.{ending}", text))
+        for path in save(compare(part), name, paths.out_dir / f"significance-{name}"):
+            log.info("wrote %s", path)
+
+
+def save(compared: pd.DataFrame, _: str, stem: Path) -> list[Path]:
+    """Table of one setting, from `compare`."""
+    return tables.save(stem, compared, formatted(compared))
 
 
 def compare(items: pd.DataFrame) -> pd.DataFrame:
@@ -55,53 +60,68 @@ def compare(items: pd.DataFrame) -> pd.DataFrame:
         wide = part.pivot_table(index=SAME, columns="line", values="value", aggfunc="mean")
         wide["dense"] = part.groupby(SAME)["dense"].first()
         weights = part.groupby(SAME)["weight"].first()
-        seeds = part["seed"].nunique()
-        for a, b in itertools.combinations(sorted(wide.columns), 2):
-            both = wide[[a, b]].dropna()
-            if both.empty:
-                continue
-            figures = (
-                _accuracy(both[a].to_numpy(), both[b].to_numpy(), exact=seeds == 1)
-                if measure == "accuracy"
-                else _perplexity(both[a], both[b], weights.loc[both.index])
-            )
-            key = {"measure": measure, "name": name, "sparsity_target": target}
-            rows.append(key | {"a": a, "b": b, "n": len(both)} | figures)
+        key = {"measure": measure, "name": name, "sparsity_target": target}
+        for both, pairs in _pairs(wide):
+            a, b = (both[[pair[side] for pair in pairs]].to_numpy() for side in (0, 1))
+            if measure == "accuracy":
+                figures = _accuracy(a, b, exact=part["seed"].nunique() == 1)
+            else:
+                figures = _perplexity(a, b, weights.loc[both.index].to_numpy())
+            rows += [
+                key | {"a": first, "b": second, "n": len(both)} | found
+                for (first, second), found in zip(pairs, figures, strict=True)
+            ]
     table = pd.DataFrame(rows)
     if not table.empty:
+        table = table.sort_values(ORDER, ignore_index=True)
         groups = table.groupby(["measure", "name"])["p"]
         table["p_holm"] = groups.transform(lambda p: holm(p.to_numpy()))
     return table
 
 
-def _accuracy(a: np.ndarray, b: np.ndarray, *, exact: bool) -> dict[str, Any]:
-    difference = a - b
-    low, high = bootstrap(difference, np.ones_like(difference))
-    binary = exact and bool(np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all())
-    return {
-        "a_value": a.mean(),
-        "b_value": b.mean(),
-        "difference": difference.mean(),
-        "low": low,
-        "high": high,
-        "test": "mcnemar" if binary else "bootstrap",
-        "p": mcnemar(a, b) if binary else bootstrap_p(difference, np.ones_like(difference)),
-    }
+def _pairs(wide: pd.DataFrame) -> Iterator[tuple[pd.DataFrame, list[tuple[str, str]]]]:
+    """Pairs of columns that share their answered items, with those items' rows."""
+    answered = wide.notna()
+    groups: dict[bytes, list[tuple[str, str]]] = {}
+    for a, b in itertools.combinations(sorted(wide.columns), 2):
+        groups.setdefault((answered[a] & answered[b]).to_numpy().tobytes(), []).append((a, b))
+    for mask, pairs in groups.items():
+        both = wide[np.frombuffer(mask, dtype=bool)]
+        if len(both):
+            yield both, pairs
 
 
-def _perplexity(a: pd.Series, b: pd.Series, weights: pd.Series) -> dict[str, Any]:
-    difference, weight = (a - b).to_numpy(), weights.to_numpy()
-    low, high = bootstrap(difference, weight)
-    total = weight.sum()
-    return {
-        "a_value": float(np.exp(a.sum() / total)),
-        "b_value": float(np.exp(b.sum() / total)),
-        "difference": float(np.exp(difference.sum() / total)),
-        "low": float(np.exp(low)),
-        "high": float(np.exp(high)),
-        "test": "bootstrap",
-        "p": bootstrap_p(difference, weight),
-    }
+def _accuracy(a: np.ndarray, b: np.ndarray, *, exact: bool) -> Iterator[dict[str, Any]]:
+    """Figures of each column of [items, pairs]."""
+    low, high, p = intervals(a - b, np.ones(len(a)))
+    for i in range(a.shape[1]):
+        x, y = a[:, i], b[:, i]
+        binary = exact and bool(np.isin(x, (0, 1)).all() and np.isin(y, (0, 1)).all())
+        yield {
+            "a_value": x.mean(),
+            "b_value": y.mean(),
+            "difference": (x - y).mean(),
+            "low": low[i],
+            "high": high[i],
+            "test": "mcnemar" if binary else "bootstrap",
+            "p": mcnemar(x, y) if binary else p[i],
+        }
+
+
+def _perplexity(a: np.ndarray, b: np.ndarray, weights: np.ndarray) -> Iterator[dict[str, Any]]:
+    """Figures of each column of [documents, pairs]; values are sums of nats."""
+    low, high, p = intervals(a - b, weights)
+    total = weights.sum()
+    for i in range(a.shape[1]):
+        yield {
+            "a_value": float(np.exp(a[:, i].sum() / total)),
+            "b_value": float(np.exp(b[:, i].sum() / total)),
+            "difference": float(np.exp((a[:, i] - b[:, i]).sum() / total)),
+            "low": float(np.exp(low[i])),
+            "high": float(np.exp(high[i])),
+            "test": "bootstrap",
+            "p": p[i],
+        }
 
 
 def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
@@ -111,33 +131,62 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
         a, b: 0 or 1 for each item.
     """
     only_a, only_b = int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())
-    if only_a + only_b == 0:
-        return 1.0
-    return float(stats.binomtest(only_a, only_a + only_b, 0.5).pvalue)
+    return _binomial(min(only_a, only_b), only_a + only_b)
+
+
+@lru_cache(maxsize=4096)
+def _binomial(fewer: int, both: int) -> float:
+    """Two-sided p-value of `fewer` of `both` under an even split."""
+    return 1.0 if both == 0 else float(stats.binomtest(fewer, both, 0.5).pvalue)
 
 
 def _resampled(sums: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Weighted means of items drawn with replacement, [samples]; a part of the samples at once."""
-    generator = np.random.default_rng(0)
+    """Weighted means of items drawn with replacement, [samples, columns].
+
+    Every column sees the same draws. How often each item is drawn times the items, a part of the
+    samples at once: one product instead of a gather per column.
+
+    Args:
+        sums: [items, columns].
+        weights: [items].
+    """
+    n, generator = len(sums), np.random.default_rng(0)
+    together = np.column_stack([weights, sums])
+    offsets = np.arange(DRAWN_AT_ONCE)[:, None] * n
     means = []
-    for _ in range(0, BOOTSTRAP_SAMPLES, 500):
-        draws = generator.integers(0, len(sums), size=(500, len(sums)))
-        means.append(sums[draws].sum(axis=1) / weights[draws].sum(axis=1))
+    for _ in range(0, BOOTSTRAP_SAMPLES, DRAWN_AT_ONCE):
+        draws = generator.integers(0, n, size=(DRAWN_AT_ONCE, n))
+        counts = np.bincount((draws + offsets).ravel(), minlength=DRAWN_AT_ONCE * n)
+        drawn = counts.reshape(DRAWN_AT_ONCE, n).astype(float) @ together
+        means.append(drawn[:, 1:] / drawn[:, :1])
     return np.concatenate(means)
+
+
+def intervals(sums: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Low and high ends of the 95 % percentile interval of each column's weighted mean, and the
+    two-sided p-value that this mean is zero (the bootstrap of the centred items).
+
+    Args:
+        sums: [items, columns]; the mean of a column is its sum over the sum of weights.
+        weights: [items].
+    """
+    means = _resampled(sums, weights)
+    observed = sums.sum(axis=0) / weights.sum()
+    low, high = np.percentile(means, [2.5, 97.5], axis=0)
+    # the mean of centred items is the mean less the observed one, draw by draw
+    beyond = (np.abs(means - observed) >= np.abs(observed) - 1e-12).sum(axis=0)
+    return low, high, (beyond + 1) / (len(means) + 1)
 
 
 def bootstrap(sums: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
     """95 % percentile interval of `sums.sum() / weights.sum()` over items."""
-    low, high = np.percentile(_resampled(sums, weights), [2.5, 97.5])
-    return float(low), float(high)
+    low, high, _ = intervals(sums[:, None], weights)
+    return float(low[0]), float(high[0])
 
 
 def bootstrap_p(sums: np.ndarray, weights: np.ndarray) -> float:
     """Two-sided p-value that the mean is zero: bootstrap of the centred items."""
-    observed = abs(sums.sum() / weights.sum())
-    centred = sums - weights * (sums.sum() / weights.sum())
-    beyond = np.abs(_resampled(centred, weights)) >= observed - 1e-12
-    return float((beyond.sum() + 1) / (len(beyond) + 1))
+    return float(intervals(sums[:, None], weights)[2][0])
 
 
 def holm(p: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ python analysis/speedup.py results_dir=results [out_dir=results/plots]
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any, cast
 
 import pandas as pd
@@ -20,6 +21,8 @@ log = logging.getLogger(__name__)
 
 PANEL_HEIGHT_IN = 1.9
 COLUMNS = 2
+CASE = ["phase", "tokens", "batch"]
+Case = tuple[str, int, int]
 
 
 def main(paths: Paths) -> None:
@@ -28,22 +31,23 @@ def main(paths: Paths) -> None:
     if rows.empty:
         raise AnalysisError(f"no speed in {paths.results_dir}; run runners/speed.py first")
     for name, title, part in frames.by_setting(rows):
-        with style.paper():
-            written = style.save(draw(part, title), paths.out_dir / f"speedup-{name}")
-        table = paths.out_dir / f"speedup-{name}.csv"
-        written.append(tables.write(table, part.to_csv(index=False)))
-        written.append(tables.write(table.with_suffix(".md"), tables.markdown(summary(part))))
-        for path in written:
+        for path in save(part, title, paths.out_dir / f"speedup-{name}"):
             log.info("wrote %s", path)
+
+
+def save(part: pd.DataFrame, title: str, stem: Path) -> list[Path]:
+    """Figure and table of one setting, from `frames.speed`."""
+    with style.paper():
+        written = style.save(draw(part, title), stem)
+    return written + tables.save(stem, part, summary(part))
 
 
 def draw(part: pd.DataFrame, title: str) -> Figure:
     """One panel per phase, length and batch; one line per method, its bound dashed."""
     part = frames.with_lines(part)
-    cases = sorted({tuple(c) for c in part[["phase", "tokens", "batch"]].itertuples(index=False)})
-    cases.sort(key=lambda case: (case[0] != "prefill", *case[1:]))
+    listed = cases(part)
     looks = style.looks(set(part.line))
-    rows = -(-len(cases) // COLUMNS)
+    rows = -(-len(listed) // COLUMNS)
     figure, grid = plt.subplots(
         rows,
         COLUMNS,
@@ -52,12 +56,9 @@ def draw(part: pd.DataFrame, title: str) -> Figure:
         sharex=True,
         layout="constrained",
     )
-    for panel, case in zip(grid.flat, cases, strict=False):
-        phase, tokens, batch = case
-        chosen = part[(part.phase == phase) & (part.tokens == tokens) & (part.batch == batch)]
-        _panel(panel, chosen, looks)
-        panel.set_title(f"{phase}, batch {batch}, {tokens} tokens")
-    for panel in grid.flat[len(cases) :]:
+    for panel, case in zip(grid.flat, listed, strict=False):
+        draw_panel(panel, part, case, looks)
+    for panel in grid.flat[len(listed) :]:
         panel.set_visible(False)
     for panel in grid[:, 0]:
         panel.set_ylabel("speed-up over dense")
@@ -67,7 +68,19 @@ def draw(part: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
-def _panel(panel: Axes, chosen: pd.DataFrame, looks: dict[str, dict[str, Any]]) -> None:
+def cases(part: pd.DataFrame) -> list[Case]:
+    """What was timed, prefill first."""
+    listed = {(str(p), int(t), int(b)) for p, t, b in part[CASE].itertuples(index=False)}
+    return sorted(listed, key=lambda case: (case[0] != "prefill", *case[1:]))
+
+
+def draw_panel(
+    panel: Axes, part: pd.DataFrame, case: Case, looks: dict[str, dict[str, Any]]
+) -> None:
+    """Speed-up over sparsity of one case; `part` has a column `line`."""
+    phase, tokens, batch = case
+    chosen = part[(part.phase == phase) & (part.tokens == tokens) & (part.batch == batch)]
+    panel.set_title(f"{phase}, batch {batch}, {tokens} tokens")
     panel.axhline(1.0, color=style.REFERENCE, linestyle=":", linewidth=1)
     for line, points in chosen.groupby("line"):
         ordered, look = points.sort_values("sparsity"), looks[str(line)] | {"linestyle": "-"}

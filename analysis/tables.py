@@ -15,6 +15,17 @@ LATEX_SPECIAL = {
 }
 
 
+def save(stem: Path, frame: pd.DataFrame, readable: pd.DataFrame) -> list[Path]:
+    """Write `<stem>.csv` in full precision, `<stem>.md` and `<stem>.tex` to read.
+
+    Args:
+        frame: the numbers.
+        readable: the same, formatted for a reader.
+    """
+    forms = {"csv": frame.to_csv(index=False), "md": markdown(readable), "tex": latex(readable)}
+    return [write(stem.parent / f"{stem.name}.{end}", text) for end, text in forms.items()]
+
+
 def markdown(frame: pd.DataFrame) -> str:
     """A pipe table; numbers should be formatted already."""
     columns = [str(c) for c in frame.columns]
@@ -24,10 +35,9 @@ def markdown(frame: pd.DataFrame) -> str:
 
 
 def latex(frame: pd.DataFrame) -> str:
-    """A `tabular` with booktabs rules; text is escaped."""
+    """A `tabular` with booktabs rules; text is escaped, numbers are flushed right."""
     columns = [escape(str(c)) for c in frame.columns]
-    numeric = [all(_is_number(v) for v in frame[c]) for c in frame.columns]
-    spec = "".join("r" if right else "l" for right in numeric)
+    spec = "".join("r" if numeric(frame[c]) else "l" for c in frame.columns)
     rows = [
         " & ".join(escape(str(v)) for v in row) + r" \\" for row in frame.itertuples(index=False)
     ]
@@ -38,6 +48,11 @@ def latex(frame: pd.DataFrame) -> str:
 def escape(text: str) -> str:
     """Text with LaTeX's special characters made literal."""
     return "".join(LATEX_SPECIAL.get(character, character) for character in text)
+
+
+def numeric(column: pd.Series) -> bool:
+    """True if every cell starts with a number: `1.2`, `1,024`, `50%`, `1.2 [1.0, 1.4]`, empty."""
+    return all(_is_number(value) for value in column)
 
 
 def write(path: Path, text: str) -> Path:
@@ -52,8 +67,9 @@ def _pipe(cells: list[str]) -> str:
 
 
 def _is_number(value: object) -> bool:
+    first = (str(value).split() or ["0"])[0]
     try:
-        float(str(value).replace(",", "").rstrip("%") or "0")
+        float(first.replace(",", "").rstrip("%"))
     except ValueError:
         return False
     return True

@@ -30,11 +30,15 @@ def main(paths: Paths) -> None:
     measured = frames.measures(frames.read_store(paths.results_dir))
     averaged = with_bands(frames.over_seeds(measured), paths.results_dir)
     for name, title, part in frames.by_setting(averaged):
-        with style.paper():
-            written = style.save(draw(part, title), paths.out_dir / f"tradeoff-{name}")
-        written += write_tables(part, paths.out_dir / f"tradeoff-{name}")
-        for path in written:
+        for path in save(part, title, paths.out_dir / f"tradeoff-{name}"):
             log.info("wrote %s", path)
+
+
+def save(part: pd.DataFrame, title: str, stem: Path) -> list[Path]:
+    """Figure and table of one setting, from `frames.over_seeds` with bands or without."""
+    with style.paper():
+        written = style.save(draw(part, title), stem)
+    return written + tables.save(stem, part, summary(part))
 
 
 def draw(part: pd.DataFrame, title: str) -> Figure:
@@ -55,10 +59,10 @@ def draw(part: pd.DataFrame, title: str) -> Figure:
     for (measure, name), axes in zip(rows, grid, strict=True):
         chosen = part[(part.measure == measure) & (part.name == name)]
         for (cost, cost_label), panel in zip(AXES.items(), axes, strict=True):
-            _panel(panel, chosen, cost, looks)
+            draw_panel(panel, chosen, cost, looks)
             if panel in grid[-1]:
                 panel.set_xlabel(cost_label)
-        _scale(axes[0], measure, name)
+        scale(axes[0], measure, name)
     for panel, cost in zip(grid[-1], AXES, strict=True):
         if cost == "flops_ratio":
             panel.invert_xaxis()
@@ -66,7 +70,10 @@ def draw(part: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
-def _panel(panel: Axes, chosen: pd.DataFrame, cost: str, looks: dict[str, dict[str, Any]]) -> None:
+def draw_panel(
+    panel: Axes, chosen: pd.DataFrame, cost: str, looks: dict[str, dict[str, Any]]
+) -> None:
+    """One measure of one task or text over one cost; `chosen` has a column `line`."""
     dense = float(chosen["dense"].iloc[0])
     panel.axhline(dense, color=style.REFERENCE, linestyle=(0, (4, 2)), linewidth=1, label="dense")
     chance = chosen["chance"].dropna()
@@ -103,7 +110,8 @@ def _panel(panel: Axes, chosen: pd.DataFrame, cost: str, looks: dict[str, dict[s
         )
 
 
-def _scale(panel: Axes, measure: str, name: str) -> None:
+def scale(panel: Axes, measure: str, name: str) -> None:
+    """Label and scale of a measure's axis: perplexities in logarithms."""
     if measure == "accuracy":
         panel.set_ylabel(f"{name.replace('_', ' ')}\naccuracy")
         panel.set_ylim(bottom=0)
@@ -115,13 +123,6 @@ def _scale(panel: Axes, measure: str, name: str) -> None:
     panel.yaxis.set_major_locator(LogLocator(base=10, subs=steps))
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     panel.yaxis.set_minor_formatter(NullFormatter())
-
-
-def write_tables(part: pd.DataFrame, stem: Path) -> list[Path]:
-    """The figure's numbers: `<stem>.csv` in full precision, `<stem>.md` to read."""
-    csv = tables.write(stem.parent / f"{stem.name}.csv", part.to_csv(index=False))
-    text = tables.markdown(summary(part))
-    return [csv, tables.write(stem.parent / f"{stem.name}.md", text)]
 
 
 def summary(part: pd.DataFrame) -> pd.DataFrame:

@@ -6,6 +6,7 @@ python analysis/training_time.py results_dir=results [out_dir=results/plots]
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -25,15 +26,14 @@ def main(paths: Paths) -> None:
         log.info("no method of this store has a stage: no table")
         return
     for name, _, part in frames.by_setting(rows):
-        stem = f"training_time-{name}"
-        costs = cost_table(part)
-        readable = formatted(costs)
-        for ending, text in (
-            ("csv", costs.to_csv(index=False)),
-            ("md", tables.markdown(readable)),
-            ("tex", tables.latex(readable)),
-        ):
-            log.info("wrote %s", tables.write(paths.out_dir / f"{stem}.{ending}", text))
+        for path in save(part, name, paths.out_dir / f"training_time-{name}"):
+            log.info("wrote %s", path)
+
+
+def save(part: pd.DataFrame, _: str, stem: Path) -> list[Path]:
+    """Table of one setting, from `frames.stages`."""
+    costs = cost_table(part)
+    return tables.save(stem, costs, formatted(costs))
 
 
 def cost_table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -42,6 +42,7 @@ def cost_table(rows: pd.DataFrame) -> pd.DataFrame:
     A stage whose product several points share was paid once, by the point that did not find it
     in the cache; points that did show the cost of that first run and are counted as `shared_by`.
     Stages that every point runs for itself (`calibrate`) are summed over the points.
+    `ratio_to_slowest` divides a method's total by the largest total of the table.
     """
     out = []
     for (method, variant), own in rows.groupby(frames.SERIES, dropna=False):
@@ -57,6 +58,8 @@ def cost_table(rows: pd.DataFrame) -> pd.DataFrame:
         out += [{"method": frames.label(str(method), str(variant)), **s} for s in [*stages, total]]
     table = pd.DataFrame(out).drop(columns="order")
     table["tokens_per_s"] = table["tokens"] / table["seconds"]
+    totals = table["seconds"].where(table["stage"] == "total")
+    table["ratio_to_slowest"] = totals / totals.max()
     return table
 
 
@@ -86,6 +89,7 @@ def formatted(table: pd.DataFrame) -> pd.DataFrame:
             "method": table["method"],
             "stage": table["stage"],
             "seconds": [f"{v:.1f}" for v in table["seconds"]],
+            "x slowest": ["" if pd.isna(v) else f"{v:.3f}" for v in table["ratio_to_slowest"]],
             "steps": [f"{v:,}" for v in table["steps"]],
             "tokens": [f"{v:,}" for v in table["tokens"]],
             "tokens/s": [f"{v:,.0f}" for v in table["tokens_per_s"]],

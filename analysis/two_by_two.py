@@ -36,12 +36,8 @@ def main(paths: Paths) -> None:
     for name, _, part in frames.by_setting(joined):
         stem = f"two_by_two-{name}"
         grid = cells(part)
-        for ending, text in (
-            ("csv", grid.to_csv(index=False)),
-            ("md", tables.markdown(formatted(grid))),
-            ("tex", tables.latex(formatted(grid))),
-        ):
-            log.info("wrote %s", tables.write(paths.out_dir / f"{stem}.{ending}", text))
+        for path in tables.save(paths.out_dir / stem, grid, formatted(grid)):
+            log.info("wrote %s", path)
 
 
 def cells(part: pd.DataFrame) -> pd.DataFrame:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import netrc
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from methods.engine.families import UnsupportedModel, require_family
 from runners.errors import UserError
@@ -14,6 +18,7 @@ from runners.eval_texts import describe_text, missing_texts
 from runners.local_tasks import missing_files
 from runners.task_items import GENERATORS
 from runners.tasks import check_tasks
+from runners.tracking import BACKENDS
 
 CHOICES = {
     "objective": ("lm", "distill"),
@@ -44,9 +49,38 @@ def check_config(cfg: Mapping[str, Any]) -> None:
     folder = cfg["data"].get("dir")
     if folder is not None and not Path(folder).expanduser().is_dir():
         raise UserError(f"data.dir={folder} is not a folder")
+    check_tracking(cfg["tracking"])
     if "speed" in cfg:
         _check_speed(cfg["speed"])
     check_evaluation(cfg["eval"])
+
+
+def check_tracking(tracking: Mapping[str, Any]) -> None:
+    """The backend is known, its package installed, and an online one has a key.
+
+    Raises:
+        UserError: it would fail, or wait for an answer at a prompt.
+    """
+    backend = tracking["backend"]
+    if backend not in BACKENDS:
+        raise UserError(f"tracking.backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
+    if backend == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
+        raise UserError("tracking=tensorboard needs the package tensorboard (extra `tensorboard`)")
+    if backend != "wandb":
+        return
+    if tracking["mode"] not in ("offline", "online"):
+        raise UserError(f"tracking.mode must be offline or online, not {tracking['mode']!r}")
+    if tracking["mode"] == "online" and not (os.environ.get("WANDB_API_KEY") or _logged_in()):
+        raise UserError("tracking.mode=online needs WANDB_API_KEY in the environment")
+
+
+def _logged_in() -> bool:
+    """Whether `wandb login` has left a key for the service in use."""
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return netrc.netrc().authenticators(str(host)) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def check_evaluation(settings: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from runners.store import RunFolder, fingerprint, full_disk
 
 if TYPE_CHECKING:
     from runners.point import Point
-    from runners.tracking import Tracker
+    from runners.tracking import Safe
 
 log = logging.getLogger(__name__)
 
@@ -56,15 +56,18 @@ def measure_speed(cfg: DictConfig) -> None:
 
 
 def _time(config: dict[str, Any], folder: RunFolder) -> None:
+    from runners.mirror import mirror_speed
     from runners.point import Point
     from runners.timing import measure
-    from runners.tracking import NoTracker
+    from runners.tracking import open_tracker
 
-    point = Point(config, folder, NoTracker())
-    if config["speed"]["trained"]:
-        point.train()
-    figures = measure(point, config["speed"])
-    folder.add_speed(figures["speed"], {**identity(config), **figures["record"]})
+    with open_tracker(config, folder.path, job="speed", **identity(config)) as tracker:
+        point = Point(config, folder, tracker)
+        if config["speed"]["trained"]:
+            point.train()
+        figures = measure(point, config["speed"])
+        folder.add_speed(figures["speed"], {**identity(config), **figures["record"]})
+        mirror_speed(tracker, figures["speed"])
 
 
 @contextmanager
@@ -107,7 +110,8 @@ def _train_and_score(config: dict[str, Any], folder: RunFolder, *, evaluate: boo
     from runners.tracking import open_tracker
 
     started = time.perf_counter()
-    with open_tracker(config, folder.path, **identity(config)) as tracker:
+    job = "sweep" if evaluate else "train"
+    with open_tracker(config, folder.path, job=job, **identity(config)) as tracker:
         point = Point(config, folder, tracker)
         point.train()
         point.save()
@@ -123,19 +127,21 @@ def _score(config: dict[str, Any], folder: RunFolder) -> None:
     from runners.tracking import open_tracker
 
     started = time.perf_counter()
-    with open_tracker(config, folder.path, **identity(config)) as tracker:
+    with open_tracker(config, folder.path, job="score", **identity(config)) as tracker:
         point = Point(config, folder, tracker)
         point.restore(Path(config["saved"]), recalibrate=config["recalibrate"])
         _finish(config, folder, tracker, point, started)
 
 
 def _finish(
-    config: dict[str, Any], folder: RunFolder, tracker: Tracker, point: Point, started: float
+    config: dict[str, Any], folder: RunFolder, tracker: Safe, point: Point, started: float
 ) -> None:
+    from runners.mirror import mirror
+
     result = {**identity(config), **point.evaluate()}
     result["seconds"] = time.perf_counter() - started
-    tracker.summary(result)
     folder.complete(result)
+    mirror(tracker, folder.path, result)
     log.info("%s: %s", describe(config), headline(result))
 
 

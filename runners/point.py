@@ -27,7 +27,7 @@ from runners.products import Products, content_key
 from runners.provenance import code_version, provenance
 from runners.store import RunFolder
 from runners.texts import Texts
-from runners.tracking import Tracker
+from runners.tracking import Safe
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Point:
         tracker: gets the stage curves.
     """
 
-    def __init__(self, config: dict[str, Any], folder: RunFolder, tracker: Tracker) -> None:
+    def __init__(self, config: dict[str, Any], folder: RunFolder, tracker: Safe) -> None:
         self.config, self.folder, self.tracker = config, folder, tracker
         torch.manual_seed(config["seed"])
         self.base = load_base(config)
@@ -187,7 +187,7 @@ class Point:
 
     def _on_step(self, stage: str, figures: dict[str, float]) -> None:
         self.folder.log({"event": "step", "stage": stage, **figures})
-        self.tracker.log({f"{stage}/{key}": value for key, value in figures.items()}, step=None)
+        self.tracker.log({f"{stage}/{key}": value for key, value in figures.items()})
 
 
 def check_reach(method: Method, name: str) -> None:

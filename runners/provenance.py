@@ -14,14 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from runners.command import started_with
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGES = ("torch", "transformers", "lm_eval", "hydra-core", "wandb", "numpy", "routebench")
 VERSION_DIGITS = 16
 
 
 def provenance() -> dict[str, Any]:
-    """Git state, package versions and hardware, as JSON types (None where unknown)."""
+    """Command, git state, package versions and hardware, as JSON types (None where unknown)."""
     return {
+        "command": started_with(),
         "git": git_state(REPOSITORY),
         "packages": {name: _package_version(name) for name in PACKAGES},
         "python": platform.python_version(),

@@ -1,25 +1,52 @@
-"""Mirrors a point's curves and figures to Weights & Biases; never the source of the analysis."""
+"""Mirrors a point's curves and figures to a tracking service; never the source of the analysis."""
 
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from runners.store import redact
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 
+BACKENDS = ("off", "wandb", "tensorboard")
+Rows = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Files:
+    """Files that a run made, with what they were made from.
+
+    Attributes:
+        inputs: (kind, name, facts) of each, e.g. ("base_model", "llama", {"weights_sha256": ...}).
+    """
+
+    kind: str
+    name: str
+    paths: Sequence[Path]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Sequence[tuple[str, str, Mapping[str, Any]]] = ()
+
 
 class Tracker(Protocol):
-    """Where curves go while a point runs."""
+    """Where a point's figures go while it runs."""
 
-    def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Add one point of each curve."""
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Add one point of each curve; `<stage>/step` is the x axis of `<stage>/*`."""
+
+    def table(self, name: str, rows: Rows) -> None:
+        """Keep a table; every row has the same keys."""
+
+    def picture(self, name: str, figure: Figure) -> None:
+        """Keep a picture."""
+
+    def files(self, files: Files) -> None:
+        """Keep files, with their lineage."""
 
     def summary(self, result: Mapping[str, Any]) -> None:
         """Keep the figures of the finished record."""
@@ -28,68 +55,86 @@ class Tracker(Protocol):
         """End the run; the next point of the same process starts its own."""
 
 
-class NoTracker:
-    """`tracking=off`."""
+@dataclass(frozen=True)
+class Run:
+    """What a backend is opened with.
 
-    def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Do nothing."""
-
-    def summary(self, result: Mapping[str, Any]) -> None:
-        """Do nothing."""
-
-    def close(self, *, failed: bool) -> None:
-        """Do nothing."""
-
-
-class WandbTracker:
-    """One W&B run. A failing service is reported once and never stops the point.
-
-    Args:
-        run: of `wandb.init`.
+    Attributes:
+        tracking: the config's group, resolved.
+        config: of the point, without secrets.
+        folder: of the point; its name tells the run apart.
+        job: sweep, train, score or speed.
+        identity: method, variant, model, data, seed and target.
+        tags: searchable words.
     """
 
-    def __init__(self, run: Any) -> None:
-        self.run = run
-        self.works = True
-        self.stages: set[str] = set()
+    tracking: Mapping[str, Any]
+    config: Mapping[str, Any]
+    folder: Path
+    job: str
+    identity: Mapping[str, Any]
+    tags: Sequence[str] = ()
 
-    def log(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Add one point of each curve; `<stage>/step` becomes the x axis of `<stage>/*`."""
-        for name in metrics:
-            stage, _, last = name.rpartition("/")
-            if last == "step" and stage not in self.stages:
-                self.stages.add(stage)
-                self._try(partial(self.run.define_metric, f"{stage}/*", step_metric=name))
-        self._try(lambda: self.run.log(dict(metrics), step=step))
+    @property
+    def name(self) -> str:
+        """Short label."""
+        own = self.identity
+        return f"{own['method']}-{own['sparsity_target']:g}-s{own['seed']}"
+
+
+class Safe:
+    """A tracker whose failures are reported once and never stop the point.
+
+    Args:
+        tracker: None tracks nothing.
+    """
+
+    def __init__(self, tracker: Tracker | None) -> None:
+        self.tracker = tracker
+        self.active = tracker is not None
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """`Tracker.log`."""
+        self.attempt(lambda tracker: tracker.log(metrics))
 
     def summary(self, result: Mapping[str, Any]) -> None:
-        """Every number and label of the record, nested keys joined with `/`."""
-        self._try(lambda: self.run.summary.update(flat(result)))
+        """`Tracker.summary`."""
+        self.attempt(lambda tracker: tracker.summary(result))
 
     def close(self, *, failed: bool) -> None:
-        """Finish the run, marked as failed or not."""
-        self._try(lambda: self.run.finish(exit_code=int(failed)))
-
-    def _try(self, call: Callable[[], Any]) -> None:
-        if not self.works:
+        """`Tracker.close`; tried also where tracking had stopped, to free what it holds."""
+        if self.tracker is None:
             return
         try:
-            call()
+            self.tracker.close(failed=failed)
         except Exception as error:
-            self.works = False
+            if self.active:
+                log.warning("tracking did not end well, the record is complete: %s", error)
+
+    def attempt(self, call: Callable[[Tracker], object]) -> None:
+        """Run a call on the tracker; after its first failure there is no other."""
+        if self.tracker is None or not self.active:
+            return
+        try:
+            call(self.tracker)
+        except Exception as error:
+            self.active = False
             log.warning("tracking stopped, the run goes on: %s", error)
 
 
 @contextmanager
-def open_tracker(config: Mapping[str, Any], folder: Path, **identity: Any) -> Iterator[Tracker]:
+def open_tracker(
+    config: Mapping[str, Any], folder: Path, *, job: str = "sweep", **identity: Any
+) -> Iterator[Safe]:
     """The tracker that the config asks for, closed at the end whatever happens.
 
     Args:
-        config: resolved; `tracking.backend` is `off` or `wandb`.
+        config: resolved; `tracking.backend` is one of `BACKENDS`.
         folder: of the point; its name tells the run apart.
+        job: kind of work: sweep, train, score or speed.
         identity: method, model, data, seed and target: the run's name and searchable fields.
     """
-    tracker = _open(config, folder, identity)
+    tracker = Safe(_open(config, folder, job, identity))
     failed = True
     try:
         yield tracker
@@ -98,30 +143,39 @@ def open_tracker(config: Mapping[str, Any], folder: Path, **identity: Any) -> It
         tracker.close(failed=failed)
 
 
-def _open(config: Mapping[str, Any], folder: Path, identity: Mapping[str, Any]) -> Tracker:
-    tracking = config["tracking"]
-    if tracking["backend"] != "wandb":
-        return NoTracker()
-    os.environ.setdefault("WANDB_SILENT", "true")
-    try:
-        import wandb
+def _open(
+    config: Mapping[str, Any], folder: Path, job: str, identity: Mapping[str, Any]
+) -> Tracker | None:
+    backend = config["tracking"]["backend"]
+    if backend == "off":
+        return None
+    from runners.store import redact
 
-        Path(tracking["dir"]).mkdir(parents=True, exist_ok=True)
-        run = wandb.init(
-            project=tracking["project"],
-            entity=tracking["entity"],
-            group=tracking["group"],
-            name=f"{identity['method']}-{identity['sparsity_target']:g}-s{identity['seed']}",
-            job_type=identity["method"],
-            config={**redact(config), "fingerprint": folder.name, "variant": identity["variant"]},
-            dir=tracking["dir"],
-            mode=tracking["mode"],
-            reinit="finish_previous",
-        )
+    tags = _tags(config, identity)
+    run = Run(config["tracking"], redact(config), folder, job, identity, tags)
+    try:
+        if backend == "tensorboard":
+            from runners.tracking_tensorboard import TensorBoardTracker
+
+            return TensorBoardTracker(run)
+        from runners.tracking_wandb import open_wandb
+
+        return open_wandb(run)
     except Exception as error:
         log.warning("no tracking for this point, the run goes on: %s", error)
-        return NoTracker()
-    return WandbTracker(run)
+        return None
+
+
+def _tags(config: Mapping[str, Any], identity: Mapping[str, Any]) -> list[str]:
+    """Method, model, text, budget, experiment and the user's own, at most 64 characters each."""
+    from hydra.core.hydra_config import HydraConfig
+
+    words = [identity.get(key) for key in ("method", "model", "data")]
+    words.append((config.get("budget") or {}).get("name"))
+    if HydraConfig.initialized():
+        words.append(HydraConfig.get().runtime.choices.get("experiment"))
+    words += config["tracking"].get("tags") or []
+    return list(dict.fromkeys(str(word)[:64] for word in words if word))
 
 
 def flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

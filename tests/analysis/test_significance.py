@@ -105,7 +105,7 @@ def test_several_seeds_are_averaged_per_item(store):
 def test_main_writes_tables(store):
     main(Paths(store, store / "plots"))
     written = {path.name for path in (store / "plots").iterdir()}
-    assert written == {f"significance-tiny-sotu-quick.{ending}" for ending in ("csv", "md")}
+    assert written == {f"significance-tiny-sotu-quick.{ending}" for ending in ("csv", "md", "tex")}
     text = (store / "plots" / "significance-tiny-sotu-quick.md").read_text()
     assert "mcnemar" in text and "*" in text
 

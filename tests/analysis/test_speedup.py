@@ -60,7 +60,7 @@ def test_bound_is_dashed_beside_the_measured_line(store):
 def test_files_are_written(store):
     main(Paths(store, store / "plots"))
     names = {path.suffix for path in (store / "plots").iterdir()}
-    assert names == {".png", ".pdf", ".csv", ".md"}
+    assert names == {".png", ".pdf", ".csv", ".md", ".tex"}
     table = next((store / "plots").glob("*.csv"))
     assert len(pd.read_csv(table)) == 4
 

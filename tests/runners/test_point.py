@@ -9,7 +9,7 @@ import torch
 
 from runners.point import Point, merge_dense
 from runners.store import RunFolder
-from runners.tracking import NoTracker
+from runners.tracking import Safe
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def trained(tiny_config, tmp_path):
         change(config)
         folder = RunFolder(tmp_path / f"run{next(count)}")
         folder.path.mkdir()
-        point = Point(config, folder, NoTracker())
+        point = Point(config, folder, Safe(None))
         point.train()
         return point, {report["name"]: report["cached"] for report in point.reports}
 

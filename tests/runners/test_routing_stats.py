@@ -131,7 +131,8 @@ def test_pictures_and_text(inspected):
     main(Paths(inspected, inspected / "plots"))
     written = {path.name: path.stat().st_size for path in (inspected / "plots").iterdir()}
     stems = {f"routing-abc-{name}.{end}" for name in ("maps", "errors") for end in ("png", "pdf")}
-    assert set(written) == stems | {"routing-abc-text.html", "routing-abc-layers.csv"}
+    tables = {f"routing-abc-layers.{end}" for end in ("csv", "md", "tex")}
+    assert set(written) == stems | tables | {"routing-abc-text.html"}
     assert all(size > 100 for size in written.values())
 
 

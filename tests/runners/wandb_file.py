@@ -34,6 +34,7 @@ def read_run(file: Path) -> dict[str, Any]:
     from wandb.proto import wandb_internal_pb2 as proto
 
     found: dict[str, Any] = {"config": {}, "history": [], "summary": {}, "exit": None}
+    found["artifacts"] = {}
     for data in records(file):
         record = proto.Record()
         record.ParseFromString(data)
@@ -41,11 +42,18 @@ def read_run(file: Path) -> dict[str, Any]:
         if kind == "run":
             run = record.run
             found |= {"group": run.run_group, "name": run.display_name, "job": run.job_type}
+            found |= {"id": run.run_id, "tags": list(run.tags)}
             found["config"] |= {u.key: json.loads(u.value_json) for u in run.config.update}
         elif kind == "history":
             found["history"].append(_items(record.history.item))
         elif kind == "summary":
             found["summary"] |= _items(record.summary.update)
+        elif kind == "artifact":
+            artifact = record.artifact
+            facts = json.loads(artifact.metadata or "{}")
+            own = {"kind": artifact.type, "input": artifact.use_after_commit, "metadata": facts}
+            own["files"] = sorted(entry.path for entry in artifact.manifest.contents)
+            found["artifacts"][artifact.name] = own
         elif kind == "exit":
             found["exit"] = record.exit.exit_code
     return found

@@ -1,0 +1,226 @@
+"""The sections of one setting (model, data, budget), each from the module that also writes files.
+
+Every section takes its rows, a prefix for the page's ids and the looks of the lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from analysis import (
+    frames,
+    kv,
+    layers,
+    pareto,
+    significance,
+    speedup,
+    style,
+    tradeoff,
+    training_time,
+)
+from analysis.inline_svg import inline, swatches
+from analysis.report_parts import Picture, Section, table
+
+Looks = dict[str, dict[str, Any]]
+PANEL_IN = (style.COLUMN_WIDTH_IN, 2.4)
+FRONT = {"color": style.REFERENCE, "linewidth": 1}
+DASHED = {"color": style.REFERENCE, "linestyle": (0, (4, 2)), "linewidth": 1}
+
+
+def picture(draw: Callable[[Axes], object], caption: str, prefix: str) -> Picture:
+    """One panel of its own, so that panels can stand side by side or, on a phone, in a column."""
+    figure, panel = plt.subplots(figsize=PANEL_IN, layout="constrained")
+    draw(panel)
+    panel.set_title("")
+    return Picture(inline(figure, prefix=prefix, label=caption), caption)
+
+
+def tradeoff_section(part: pd.DataFrame, prefix: str, looks: Looks, stem: str) -> Section:
+    """Each measure over each cost."""
+    rows = frames.with_lines(part)
+    pictures: list[Picture] = []
+    for measure, name in pareto.measures_of(rows):
+        chosen = rows[(rows.measure == measure) & (rows.name == name)]
+        for cost, label in tradeoff.AXES.items():
+
+            def draw(panel: Axes, chosen: pd.DataFrame = chosen, cost: str = cost) -> None:
+                tradeoff.draw_panel(panel, chosen, cost, looks)
+                tradeoff.scale(panel, str(chosen.measure.iloc[0]), str(chosen.name.iloc[0]))
+                panel.set_xlabel(tradeoff.AXES[cost])
+                if cost == "flops_ratio":
+                    panel.invert_xaxis()
+
+            caption = f"{name} {measure} over {label}"
+            pictures.append(picture(draw, caption, f"{prefix}-tradeoff{len(pictures)}"))
+    return Section(
+        f"{prefix}-tradeoff",
+        "Quality against cost",
+        "Bars: 95 % bootstrap interval of a perplexity, one standard error of an accuracy; with "
+        "several seeds, mean and standard deviation over seeds. Shaded: 95 % over items.",
+        swatches(looks, prefix=f"{prefix}-tl", extra=[("dense", DASHED)]),
+        pictures,
+        [table(tradeoff.summary(part), "Every method and target", stem)],
+    )
+
+
+def pareto_section(part: pd.DataFrame, prefix: str, looks: Looks, stem: str) -> Section:
+    """The points that no other point beats."""
+    rows = pareto.contenders(part)
+    pictures: list[Picture] = []
+    for measure, name in pareto.measures_of(rows):
+        chosen = rows[(rows["measure"] == measure) & (rows["name"] == name)]
+        for cost, label in pareto.COSTS.items():
+
+            def draw(panel: Axes, chosen: pd.DataFrame = chosen, cost: str = cost) -> None:
+                pareto.draw_panel(panel, chosen, cost, looks)
+                first = chosen.iloc[0]
+                tradeoff.scale(panel, str(first["measure"]), str(first["name"]))
+                panel.set_xlabel(pareto.COSTS[cost])
+
+            caption = f"Front of {name} {measure} over {label}"
+            pictures.append(picture(draw, caption, f"{prefix}-pareto{len(pictures)}"))
+    present = {
+        line: pareto.look(line, looks) | {"linestyle": ""} for line in sorted(set(rows["line"]))
+    }
+    shown = pareto.formatted(pareto.front_table(rows))
+    return Section(
+        f"{prefix}-pareto",
+        "Pareto front",
+        "Full: no other point has at most this cost and at least this quality. Faint: some other "
+        "point has. Upper bounds do not take part.",
+        swatches(present, prefix=f"{prefix}-pl", extra=[("front", FRONT)]),
+        pictures,
+        [table(shown, "Points on a front, cheapest first", stem)],
+    )
+
+
+def training_section(part: pd.DataFrame, prefix: str, stem: str) -> Section:
+    """What the recipes cost."""
+    return Section(
+        f"{prefix}-training",
+        "Training time",
+        "A stage that several points share is counted once; x slowest: a method's total over "
+        "the largest total.",
+        tables=[
+            table(
+                training_time.formatted(training_time.cost_table(part)),
+                "Cost of each method and stage",
+                stem,
+            )
+        ]
+        if len(part)
+        else [],
+        missing="" if len(part) else "no method here has a training stage",
+    )
+
+
+def speed_section(part: pd.DataFrame, prefix: str, looks: Looks, stem: str) -> Section:
+    """Measured speed-ups and their bounds."""
+    section = Section(
+        f"{prefix}-speed",
+        "Speed",
+        missing="nothing was timed: python runners/speed.py method=<name> sparsity=<target>",
+    )
+    if part.empty:
+        return section
+    rows = frames.with_lines(part)
+    pictures: list[Picture] = []
+    for case in speedup.cases(rows):
+
+        def draw(panel: Axes, case: speedup.Case = case) -> None:
+            speedup.draw_panel(panel, rows, case, looks)
+            panel.set_xlabel("realised sparsity")
+            panel.set_ylabel("speed-up over dense")
+
+        caption = f"{case[0]}, batch {case[2]}, {case[1]} tokens"
+        pictures.append(picture(draw, caption, f"{prefix}-speed{len(pictures)}"))
+    timed = {line: looks[line] | {"linestyle": "-"} for line in sorted(set(rows.line))}
+    devices = ", ".join(sorted({str(device) for device in part["device"]}))
+    return Section(
+        f"{prefix}-speed",
+        "Speed",
+        f"Measured on {devices}, dense and routed in turn in one process; bars: 20th to 80th "
+        "percentile. Dashed: the bound, of FLOPs for prefill and of bytes read for decode.",
+        swatches(timed, prefix=f"{prefix}-sl", extra=[("bound", DASHED)]),
+        pictures,
+        [table(speedup.summary(part), "Every timed case", stem)],
+    )
+
+
+def kv_section(part: pd.DataFrame, prefix: str, looks: Looks, stem: str) -> Section | None:
+    """Perplexity over the bytes of the KV cache; None where every method keeps all of it."""
+    part = part[(part["measure"] == "perplexity") & (part["method"] != pareto.DENSE)]
+    if part.empty or (part["kv_bytes_ratio"] == 1.0).all():
+        return None
+    rows = kv.averaged(part)
+
+    def draw(panel: Axes) -> None:
+        kv.draw_panel(panel, rows, looks)
+
+    return Section(
+        f"{prefix}-kv",
+        "KV cache",
+        "",
+        swatches(looks, prefix=f"{prefix}-kl", extra=[("dense", DASHED)]),
+        [picture(draw, "Perplexity over kept KV bytes", f"{prefix}-kv0")],
+        [table(kv.formatted(rows), "KV bytes of each method and policy", stem)],
+    )
+
+
+def layers_section(part: pd.DataFrame, prefix: str, looks: Looks, stem: str) -> Section:
+    """Sparsity over depth."""
+    if part.empty:
+        return Section(f"{prefix}-layers", "Sparsity by layer", missing="no method here routes")
+    averaged = layers.over_seeds(part)
+    pictures: list[Picture] = []
+    for target in layers.drawn_targets(averaged):
+        for kind in layers.KINDS:
+
+            def draw(panel: Axes, target: float = target, kind: str = kind) -> None:
+                layers.draw_panel(panel, averaged, target, kind, looks)
+                panel.set_xlabel("layer")
+                panel.set_ylabel("sparsity")
+
+            caption = f"{kind}, target {target:g}"
+            pictures.append(picture(draw, caption, f"{prefix}-layers{len(pictures)}"))
+    present = {line: looks[line] for line in sorted(set(averaged.line))}
+    return Section(
+        f"{prefix}-layers",
+        "Sparsity by layer",
+        "Share of tokens that bypass each unit; dotted: the target of the whole model.",
+        swatches(present, prefix=f"{prefix}-ll"),
+        pictures,
+        [
+            table(
+                layers.summary(averaged), "Mean of each kind, least and most bypassed layers", stem
+            )
+        ],
+    )
+
+
+def significance_section(compared: pd.DataFrame, prefix: str, stem: str) -> Section:
+    """Paired tests between the methods."""
+    if compared.empty:
+        return Section(
+            f"{prefix}-significance",
+            "Significance",
+            missing="no point here has its items saved: run it again with force=true",
+        )
+    return Section(
+        f"{prefix}-significance",
+        "Significance",
+        "Pairs of methods on the items that both answered; * holds at 0.05 after Holm's "
+        "correction over the pairs of a task.",
+        tables=[
+            table(
+                significance.formatted(compared),
+                "Accuracies by McNemar's exact test, perplexities by paired bootstrap",
+                stem,
+            )
+        ],
+    )

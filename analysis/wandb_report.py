@@ -1,0 +1,158 @@
+"""A W&B Report of a store's runs: trade-off panels, training time, one run set per method.
+
+python analysis/wandb_report.py results_dir=results [project=routebench] [entity=<team>]
+    [mode=offline] [out_dir=results/plots]
+
+`mode=offline` writes the report's definition to `<out_dir>/wandb_report.json`; `mode=online` also
+saves it in the project (needs `entity=` and WANDB_API_KEY). Needs the extra `report`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from analysis import frames, pareto, tables, tradeoff, training_time
+from analysis.cli import AnalysisError, paths_of, run_words, words
+from analysis.report_data import Data, by_setting, load
+
+log = logging.getLogger(__name__)
+
+DEFAULTS = {"project": "routebench", "entity": "", "mode": "offline"}
+INTRODUCTION = (
+    "Each run is one point: a method at one target sparsity and seed. Sparsity is the share of "
+    "bypassed (token, unit) pairs; FLOPs are analytic, routed over dense. The tables are those of "
+    "`analysis/report.py`, from the result records."
+)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Write the definition, and save the report where the mode says so."""
+    values = words(arguments, DEFAULTS)
+    paths = paths_of(values, "plots")
+    if values["mode"] not in ("offline", "online"):
+        raise AnalysisError(f"mode must be offline or online, not {values['mode']!r}")
+    online = values["mode"] == "online"
+    if online and not (values["entity"] and os.environ.get("WANDB_API_KEY")):
+        raise AnalysisError("mode=online needs entity= and WANDB_API_KEY in the environment")
+    data = load(frames.read_store(paths.results_dir), paths.results_dir)
+    report = definition(data, project=values["project"], entity=values["entity"])
+    spec = report._to_model().model_dump_json(by_alias=True, exclude_none=True, indent=2)
+    path = tables.write(paths.out_dir / "wandb_report.json", f"{spec}\n")
+    log.info("wrote %s", path)
+    if online:
+        report.save()
+        log.info("saved %s", report.url)
+
+
+def definition(data: Data, *, project: str, entity: str) -> Any:
+    """The report, as an object of `wandb_workspaces.reports.v2`.
+
+    Raises:
+        AnalysisError: the package is not installed.
+    """
+    wr = _library()
+    blocks: list[Any] = [wr.P(INTRODUCTION), wr.TableOfContents()]
+    for slug, title, own in by_setting(data):
+        blocks.append(wr.H1(title))
+        run_sets = _run_sets(own.points, slug)
+        if len(own.averaged):
+            blocks += [wr.H2("Quality against cost"), _grid(run_sets, _tradeoffs(own.averaged))]
+            blocks.append(wr.MarkdownBlock(tables.markdown(tradeoff.summary(own.averaged))))
+            front = pareto.front_table(pareto.contenders(own.averaged))
+            blocks += [
+                wr.H2("Pareto front"),
+                wr.MarkdownBlock(tables.markdown(pareto.formatted(front))),
+            ]
+        if len(own.stages):
+            costs = training_time.formatted(training_time.cost_table(own.stages))
+            blocks += [wr.H2("Training time"), wr.MarkdownBlock(tables.markdown(costs))]
+            blocks.append(_grid(run_sets, _curves(own.stages)))
+        blocks += [wr.H2("Where tokens are executed"), _grid(run_sets, _media())]
+    return wr.Report(
+        project=project,
+        entity=entity,
+        title="Token routing",
+        description="Methods under one budget: quality, cost and where tokens are executed.",
+        blocks=blocks,
+        width="fluid",
+    )
+
+
+def _run_sets(points: pd.DataFrame, slug: str) -> list[Any]:
+    """One run set per method; the tracker writes both keys to the run's configuration."""
+    wr = _library()
+    methods = sorted({str(name).removesuffix(frames.UPPER_BOUND) for name in points["method"]})
+    return [
+        wr.Runset(
+            name=name,
+            filters=f"Config('method_name') = '{name}' and Config('setting') = '{slug}'",
+        )
+        for name in methods
+    ]
+
+
+def _tradeoffs(averaged: pd.DataFrame) -> list[Any]:
+    """One scatter per measure and cost."""
+    wr = _library()
+    panels = []
+    for measure, name in pareto.measures_of(averaged):
+        for cost, label in tradeoff.AXES.items():
+            panels.append(
+                wr.ScatterPlot(
+                    title=f"{name} {measure} over {label}",
+                    x=wr.SummaryMetric(cost),
+                    y=wr.SummaryMetric(f"{measure}/{name}/value"),
+                    log_y=measure == "perplexity",
+                )
+            )
+    return panels
+
+
+def _curves(stages: pd.DataFrame) -> list[Any]:
+    """Loss of each stage that takes steps, over its own steps."""
+    wr = _library()
+    trained = sorted({str(name) for name in stages.loc[stages["steps"] > 0, "stage"]})
+    panels: list[Any] = [
+        wr.LinePlot(title=f"{name}: loss", x=f"{name}/step", y=[f"{name}/loss"]) for name in trained
+    ]
+    panels.append(
+        wr.BarPlot(
+            title="seconds of a point",
+            metrics=["seconds"],
+            groupby=wr.Config("method_name"),
+            groupby_aggfunc="mean",
+        )
+    )
+    return panels
+
+
+def _media() -> list[Any]:
+    """The pictures and tables that the tracker keeps with each run."""
+    wr = _library()
+    panels: list[Any] = [wr.MediaBrowser(title="routing maps", media_keys=["routing"])]
+    for name in ("sparsity_by_layer", "results", "stages"):
+        panels.append(wr.WeavePanelSummaryTable(table_name=name))
+    return panels
+
+
+def _grid(run_sets: list[Any], panels: list[Any]) -> Any:
+    return _library().PanelGrid(runsets=run_sets, panels=panels)
+
+
+def _library() -> Any:
+    try:
+        import wandb_workspaces.reports.v2 as library
+    except ImportError as error:
+        raise AnalysisError(
+            "a W&B report needs the package wandb-workspaces (extra `report`)"
+        ) from error
+    return library
+
+
+if __name__ == "__main__":
+    run_words(main, __doc__)

@@ -1,0 +1,24 @@
+"""What the tests of the trackers have in common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+KEY = "s3cret" * 6 + "abcd"
+IDENTITY = {
+    "method": "informed",
+    "variant": "",
+    "sparsity_target": 0.3,
+    "seed": 2,
+    "model": "tiny",
+    "data": "sotu",
+}
+
+
+def tracking_config(folder: Path) -> dict[str, Any]:
+    """A config with an offline W&B run below a folder, and a secret."""
+    tracking = {"backend": "wandb", "mode": "offline", "project": "p", "entity": None}
+    tracking |= {"tags": ["mine"], "init_timeout_s": 30, "finish_timeout_s": 30}
+    tracking |= {"group": "a-sweep", "dir": str(folder / "wandb-folder")}
+    return {"tracking": tracking, "sparsity": 0.3, "hf_token": "s3cret"}

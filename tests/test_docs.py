@@ -1,0 +1,61 @@
+"""The site's pages exist, name real files, and hold every method; strict where mkdocs is there."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.conftest import CONF, ROOT
+
+DOCS = ROOT / "docs"
+SNIPPET = re.compile(r'^--8<-- "([^"]+)"', re.MULTILINE)
+SCRIPT = re.compile(r"(?<!/)\b(?:runners|analysis|benchmarks)/\w+\.py\b")
+PAGES = sorted(DOCS.rglob("*.md"))
+
+
+def pages_of(nav: Any) -> Iterator[str]:
+    """Every file that a navigation names."""
+    if isinstance(nav, str):
+        yield nav
+        return
+    for entry in nav.values() if isinstance(nav, dict) else nav:
+        yield from pages_of(entry)
+
+
+def test_navigation_and_pages_are_the_same():
+    settings = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    listed = sorted(pages_of(settings["nav"]))
+    assert listed == sorted(str(page.relative_to(DOCS)) for page in PAGES)
+
+
+def test_every_method_has_its_page_with_its_options():
+    names = {path.stem for path in (CONF / "method").glob("*.yaml")}
+    assert names == {path.stem for path in (DOCS / "methods").glob("*.md")} - {"index"}
+    for name in names:
+        target = yaml.safe_load((CONF / "method" / f"{name}.yaml").read_text())["_target_"]
+        text = (DOCS / "methods" / f"{name}.md").read_text()
+        assert f'--8<-- "conf/method/{name}.yaml"' in text and f"::: {target}\n" in text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(DOCS)))
+def test_files_that_a_page_names_exist(page):
+    text = page.read_text()
+    for name in [*SNIPPET.findall(text), *SCRIPT.findall(text)]:
+        assert (ROOT / name).is_file(), name
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    if importlib.util.find_spec("mkdocstrings") is None or not importlib.util.find_spec("material"):
+        pytest.skip("needs the extra `docs`")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "methods" / "informed" / "index.html").read_text()
+    assert "forecaster_fit" in page and "fonts.googleapis" not in page
