@@ -22,6 +22,7 @@ from methods.base import (
     Stage,
     middle,
 )
+from methods.parts.balance import shift_kinds
 from methods.parts.closed_form import refit_on_routed
 from methods.parts.forecaster import Forecasters
 from methods.parts.gates import sigmoid_gate
@@ -35,6 +36,7 @@ from methods.parts.routers import Routers
 Part = Literal[
     "closed_form",
     "sensitivity",
+    "kind_shift",
     "allocation",
     "refit",
     "router_training",
@@ -48,7 +50,8 @@ class InformedPlus(Method):
 
     1. Forecasters in closed form: reduced-rank ridge regression of each unit's output.
     2. Recoverability routers: ridge regression of the log of the forecast's error, weighted by the
-       unit's loss sensitivity, so that one global threshold spends the budget where it matters.
+       unit's loss sensitivity, so that one global threshold spends the budget where it matters;
+       MLP scores are then shifted against attention's to where the routed model loses least.
     3. Error-aware refit: forecasters again, on the stream that forecasts upstream have changed, and
        routers for the new forecasters.
     4. End-to-end distillation of forecasters and routers: KL to the dense model's distributions,
@@ -58,9 +61,10 @@ class InformedPlus(Method):
 
     Args:
         without: parts to leave out. `closed_form`: random forecasters and routers (published
-            initialisation), no refit; `sensitivity`: of the routers' regression; `allocation`:
-            every unit gets the same rank; `refit`; `router_training`, `forecaster_training`, both
-            for no gradient stage; `controller`: the threshold stays where calibration put it.
+            initialisation), no refit; `sensitivity`: of the routers' regression; `kind_shift`: the
+            MLP scores' shift; `allocation`: every unit gets the same rank; `refit`;
+            `router_training`, `forecaster_training`, both for no gradient stage; `controller`: the
+            threshold stays where calibration put it.
         rank: of the forecasters, their mean over the units.
         branch: rank of a SiLU branch beside each linear map, zero until trained.
         targets: one budget-conditional training for these sparsities in turn; empty trains for the
@@ -85,9 +89,9 @@ class InformedPlus(Method):
         branch: int = 0,
         damping: float = 1e-3,
         targets: Sequence[float] = (),
-        train_lr: float = 0.03,
+        train_lr: float = 0.005,
         tau: float = 1.0,
-        hold: float = 0.3,
+        hold: float = 0.5,
         penalty_weight: float = 0.0,
         lora: Mapping[str, Any] | None = None,
         lora_lr: float = 2e-4,
@@ -142,6 +146,8 @@ class InformedPlus(Method):
         if "closed_form" in self.parts:
             yield self.forecasters.stage(budget.forecasters)
             yield Stage("router_start", fit=self._start_routers)
+            if "kind_shift" in self.parts:
+                yield Stage("kind_shift", fit=self._shift_kinds, per_target=not self.targets)
             if "refit" in self.parts:
                 yield Stage("refit", fit=self._refit, per_target=not self.targets)
         if self.keys is not None:
@@ -190,6 +196,11 @@ class InformedPlus(Method):
         self.calibrate(probe, middle(self.targets, self.sparsity))
         refit_on_routed(probe, self.forecasters, damping=self.damping)
         self._start_routers(probe)
+        if "kind_shift" in self.parts:
+            self._shift_kinds(probe)
+
+    def _shift_kinds(self, probe: Probe) -> None:
+        shift_kinds(probe, self.routers, self.threshold, middle(self.targets, self.sparsity))
 
     def _trained(self) -> list[nn.Parameter]:
         chosen: list[nn.Module] = []

@@ -24,10 +24,14 @@ def recipe(**options):
 @pytest.mark.parametrize(
     ("without", "names"),
     [
-        ([], ["forecasters", "router_start", "refit", "distill"]),
-        (["refit"], ["forecasters", "router_start", "distill"]),
+        ([], ["forecasters", "router_start", "kind_shift", "refit", "distill"]),
+        (["refit"], ["forecasters", "router_start", "kind_shift", "distill"]),
+        (["kind_shift"], ["forecasters", "router_start", "refit", "distill"]),
         (["closed_form"], ["distill"]),
-        (["router_training", "forecaster_training"], ["forecasters", "router_start", "refit"]),
+        (
+            ["router_training", "forecaster_training"],
+            ["forecasters", "router_start", "kind_shift", "refit"],
+        ),
     ],
 )
 def test_parts_are_stages(without, names):
