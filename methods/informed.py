@@ -70,7 +70,8 @@ class Informed(Method):
         targets: train one model for these sparsities in turn, shared by all points of a sweep;
             empty trains for the point's own.
         gate: training gate; `gumbel` samples (paper), `sigmoid` does not.
-        tau_start, tau_end: gate temperature, linear over the stage (paper: 5 to 1).
+        tau_start: gate temperature at the stage's first step, then linear (paper: 5).
+        tau_end: at its last (paper: 1).
         train_lr: of the gradient stage (paper: 2e-3, constant).
         weight_decay: of its AdamW.
         schedule: of its learning rate.

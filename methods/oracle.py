@@ -23,7 +23,8 @@ class Oracle(Method):
 
     Args:
         bypass: `forecast` (closed-form forecasters, as `informed`) or `skip`.
-        rank, damping: of the forecasters.
+        rank: of the forecasters.
+        damping: of their ridge regression.
         sensitivity: add the log of the unit's root mean square loss gradient, so that one
             threshold compares units by their expected harm.
     """

@@ -35,7 +35,8 @@ class SkipGPT(Method):
         router: `linear` (paper: D -> 2) or `mlp` (published code: D -> D/4 -> ReLU -> 2).
         router_width: hidden width of `mlp`; 0 means D // 4.
         router_lr: of router tuning, constant (paper: 2e-3).
-        tau_start, tau_end: Gumbel temperature, linear over the stage (5 to 1).
+        tau_start: Gumbel temperature at the stage's first step, then linear (5).
+        tau_end: at its last (1).
         penalty_weight: of |(1 - s) - mean execute rate| (paper 8, published code 20).
         lora: of the second stage (`LoraSpec` fields), or None for router tuning alone.
         lora_lr: its learning rate.

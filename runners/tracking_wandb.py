@@ -139,6 +139,10 @@ class RunIds:
         return kept if isinstance(kept, dict) else {}
 
 
+OFFLINE_START_S = 60
+"""Nobody answers slowly here: what takes time is a process that starts on a busy machine."""
+
+
 def open_wandb(run: Run) -> WandbTracker:
     """Start or resume the point's run; offline where none can be started in time.
 
@@ -170,23 +174,27 @@ def open_wandb(run: Run) -> WandbTracker:
         },
         "dir": tracking["dir"],
         "reinit": "finish_previous",
-        "settings": wandb.Settings(
+    }
+
+    def start(mode: str, init_timeout_s: float) -> WandbTracker:
+        settings = wandb.Settings(
             console="off",
             save_code=False,
             disable_git=True,
             x_disable_meta=True,
-            init_timeout=tracking["init_timeout_s"],
+            init_timeout=init_timeout_s,
             finish_timeout=tracking["finish_timeout_s"],
             finish_timeout_raises=True,
-        ),
-    }
+        )
+        return WandbTracker(wandb.init(**options, mode=mode, settings=settings), ids)
+
     try:
-        return WandbTracker(wandb.init(**options, mode=tracking["mode"]), ids)
+        return start(tracking["mode"], tracking["init_timeout_s"])
     except Exception as error:
         log.warning("W&B did not start, tried again offline: %s", error)
     with suppress(Exception):  # the service's process may be dead; the next run needs a new one
         wandb.teardown()
-    return WandbTracker(wandb.init(**options, mode="offline"), ids)
+    return start("offline", max(OFFLINE_START_S, tracking["init_timeout_s"]))
 
 
 def _setting(run: Run) -> str:
