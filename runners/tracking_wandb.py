@@ -14,7 +14,7 @@ import secrets
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from runners.store import write_json_atomic
 from runners.tracking import Files, Rows, Run, flat
@@ -176,7 +176,7 @@ def open_wandb(run: Run) -> WandbTracker:
         "reinit": "finish_previous",
     }
 
-    def start(mode: str, init_timeout_s: float) -> WandbTracker:
+    def start(mode: Literal["online", "offline"], init_timeout_s: float) -> WandbTracker:
         settings = wandb.Settings(
             console="off",
             save_code=False,
