@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -75,15 +73,15 @@ def shift_kinds(probe: Probe, routers: Routers, threshold: Tensor, sparsity: flo
             if site.kind == "mlp":
                 routers.at(site).shift(amount)
 
-    def loss(guess: float) -> float:
-        threshold.fill_(realising_threshold(part, sparsity, tolerance=2 * TOLERANCE, guess=guess))
+    def loss() -> float:
+        threshold.fill_(realising_threshold(part, sparsity, tolerance=2 * TOLERANCE))
         return part.routed_loss()
 
-    best = loss(-math.inf)
+    best = loss()
     direction = -SHIFT_STEP
     for tried in range(MOST_SHIFTS):
         move(direction)
-        found = loss(float(threshold))
+        found = loss()
         if found < best:
             best = found
             continue

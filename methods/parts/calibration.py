@@ -56,23 +56,13 @@ def calibrate_threshold(
 
 
 def realising_threshold(
-    probe: Probe,
-    sparsity: float,
-    *,
-    tolerance: float,
-    max_passes: int = 16,
-    guess: float = -math.inf,
+    probe: Probe, sparsity: float, *, tolerance: float, max_passes: int = 16
 ) -> float:
     """The same search on all of the probe's calibration text from the start.
 
-    Args:
-        guess: saves the pass that looks for a first one.
-
     Raises:
-        ValueError: as `calibrate_threshold`; a guess is trusted to be in reach.
+        ValueError: as `calibrate_threshold`.
     """
-    if math.isfinite(guess):
-        return _search(probe, sparsity, guess, tolerance=tolerance, max_passes=max_passes)
     seen = probe.routed_scores(-math.inf)
     reachable = float(seen.weights[seen.scores < math.inf].sum()) / seen.total_weight
     if sparsity > reachable + tolerance:
