@@ -242,6 +242,7 @@ def chromium() -> str:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_in_a_browser(page, results, width, scheme):
     """No console message, no request but the page, no sideways scrolling, panels in view."""
+    pytest.importorskip("playwright", reason="needs the extra `browser`")
     from playwright.sync_api import sync_playwright
 
     path = chromium()
