@@ -192,8 +192,11 @@ def open_wandb(run: Run) -> WandbTracker:
         return start(tracking["mode"], tracking["init_timeout_s"])
     except Exception as error:
         log.warning("W&B did not start, tried again offline: %s", error)
-    with suppress(Exception):  # the service's process may be dead; the next run needs a new one
+    # the service's process may be dead, or hold the run's id; the next run needs a new one, and
+    # an inherited service outlives the teardown
+    with suppress(Exception):
         wandb.teardown()
+    os.environ.pop("WANDB_SERVICE", None)
     return start("offline", max(OFFLINE_START_S, tracking["init_timeout_s"]))
 
 

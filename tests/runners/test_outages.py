@@ -33,9 +33,7 @@ print("ended", flush=True)
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DIR"):
-        monkeypatch.delenv(name, raising=False)
-    return tracking_config(tmp_path)
+    return tracking_config(tmp_path, monkeypatch)
 
 
 @pytest.fixture
@@ -89,7 +87,18 @@ def test_an_outage_in_the_middle_does_not_stall_a_run(started, server, config, t
     assert len(read_run(kept)["history"]) == 299
 
 
-def test_an_unreachable_service_leaves_an_offline_run(started, config, tmp_path):
+@pytest.mark.parametrize("inherited", [False, True])
+def test_an_unreachable_service_leaves_an_offline_run(
+    started, config, tmp_path, monkeypatch, inherited
+):
+    """Also where the parent's W&B service is inherited, which keeps the id of the first try."""
+    if inherited:
+        other = tracking_config(tmp_path / "parent", monkeypatch)
+        with open_tracker(other, tmp_path / "parent-point", **IDENTITY) as tracker:
+            assert tracker.active
+        assert "WANDB_SERVICE" in os.environ
+    else:
+        monkeypatch.delenv("WANDB_SERVICE", raising=False)
     config["tracking"] |= {"mode": "online", "entity": "me", "init_timeout_s": 3}
     run = started(WANDB_BASE_URL="http://127.0.0.1:9", WANDB_API_KEY=KEY)
     out, err = run.communicate("\n", timeout=60)

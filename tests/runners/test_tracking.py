@@ -33,9 +33,7 @@ RECORD = {
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DIR"):
-        monkeypatch.delenv(name, raising=False)
-    return tracking_config(tmp_path)
+    return tracking_config(tmp_path, monkeypatch)
 
 
 @pytest.fixture

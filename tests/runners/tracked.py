@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 KEY = "s3cret" * 6 + "abcd"
 IDENTITY = {
     "method": "informed",
@@ -16,8 +18,10 @@ IDENTITY = {
 }
 
 
-def tracking_config(folder: Path) -> dict[str, Any]:
-    """A config with an offline W&B run below a folder, and a secret."""
+def tracking_config(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A config with an offline W&B run below a folder, and a secret; the environment names none."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
     tracking = {"backend": "wandb", "mode": "offline", "project": "p", "entity": None}
     tracking |= {"tags": ["mine"], "init_timeout_s": 30, "finish_timeout_s": 30}
     tracking |= {"group": "a-sweep", "dir": str(folder / "wandb-folder")}

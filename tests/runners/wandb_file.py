@@ -64,5 +64,9 @@ def _items(items: Any) -> dict[str, Any]:
 
 
 def runs(folder: str | Path) -> list[dict[str, Any]]:
-    """Every offline run under a tracking folder, oldest first."""
-    return [read_run(file) for file in sorted(Path(folder).glob("wandb/offline-run-*/*.wandb"))]
+    """Every offline run under a tracking folder, the one that ended first before the others.
+
+    Their names tell the second only, in which two may start.
+    """
+    found = Path(folder).glob("wandb/offline-run-*/*.wandb")
+    return [read_run(file) for file in sorted(found, key=lambda file: file.stat().st_mtime_ns)]
