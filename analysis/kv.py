@@ -22,15 +22,21 @@ log = logging.getLogger(__name__)
 
 def main(paths: Paths) -> None:
     """Draw one figure and write one table per (model, data, budget)."""
-    measured = frames.measures(frames.read_store(paths.results_dir))
-    measured = measured[(measured.measure == "perplexity") & (measured.method != "dense")]
+    measured = routed_perplexities(frames.measures(frames.read_store(paths.results_dir)))
     for name, title, part in frames.by_setting(measured):
         for path in save(part, title, paths.out_dir / f"kv-{name}"):
             log.info("wrote %s", path)
 
 
+def routed_perplexities(measured: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `frames.measures` that this picture shows."""
+    if measured.empty:
+        return measured
+    return measured[(measured["measure"] == "perplexity") & (measured["method"] != "dense")]
+
+
 def save(part: pd.DataFrame, title: str, stem: Path) -> list[Path]:
-    """Figure and table of one setting, from the perplexities of `frames.measures`."""
+    """Figure and table of one setting, from `routed_perplexities`."""
     rows = averaged(part)
     with style.paper():
         written = style.save(draw(rows, title), stem)

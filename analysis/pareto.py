@@ -13,18 +13,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import pandas as pd
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import frames, style, tables
 from analysis.cli import Paths, run
-from analysis.tradeoff import scale
+from analysis.tradeoff import Looks, measure_grid
 
 log = logging.getLogger(__name__)
 
 COSTS = {"flops_ratio": "FLOPs (routed / dense)", "executed": "executed share (1 - sparsity)"}
-PANEL_HEIGHT_IN = 2.0
 DENSE = "dense"
 
 
@@ -90,37 +88,13 @@ def undominated(cost: pd.Series, loss: pd.Series) -> pd.Series:
 
 def draw(rows: pd.DataFrame, title: str) -> Figure:
     """One row of panels per measure, one column per cost."""
-    names = measures_of(rows)
     looks = style.looks(set(rows["line"]) - {DENSE})
-    figure, grid = plt.subplots(
-        len(names),
-        len(COSTS),
-        figsize=(2 * style.COLUMN_WIDTH_IN, PANEL_HEIGHT_IN * len(names) + 0.7),
-        squeeze=False,
-        sharex="col",
-        sharey="row",
-        layout="constrained",
-    )
-    for (measure, name), axes in zip(names, grid, strict=True):
-        for cost, panel in zip(COSTS, axes, strict=True):
-            chosen = rows[(rows["measure"] == measure) & (rows["name"] == name)]
-            draw_panel(panel, chosen, cost, looks)
-            if panel in grid[-1]:
-                panel.set_xlabel(COSTS[cost])
-        scale(axes[0], measure, name)
+    figure, grid = measure_grid(rows, COSTS, looks, draw_panel)
     style.legend(figure, grid[0][0], title)
     return figure
 
 
-def measures_of(rows: pd.DataFrame) -> list[tuple[str, str]]:
-    """(measure, name) pairs, perplexities first."""
-    listed = {(str(m), str(n)) for m, n in rows[["measure", "name"]].itertuples(index=False)}
-    return sorted(listed, key=lambda pair: (pair[0] != "perplexity", *pair))
-
-
-def draw_panel(
-    panel: Axes, chosen: pd.DataFrame, cost: str, looks: dict[str, dict[str, Any]]
-) -> None:
+def draw_panel(panel: Axes, chosen: pd.DataFrame, cost: str, looks: Looks) -> None:
     """Every point faint, those on the front full and joined by steps."""
     front = chosen[chosen[f"front_{cost}"]].sort_values(cost)
     panel.step(
@@ -138,7 +112,7 @@ def draw_panel(
         panel.plot(best[cost], best["value"], **own, label=str(line))
 
 
-def look(line: str, looks: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def look(line: str, looks: Looks) -> dict[str, Any]:
     """A line's look; the dense model, which has none of its own, is a star."""
     return looks.get(line, {"color": style.REFERENCE, "marker": "*"})
 

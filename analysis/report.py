@@ -145,18 +145,12 @@ def save_files(parts: Sequence[Setting], paths: Paths) -> Iterator[Path]:
     """Figures and tables of every section, as the modules' own commands write them."""
     out = paths.out_dir / PLOTS
     for slug, title, own in parts:
-        perplexities = own.measured
-        if len(perplexities):
-            routed = (perplexities["measure"] == "perplexity") & (
-                perplexities["method"] != pareto.DENSE
-            )
-            perplexities = perplexities[routed]
         named: list[tuple[str, Saved, pd.DataFrame]] = [
             ("tradeoff", tradeoff.save, own.averaged),
             ("pareto", pareto.save, own.averaged),
             ("training_time", training_time.save, own.stages),
             ("speedup", speedup.save, own.speed),
-            ("kv", kv.save, perplexities),
+            ("kv", kv.save, kv.routed_perplexities(own.measured)),
             ("layers", layers.save, own.layers),
             ("significance", significance.save, own.compared),
         ]

@@ -5,8 +5,7 @@ Every section takes its rows, a prefix for the page's ids and the looks of the l
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import pandas as pd
 from matplotlib import pyplot as plt
@@ -25,8 +24,8 @@ from analysis import (
 )
 from analysis.inline_svg import inline, swatches
 from analysis.report_parts import Picture, Section, table
+from analysis.tradeoff import Looks
 
-Looks = dict[str, dict[str, Any]]
 PANEL_IN = (style.COLUMN_WIDTH_IN, 2.4)
 FRONT = {"color": style.REFERENCE, "linewidth": 1}
 DASHED = {"color": style.REFERENCE, "linestyle": (0, (4, 2)), "linewidth": 1}
@@ -40,61 +39,76 @@ def picture(draw: Callable[[Axes], object], caption: str, prefix: str) -> Pictur
     return Picture(inline(figure, prefix=prefix, label=caption), caption)
 
 
+def measure_pictures(
+    rows: pd.DataFrame,
+    costs: Mapping[str, str],
+    looks: Looks,
+    draw_panel: tradeoff.DrawPanel,
+    caption: str,
+    slug: str,
+) -> list[Picture]:
+    """A panel of each measure over each cost, as `tradeoff.measure_grid` has them.
+
+    Args:
+        caption: with `{measure}` and `{cost}`.
+        slug: of the first picture, without its number.
+    """
+    pictures: list[Picture] = []
+    for measure, name in tradeoff.measures_of(rows):
+        chosen = rows[(rows["measure"] == measure) & (rows["name"] == name)]
+        for cost, label in costs.items():
+
+            def draw(
+                panel: Axes,
+                chosen: pd.DataFrame = chosen,
+                cost: str = cost,
+                label: str = label,
+                named: tuple[str, str] = (measure, name),
+            ) -> None:
+                draw_panel(panel, chosen, cost, looks)
+                tradeoff.scale(panel, *named)
+                panel.set_xlabel(label)
+
+            text = caption.format(measure=f"{name} {measure}", cost=label)
+            pictures.append(picture(draw, text, f"{slug}{len(pictures)}"))
+    return pictures
+
+
 def tradeoff_section(part: pd.DataFrame, prefix: str, looks: Looks, stem: str) -> Section:
     """Each measure over each cost."""
-    rows = frames.with_lines(part)
-    pictures: list[Picture] = []
-    for measure, name in pareto.measures_of(rows):
-        chosen = rows[(rows.measure == measure) & (rows.name == name)]
-        for cost, label in tradeoff.AXES.items():
 
-            def draw(panel: Axes, chosen: pd.DataFrame = chosen, cost: str = cost) -> None:
-                tradeoff.draw_panel(panel, chosen, cost, looks)
-                tradeoff.scale(panel, str(chosen.measure.iloc[0]), str(chosen.name.iloc[0]))
-                panel.set_xlabel(tradeoff.AXES[cost])
-                if cost == "flops_ratio":
-                    panel.invert_xaxis()
+    def draw(panel: Axes, chosen: pd.DataFrame, cost: str, looks: Looks) -> None:
+        tradeoff.draw_panel(panel, chosen, cost, looks)
+        if cost == "flops_ratio":
+            panel.invert_xaxis()
 
-            caption = f"{name} {measure} over {label}"
-            pictures.append(picture(draw, caption, f"{prefix}-tradeoff{len(pictures)}"))
+    rows, slug = frames.with_lines(part), f"{prefix}-tradeoff"
     return Section(
-        f"{prefix}-tradeoff",
+        slug,
         "Quality against cost",
         "Bars: 95 % bootstrap interval of a perplexity, one standard error of an accuracy; with "
         "several seeds, mean and standard deviation over seeds. Shaded: 95 % over items.",
         swatches(looks, prefix=f"{prefix}-tl", extra=[("dense", DASHED)]),
-        pictures,
+        measure_pictures(rows, tradeoff.AXES, looks, draw, "{measure} over {cost}", slug),
         [table(tradeoff.summary(part), "Every method and target", stem)],
     )
 
 
 def pareto_section(part: pd.DataFrame, prefix: str, looks: Looks, stem: str) -> Section:
     """The points that no other point beats."""
-    rows = pareto.contenders(part)
-    pictures: list[Picture] = []
-    for measure, name in pareto.measures_of(rows):
-        chosen = rows[(rows["measure"] == measure) & (rows["name"] == name)]
-        for cost, label in pareto.COSTS.items():
-
-            def draw(panel: Axes, chosen: pd.DataFrame = chosen, cost: str = cost) -> None:
-                pareto.draw_panel(panel, chosen, cost, looks)
-                first = chosen.iloc[0]
-                tradeoff.scale(panel, str(first["measure"]), str(first["name"]))
-                panel.set_xlabel(pareto.COSTS[cost])
-
-            caption = f"Front of {name} {measure} over {label}"
-            pictures.append(picture(draw, caption, f"{prefix}-pareto{len(pictures)}"))
+    rows, slug = pareto.contenders(part), f"{prefix}-pareto"
+    caption = "Front of {measure} over {cost}"
     present = {
         line: pareto.look(line, looks) | {"linestyle": ""} for line in sorted(set(rows["line"]))
     }
     shown = pareto.formatted(pareto.front_table(rows))
     return Section(
-        f"{prefix}-pareto",
+        slug,
         "Pareto front",
         "Full: no other point has at most this cost and at least this quality. Faint: some other "
         "point has. Upper bounds do not take part.",
         swatches(present, prefix=f"{prefix}-pl", extra=[("front", FRONT)]),
-        pictures,
+        measure_pictures(rows, pareto.COSTS, looks, pareto.draw_panel, caption, slug),
         [table(shown, "Points on a front, cheapest first", stem)],
     )
 
@@ -154,7 +168,7 @@ def speed_section(part: pd.DataFrame, prefix: str, looks: Looks, stem: str) -> S
 
 def kv_section(part: pd.DataFrame, prefix: str, looks: Looks, stem: str) -> Section | None:
     """Perplexity over the bytes of the KV cache; None where every method keeps all of it."""
-    part = part[(part["measure"] == "perplexity") & (part["method"] != pareto.DENSE)]
+    part = kv.routed_perplexities(part)
     if part.empty or (part["kv_bytes_ratio"] == 1.0).all():
         return None
     rows = kv.averaged(part)

@@ -6,6 +6,7 @@ python analysis/tradeoff.py results_dir=results [out_dir=results/plots]
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from analysis.cli import Paths, run
 
 log = logging.getLogger(__name__)
 
+Looks = dict[str, dict[str, Any]]
+DrawPanel = Callable[[Axes, pd.DataFrame, str, Looks], None]
 AXES = {"sparsity_realised": "realised sparsity", "flops_ratio": "FLOPs (routed / dense)"}
 ROW_HEIGHT_IN = 2.0
 
@@ -43,26 +46,9 @@ def save(part: pd.DataFrame, title: str, stem: Path) -> list[Path]:
 
 def draw(part: pd.DataFrame, title: str) -> Figure:
     """One row of panels per measure, one column per cost axis."""
-    rows = sorted({(m, n) for m, n in part[["measure", "name"]].itertuples(index=False)})
-    rows.sort(key=lambda row: row[0] != "perplexity")
     part = frames.with_lines(part)
     looks = style.looks(set(part.line) - {"dense"})
-    figure, grid = plt.subplots(
-        len(rows),
-        len(AXES),
-        figsize=(2 * style.COLUMN_WIDTH_IN, ROW_HEIGHT_IN * len(rows) + 0.7),
-        squeeze=False,
-        sharex="col",
-        sharey="row",
-        layout="constrained",
-    )
-    for (measure, name), axes in zip(rows, grid, strict=True):
-        chosen = part[(part.measure == measure) & (part.name == name)]
-        for (cost, cost_label), panel in zip(AXES.items(), axes, strict=True):
-            draw_panel(panel, chosen, cost, looks)
-            if panel in grid[-1]:
-                panel.set_xlabel(cost_label)
-        scale(axes[0], measure, name)
+    figure, grid = measure_grid(part, AXES, looks, draw_panel)
     for panel, cost in zip(grid[-1], AXES, strict=True):
         if cost == "flops_ratio":
             panel.invert_xaxis()
@@ -70,9 +56,42 @@ def draw(part: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
-def draw_panel(
-    panel: Axes, chosen: pd.DataFrame, cost: str, looks: dict[str, dict[str, Any]]
-) -> None:
+def measures_of(rows: pd.DataFrame) -> list[tuple[str, str]]:
+    """(measure, name) pairs, perplexities first."""
+    listed = {(str(m), str(n)) for m, n in rows[["measure", "name"]].itertuples(index=False)}
+    return sorted(listed, key=lambda pair: (pair[0] != "perplexity", *pair))
+
+
+def measure_grid(
+    rows: pd.DataFrame, costs: Mapping[str, str], looks: Looks, draw: DrawPanel
+) -> tuple[Figure, Any]:
+    """A figure and its panels [measures, costs], each filled by `draw` and labelled.
+
+    Args:
+        costs: column of `rows` and its label.
+        draw: called with (panel, rows of the measure, column of the cost, looks).
+    """
+    names = measures_of(rows)
+    figure, grid = plt.subplots(
+        len(names),
+        len(costs),
+        figsize=(2 * style.COLUMN_WIDTH_IN, ROW_HEIGHT_IN * len(names) + 0.7),
+        squeeze=False,
+        sharex="col",
+        sharey="row",
+        layout="constrained",
+    )
+    for (measure, name), axes in zip(names, grid, strict=True):
+        chosen = rows[(rows["measure"] == measure) & (rows["name"] == name)]
+        for cost, panel in zip(costs, axes, strict=True):
+            draw(panel, chosen, cost, looks)
+        scale(axes[0], measure, name)
+    for panel, label in zip(grid[-1], costs.values(), strict=True):
+        panel.set_xlabel(label)
+    return figure, grid
+
+
+def draw_panel(panel: Axes, chosen: pd.DataFrame, cost: str, looks: Looks) -> None:
     """One measure of one task or text over one cost; `chosen` has a column `line`."""
     dense = float(chosen["dense"].iloc[0])
     panel.axhline(dense, color=style.REFERENCE, linestyle=(0, (4, 2)), linewidth=1, label="dense")

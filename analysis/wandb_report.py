@@ -100,7 +100,7 @@ def _tradeoffs(averaged: pd.DataFrame) -> list[Any]:
     """One scatter per measure and cost."""
     wr = _library()
     panels = []
-    for measure, name in pareto.measures_of(averaged):
+    for measure, name in tradeoff.measures_of(averaged):
         for cost, label in tradeoff.AXES.items():
             panels.append(
                 wr.ScatterPlot(

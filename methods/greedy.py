@@ -20,9 +20,8 @@ from methods.base import (
     Site,
     SiteCost,
     Stage,
-    middle,
 )
-from methods.parts.balance import shift_kinds
+from methods.parts.balance import shift_stage
 from methods.parts.expert_choice import membership_loss, top_share
 from methods.parts.forecaster import Forecasters
 from methods.parts.gates import straight_through
@@ -110,7 +109,7 @@ class Greedy(Method):
         if self.router_start == "recoverability":
             yield Stage("router_start", fit=self._start_routers)
         if self.kind_shift:
-            yield Stage("kind_shift", fit=self._shift_kinds, per_target=not self.targets)
+            yield shift_stage(self.routers, self.threshold, self.targets, self.sparsity)
         if self.train_what == "routers":
             yield Stage(
                 "routers",
@@ -132,9 +131,6 @@ class Greedy(Method):
         fit_recoverability(
             probe, self.routers, None, damping=self.damping, sensitivity=self.sensitivity
         )
-
-    def _shift_kinds(self, probe: Probe) -> None:
-        shift_kinds(probe, self.routers, self.threshold, middle(self.targets, self.sparsity))
 
     def _routed_loss(self, view: RoutedView) -> Tensor:
         return view.task_loss + self.bce_weight * view.auxiliary

@@ -21,9 +21,8 @@ from methods.base import (
     Site,
     SiteCost,
     Stage,
-    middle,
 )
-from methods.parts.balance import balance_kinds, balanced_penalty, shift_kinds
+from methods.parts.balance import balance_kinds, balanced_penalty, shift_stage
 from methods.parts.closed_form import refit_on_routed
 from methods.parts.forecaster import Activation, Fit, Forecasters, Loss
 from methods.parts.gates import anneal, gumbel_gate, sigmoid_gate
@@ -189,7 +188,7 @@ class Informed(Method):
         if self.router_start == "recoverability":
             yield Stage("router_start", fit=self._start_routers)
         if self.kind_shift:
-            yield Stage("kind_shift", fit=self._shift_kinds, per_target=not self.targets)
+            yield shift_stage(self.routers, self.threshold, self.targets, self.sparsity)
         if self.keys is not None:
             yield self.keys.stage("keys")
         if self.refit and trains_forecasters:
@@ -239,9 +238,6 @@ class Informed(Method):
             sensitivity=self.sensitivity,
             inputs=self.router_input,
         )
-
-    def _shift_kinds(self, probe: Probe) -> None:
-        shift_kinds(probe, self.routers, self.threshold, middle(self.targets, self.sparsity))
 
     def _refit(self, probe: Probe) -> None:
         self.calibrate(probe, self.sparsity)

@@ -22,7 +22,7 @@ from methods.base import (
     Stage,
     middle,
 )
-from methods.parts.balance import shift_kinds
+from methods.parts.balance import shift_kinds, shift_stage
 from methods.parts.closed_form import refit_on_routed
 from methods.parts.forecaster import Forecasters
 from methods.parts.gates import sigmoid_gate
@@ -147,7 +147,7 @@ class InformedPlus(Method):
             yield self.forecasters.stage(budget.forecasters)
             yield Stage("router_start", fit=self._start_routers)
             if "kind_shift" in self.parts:
-                yield Stage("kind_shift", fit=self._shift_kinds, per_target=not self.targets)
+                yield shift_stage(self.routers, self.threshold, self.targets, self.sparsity)
             if "refit" in self.parts:
                 yield Stage("refit", fit=self._refit, per_target=not self.targets)
         if self.keys is not None:
@@ -197,10 +197,7 @@ class InformedPlus(Method):
         refit_on_routed(probe, self.forecasters, damping=self.damping)
         self._start_routers(probe)
         if "kind_shift" in self.parts:
-            self._shift_kinds(probe)
-
-    def _shift_kinds(self, probe: Probe) -> None:
-        shift_kinds(probe, self.routers, self.threshold, middle(self.targets, self.sparsity))
+            shift_kinds(probe, self.routers, self.threshold, middle(self.targets, self.sparsity))
 
     def _trained(self) -> list[nn.Parameter]:
         chosen: list[nn.Module] = []

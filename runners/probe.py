@@ -70,13 +70,8 @@ class ModelProbe:
         rows = self.text.calibration
         if tokens is not None:
             rows = self.text.train[: max(1, round(tokens / self.text.train.shape[1]))]
-        total, count = 0.0, 0
         with bypassed(self.model, frozenset(bypassed_sites)):
-            for batch in self._batches(rows):
-                loss = language_model_loss(self.model, batch)
-                total += float(loss) * batch.numel()
-                count += batch.numel()
-        return total / count
+            return self._mean_loss(rows)
 
     def sensitivity(self) -> dict[Site, float]:
         """Root mean square of d(mean LM loss)/d(unit output), from backward passes; made once."""
@@ -146,12 +141,14 @@ class ModelProbe:
     @torch.no_grad()
     def routed_loss(self) -> float:
         """LM loss of the routed model on the calibration text, nats per token."""
-        total, count = 0.0, 0
         with routed(self.model, self.method, "gathered"):
-            for batch in self._batches(self.text.calibration):
-                total += float(language_model_loss(self.model, batch)) * batch.numel()
-                count += batch.numel()
-        return total / count
+            return self._mean_loss(self.text.calibration)
+
+    def _mean_loss(self, rows: Tensor) -> float:
+        total = 0.0
+        for batch in self._batches(rows):
+            total += float(language_model_loss(self.model, batch)) * batch.numel()
+        return total / rows.numel()
 
     def _run_decoder(self, rows: Tensor, label: str) -> None:
         for batch in progress(self._batches(rows), label):

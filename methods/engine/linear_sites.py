@@ -32,16 +32,10 @@ class LinearSites:
 
     def decide(self, unit: Unit) -> Decision:
         """What `Routing.decide` gives outside training, to float tolerance of the scores."""
-        routing, valid_BT, linear = self.routing, self.routing.state.valid_BT, self.at(unit.site)
-        assert valid_BT is not None and linear is not None
+        linear = self.at(unit.site)
+        assert linear is not None
         scores_BT = torch.matmul(unit.x_BTD.float(), linear.score_D).add_(linear.offset)
-        if routing.draw is None:
-            execute_BT = scores_BT > routing.method.threshold
-        else:
-            execute_BT = routing.draw(unit.site, valid_BT)
-        execute_BT = execute_BT & valid_BT
-        if unit.attends:
-            routing.attending[unit.site.layer] = execute_BT
+        execute_BT = self.routing.settle(unit, scores_BT > self.routing.method.threshold)
         return Decision(execute_BT, execute_BT.float(), scores_BT)
 
 

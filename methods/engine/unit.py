@@ -10,7 +10,7 @@ from torch import Tensor
 
 from methods.base import KVPolicy, Site
 from methods.engine.adapter import LayerParts
-from methods.engine.gathered_attention import attend_rows, keys_of_all
+from methods.engine.gathered_attention import attend_rows
 from methods.engine.norm import normed
 from methods.engine.rows import Rows, take
 from methods.engine.swiglu import swiglu
@@ -109,8 +109,3 @@ class Unit:
         if not x.numel():
             return x
         return swiglu(self.part.mlp, x.flatten(0, -2)).view_as(x)
-
-    def write_keys(self) -> None:
-        """Let K and V of every token enter the cache, and compute nothing else (policy `keep`)."""
-        if self.inputs.past_key_values is not None:
-            keys_of_all(self.part.attention, self.x_BTD, self.inputs)

@@ -88,16 +88,22 @@ class Routing:
             output=lambda: unit.run() - unit.residual_BTD,
         )
         decision = self.method.route(unit.site, unit.x_BTD, context)
-        if self.draw is not None:
-            decision.execute_BT = self.draw(unit.site, valid)
-        decision.execute_BT = decision.execute_BT & valid
-        if unit.attends:
-            self.attending[unit.site.layer] = decision.execute_BT
+        decision.execute_BT = self.settle(unit, decision.execute_BT)
         if self.training:
             self.decisions[unit.site] = decision
         if self.observer is not None:
             self.observer(unit.site, decision, valid)
         return decision
+
+    def settle(self, unit: Unit, execute_BT: Tensor) -> Tensor:
+        """What is executed: a draw instead of the decision if there is one, and no padding."""
+        assert self.state.valid_BT is not None
+        if self.draw is not None:
+            execute_BT = self.draw(unit.site, self.state.valid_BT)
+        execute_BT = execute_BT & self.state.valid_BT
+        if unit.attends:
+            self.attending[unit.site.layer] = execute_BT
+        return execute_BT
 
     def reset_counters(self) -> None:
         """Start counting anew."""

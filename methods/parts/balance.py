@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from methods.base import Probe, RoutedView
+from methods.base import Probe, RoutedView, Stage, middle
 from methods.parts.calibration import realising_threshold, weighted_quantile
 from methods.parts.routers import Routers
 
@@ -49,6 +51,17 @@ def balance_kinds(
             return
         threshold = quantiles[0]
         mlp_offset += quantiles[1] - quantiles[0]
+
+
+def shift_stage(
+    routers: Routers, threshold: Tensor, targets: Sequence[float], sparsity: float
+) -> Stage:
+    """`shift_kinds` as a stage: at the middle one of `targets`, or at the point's own target."""
+
+    def fit(probe: Probe) -> None:
+        shift_kinds(probe, routers, threshold, middle(targets, sparsity))
+
+    return Stage("kind_shift", fit=fit, per_target=not targets)
 
 
 def shift_kinds(probe: Probe, routers: Routers, threshold: Tensor, sparsity: float) -> None:

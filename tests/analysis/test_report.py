@@ -242,10 +242,9 @@ def chromium() -> str:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_in_a_browser(page, results, width, scheme):
     """No console message, no request but the page, no sideways scrolling, panels in view."""
-    pytest.importorskip("playwright", reason="needs the extra `browser`")
+    path = chromium()
     from playwright.sync_api import sync_playwright
 
-    path = chromium()
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
         view = {"width": width, "height": 844}
