@@ -70,9 +70,9 @@ def prepare(arguments: Sequence[str], config_name: str, check: Check = check_con
         UserError: one line.
     """
     flags, words = split_flags(arguments)
-    overrides = _parse(words)
+    overrides = parse(words)
     words = [word for override in overrides for word in _model_words(override)]
-    overrides = _parse(words)
+    overrides = parse(words)
     for override in overrides:
         _check_choice(override)
     sweeping = {"-m", "--multirun"} & set(flags)
@@ -111,7 +111,12 @@ def points(overrides: Sequence[Override]) -> Iterator[list[str]]:
     return (list(words) for words in itertools.product(*lists))
 
 
-def _parse(words: Sequence[str]) -> list[Override]:
+def parse(words: Sequence[str]) -> list[Override]:
+    """Hydra's reading of override words.
+
+    Raises:
+        UserError: one of them is none.
+    """
     try:
         return list(OverridesParser.create().parse_overrides(list(words)))
     except HydraException as error:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from methods.base import Method, Stage
+from methods.base import Budget, Method, Stage
 from methods.engine.checkpoint import restore, save_pretrained
 from methods.engine.lora import Adapter, attach_lora, describe
 from runners.assets import cache_root
@@ -78,10 +78,7 @@ class Point:
             seed=self.config["seed"],
             on_step=self._on_step,
         )
-        key = self._recipe_key()
-        for stage in self._stages():
-            target = self.method.sparsity if stage.per_target else None
-            key = content_key(key, stage.name, target)
+        for stage, key in self.stage_keys():
             if stage.lora is not None:
                 attach_lora(self.base.model, self.method, stage.lora, seed=self.config["seed"])
             report = self.products.stage(key, self.method, partial(_run, loop, stage))
@@ -158,16 +155,13 @@ class Point:
         }
         return record
 
-    def _stages(self) -> Iterable[Stage]:
-        """`fit`, the method's own recipe, and the calibration as its last step."""
-        if type(self.method).fit is not Method.fit:
-            yield Stage("fit", fit=self.method.fit)
-        yield from self.method.stages(self.budget)
-        yield Stage(
-            "calibrate",
-            fit=lambda probe: self.method.calibrate(probe, self.method.sparsity),
-            per_target=True,
-        )
+    def stage_keys(self) -> Iterator[tuple[Stage, str]]:
+        """Each stage of the recipe with the key of its product."""
+        key = self._recipe_key()
+        for stage in recipe(self.method, self.budget):
+            target = self.method.sparsity if stage.per_target else None
+            key = content_key(key, stage.name, target)
+            yield stage, key
 
     def _recipe_key(self) -> str:
         """Hash of all that determines the stages' products, the target sparsity left out."""
@@ -188,6 +182,16 @@ class Point:
     def _on_step(self, stage: str, figures: dict[str, float]) -> None:
         self.folder.log({"event": "step", "stage": stage, **figures})
         self.tracker.log({f"{stage}/{key}": value for key, value in figures.items()})
+
+
+def recipe(method: Method, budget: Budget) -> Iterator[Stage]:
+    """`fit`, the method's own recipe, and the calibration as its last step."""
+    if type(method).fit is not Method.fit:
+        yield Stage("fit", fit=method.fit)
+    yield from method.stages(budget)
+    yield Stage(
+        "calibrate", fit=lambda probe: method.calibrate(probe, method.sparsity), per_target=True
+    )
 
 
 def check_reach(method: Method, name: str) -> None:
