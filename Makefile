@@ -17,7 +17,7 @@ forecasters: $(READY)
 	$(BIN)/python analysis/training_time.py results_dir=$(RESULTS)/forecasters
 
 compare: $(READY)
-	$(BIN)/python runners/sweep.py experiment=compare results_dir=$(RESULTS) -m
+	$(BIN)/python runners/sweep.py experiment=tradeoff results_dir=$(RESULTS) -m
 	$(BIN)/python analysis/tradeoff.py results_dir=$(RESULTS)
 	$(BIN)/python analysis/training_time.py results_dir=$(RESULTS)
 
