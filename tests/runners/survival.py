@@ -140,5 +140,3 @@ class Killer:
             return "evaluation"
         running = [step["stage"] for step in steps if step["stage"] not in ended]
         return f"stage {running[-1]}" if running else "loading or a fit"
-
-
