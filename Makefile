@@ -14,10 +14,12 @@ sweep: $(READY)
 
 forecasters: $(READY)
 	$(BIN)/python runners/sweep.py experiment=forecasters results_dir=$(RESULTS)/forecasters -m
+	$(BIN)/python runners/sweep.py experiment=forecasters method.forecaster_fit=closed_form \
+	  budget=standard results_dir=$(RESULTS)/forecasters -m
 	$(BIN)/python analysis/training_time.py results_dir=$(RESULTS)/forecasters
 
 compare: $(READY)
-	$(BIN)/python runners/sweep.py experiment=compare results_dir=$(RESULTS) -m
+	$(BIN)/python runners/sweep.py experiment=tradeoff results_dir=$(RESULTS) -m
 	$(BIN)/python analysis/tradeoff.py results_dir=$(RESULTS)
 	$(BIN)/python analysis/training_time.py results_dir=$(RESULTS)
 

@@ -99,6 +99,7 @@ def draw_panel(
             color=look["color"],
             linestyle=(0, (4, 2)),
             linewidth=1,
+            marker="_",  # one point alone draws no line
             label="bound",
         )
 

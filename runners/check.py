@@ -49,6 +49,7 @@ def check_config(cfg: Mapping[str, Any]) -> None:
     folder = cfg["data"].get("dir")
     if folder is not None and not Path(folder).expanduser().is_dir():
         raise UserError(f"data.dir={folder} is not a folder")
+    _check_survival(cfg)
     check_tracking(cfg["tracking"])
     if "speed" in cfg:
         _check_speed(cfg["speed"])
@@ -110,15 +111,27 @@ def check_evaluation(settings: Mapping[str, Any]) -> None:
         )
 
 
+def _check_survival(cfg: Mapping[str, Any]) -> None:
+    seconds = cfg.get("checkpoint_seconds")
+    if seconds is not None and (not _is_number(seconds) or seconds < 0):
+        raise UserError(f"checkpoint_seconds must be a number >= 0 or null, not {seconds!r}")
+    if not isinstance(cfg["retry_failed"], bool):
+        raise UserError(f"retry_failed must be true or false, not {cfg['retry_failed']!r}")
+
+
 def check_sparsity(value: Any) -> None:
     """A share of bypassed pairs lies in [0, 1).
 
     Raises:
         UserError: it does not, or is no number.
     """
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not 0.0 <= value < 1.0:
+    if not _is_number(value) or not 0.0 <= value < 1.0:
         raise UserError(f"sparsity must be a number in [0, 1), not {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and math.isfinite(value)
 
 
 def _check_budget(budget: Mapping[str, Any]) -> None:

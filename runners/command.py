@@ -6,7 +6,7 @@ import shlex
 
 from hydra.core.hydra_config import HydraConfig
 
-from runners.store import REDACTED, is_secret, redact_text
+from runners.redact import REDACTED, is_secret, redact_text
 
 
 def started_with() -> str | None:

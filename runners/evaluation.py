@@ -32,6 +32,7 @@ HERE = Path(__file__).resolve().parent
 MODULES = [
     *("perplexity", "bootstrap", "scores"),
     *("tasks", "task_items", "local_tasks", "eval_texts", "harness", "shared_contexts"),
+    "out_of_memory",
 ]
 CODE = [HERE / f"{name}.py" for name in MODULES]
 CODE += sorted(TEMPLATES.glob("*.yaml"))

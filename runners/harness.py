@@ -22,6 +22,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from runners.out_of_memory import Fitting
 from runners.perplexity import Window, window_nlls
 from runners.shared_contexts import Answer, SharedContexts
 
@@ -70,6 +71,7 @@ class HarnessModel(HFLM):
         self.share_contexts = share_contexts and self.batch_size != "auto"
         self.generation = Generation()
         self._row_lengths: list[int] | None = None
+        self.fitting = Fitting(model)
 
     def get_model_info(self) -> dict[str, Any]:
         """As in the base class, which asks the hub for a revision; here nothing is asked."""
@@ -99,7 +101,8 @@ class HarnessModel(HFLM):
         totals = [0.0] * len(requests)
         for start in range(0, len(windows), rows):
             batch = windows[start : start + rows]
-            for window, nll in zip(batch, window_nlls(self.model, batch), strict=True):
+            nlls = self.fitting.run(batch, lambda part: window_nlls(self.model, part))
+            for window, nll in zip(batch, nlls, strict=True):
                 totals[window.document] -= nll
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)

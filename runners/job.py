@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from runners.assets import sha256_of
 from runners.errors import UserError
+from runners.interrupt import Interrupted, listening
 from runners.launch import CONF, failed_points
 from runners.store import RunFolder, fingerprint, full_disk
 
@@ -48,7 +49,7 @@ def measure_speed(cfg: DictConfig) -> None:
     config = plain(cfg)
     folder = RunFolder(Path(config["results_dir"]) / fingerprint(config))
     label = f"speed of {describe(config)}"
-    with _caught(label), folder.lock():
+    with _caught(label), listening(), folder.lock():
         if not folder.config_file.exists():
             folder.begin(config)
         log.info("%s: starting in %s", label, folder.path)
@@ -75,6 +76,9 @@ def _caught(label: str) -> Iterator[None]:
     """One failed point never stops a sweep: it is logged and remembered for the exit code."""
     try:
         yield
+    except Interrupted as stopped:
+        log.error("%s stopped by %s; the same command goes on from here", label, stopped.signal)
+        raise
     except UserError as error:
         log.error("%s failed: %s", label, error)
         failed_points.append(f"{label}: {error}")
@@ -88,21 +92,37 @@ def _caught(label: str) -> Iterator[None]:
 def _recorded(config: dict[str, Any], work: Callable[[RunFolder], None]) -> None:
     folder = RunFolder(Path(config["results_dir"]) / fingerprint(config))
     label = describe(config)
-    with _caught(label), folder.lock():
+    with _caught(label), listening(), folder.lock():
         if folder.is_complete() and not config["force"]:
             log.info(
                 "%s: complete in %s, skipped (force=true computes it again)", label, folder.path
             )
             return
+        why = folder.failed()
+        if why and not (config["retry_failed"] or config["force"]):
+            raise UserError(f"it did before ({why}); retry_failed=true tries again")
         log.info("%s: starting in %s", label, folder.path)
         folder.begin(config)
         try:
             work(folder)
+        except Interrupted as stopped:
+            folder.interrupted(stopped.signal)
+            raise
         except Exception as raised:
-            error = full_disk(folder.path, raised) or raised
+            error = full_disk(folder.path, raised) or too_little_memory(raised) or raised
             mistake = isinstance(error, UserError)
             folder.fail(str(error) if mistake else reason(error), identity(config))
             raise error from raised.__cause__
+
+
+def too_little_memory(error: Exception) -> UserError | None:
+    """The user's version of a failed allocation."""
+    from runners.out_of_memory import out_of_memory
+
+    if not out_of_memory(error):
+        return None
+    first = str(error).strip().splitlines()[0] if str(error).strip() else "no more is known"
+    return UserError(f"out of memory ({first}): smaller batches, or a larger device")
 
 
 def _train_and_score(config: dict[str, Any], folder: RunFolder, *, evaluate: bool) -> None:

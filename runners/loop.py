@@ -4,34 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from methods.base import Method, Probe, RoutedView, Site, Stage, StageBudget, UnitView
-from methods.engine.adapter import decoder
+from methods.base import Method, Probe, Stage, StageBudget
 from methods.engine.lora import attach_lora
-from methods.engine.observe import observed
-from methods.engine.wrap import Routing, routed, routing_of
-from runners.errors import UserError
-from runners.losses import distillation_loss, hidden_states, language_model_loss
-from runners.memory import PeakMemory
+from runners.batches import Batches
+from runners.interrupt import Stop, deferred
+from runners.meter import Meter
 from runners.optimise import TrainingDiverged as TrainingDiverged
 from runners.optimise import finite, optimiser
+from runners.out_of_memory import out_of_memory
+from runners.passes import Objective, Passes
 from runners.progress import progress
+from runners.resume import Checkpoints
+from runners.training import Position, Training
 
 log = logging.getLogger(__name__)
 
-Objective = Literal["lm", "distill"]
 OnStep = Callable[[str, dict[str, float]], None]
+OnStart = Callable[[str, int], None]
 
 
 @dataclass
@@ -41,9 +41,12 @@ class StageReport:
     name: str
     seconds: float
     tokens: int
-    steps: int
     peak_memory_bytes: int
+    steps: int = 0
     final_loss: float | None = None
+    micro_batch: int | None = None
+    """Rows of a training pass; fewer than the budget's where memory did not suffice."""
+    oom_halvings: int = 0
     figures: dict[str, float] = field(default_factory=dict)
     cached: bool = False
 
@@ -63,6 +66,7 @@ class Loop:
         objective: `lm` cross-entropy, or `distill`, the KL to the dense model's distributions.
         seed: every stage starts from (seed, stage name), so a resumed recipe repeats exactly.
         on_step: called with (stage name, figures of the step).
+        on_start: called with (stage name, steps that an earlier process has done) before the first.
     """
 
     def __init__(
@@ -75,69 +79,137 @@ class Loop:
         objective: Objective,
         seed: int,
         on_step: OnStep = lambda stage, figures: None,
+        on_start: OnStart = lambda stage, steps: None,
     ) -> None:
         self.model, self.method, self.probe, self.rows = model, method, probe, rows
-        self.objective, self.seed, self.on_step = objective, seed, on_step
+        self.passes, self.seed = Passes(model, method, objective), seed
+        self.on_step, self.on_start = on_step, on_start
         self.device = next(model.parameters()).device
 
-    def run(self, stage: Stage) -> StageReport:
+    def run(self, stage: Stage, saved: Checkpoints | None = None) -> StageReport:
         """Run one stage; the method's modules are changed in place.
+
+        Args:
+            saved: where a gradient stage keeps its checkpoints, and goes on from the last.
 
         Raises:
             TrainingDiverged: the loss is not finite.
-            UserError: the target sparsity is out of the method's reach.
+            UserError: the target sparsity is out of the method's reach; memory does not suffice.
+            Interrupted: a signal asked for the end; the checkpoint is written.
         """
         self._seed(stage.name)
-        peak, start = PeakMemory(self.device), time.perf_counter()
-        read_before = getattr(self.probe, "tokens_read", 0)
-        steps, trained_tokens, loss = 0, 0, None
+        meter = Meter(self.device, self.probe)
+        at, trained_tokens = None, 0
         if stage.fit is not None:
             stage.fit(self.probe)
         else:
             assert stage.budget is not None and stage.loss is not None, stage.name
-            loss = self._train(stage, stage.budget)
-            steps, trained_tokens = stage.budget.steps, stage.budget.tokens
-        tokens = trained_tokens + getattr(self.probe, "tokens_read", 0) - read_before
-        seconds = time.perf_counter() - start
+            at = self._train(stage, stage.budget, meter, saved or Checkpoints())
+            trained_tokens = stage.budget.tokens
+        cost = meter.read()
+        cost["tokens"] += trained_tokens
         figures = stage.report(self.probe) if stage.report else {}
-        log.info("stage %s: %.1f s, %d tokens %s", stage.name, seconds, tokens, _short(figures))
-        return StageReport(stage.name, seconds, tokens, steps, peak.bytes(), loss, figures)
+        log.info(
+            "stage %s: %.1f s, %d tokens %s",
+            stage.name,
+            cost["seconds"],
+            cost["tokens"],
+            _short(figures),
+        )
+        report = StageReport(stage.name, **cost, figures=figures)
+        if at is not None:
+            report.steps, report.final_loss = at.step, at.loss
+            report.micro_batch, report.oom_halvings = at.micro_batch, at.oom_halvings
+        return report
 
-    def _train(self, stage: Stage, budget: StageBudget) -> float:
-        thresholds = self._start_thresholds(stage)
+    def _train(
+        self, stage: Stage, budget: StageBudget, meter: Meter, saved: Checkpoints
+    ) -> Position:
+        found = saved.load()
+        thresholds = self._start_thresholds(stage) if found is None else {}
         parameters = self._trainable(stage)
         adamw, schedule = optimiser(stage, parameters, budget)
-        batches = self._batches(budget)
+        batches = Batches(self.rows(budget), budget, self.device)
+        start = Position(thresholds, budget.batch_size)
+        training = Training(self.method, parameters, adamw, schedule, batches, start)
+        if found is not None:
+            training.restore(found)
+            meter.carry(found.state["cost"])
+            log.info("stage %s goes on after step %d of %d", stage.name, found.step, budget.steps)
+        at = training.at
+        self.on_start(stage.name, at.step)
         self.method.train()
-        value = math.nan
-        bar = progress(range(budget.steps), stage.name)
-        for step in bar:
-            began = time.perf_counter()
-            target = self._next_target(thresholds, step)
-            losses, rates = [], []
-            for _ in range(budget.accumulate):
-                loss, rate = self._loss(
-                    stage, next(batches), step / max(1, budget.steps - 1), target
-                )
-                (loss / budget.accumulate).backward()
-                losses.append(loss.detach())
-                rates.append(rate)
-            norm = nn.utils.clip_grad_norm_(parameters, stage.clip_norm)
-            value = finite(stage, step, budget.steps, torch.stack(losses).mean(), norm)
-            adamw.step()
-            schedule.step()
-            adamw.zero_grad(set_to_none=True)
-            realised = 1.0 - float(torch.stack(rates).mean())
-            thresholds[target] += stage.hold * (target - realised)
-            tokens = budget.accumulate * budget.batch_size * budget.seq_len
-            figures = {"step": step + 1, "loss": value}
-            figures["tokens_per_s"] = tokens / (time.perf_counter() - began)
-            if stage.forward == "routed":
-                figures |= {"sparsity": realised, "target": target}
-            bar.set_postfix({k: f"{v:.4g}" for k, v in figures.items() if k != "step"})
-            self.on_step(stage.name, figures)
+        bar = progress(range(budget.steps), stage.name, initial=at.step)
+        with deferred() as stop:
+            while True:
+                training.begin_step()
+                if stop.asked or (at.step < budget.steps and saved.due()):
+                    state = training.state() | {"cost": meter.read()}
+                    saved.save(at.step, training.tensors(), state)
+                    stop.obey()
+                if at.step == budget.steps:
+                    break
+                figures = self._step(stage, budget, training, stop)
+                if figures is not None:
+                    bar.update()
+                    bar.set_postfix({k: f"{v:.4g}" for k, v in figures.items() if k != "step"})
+                    self.on_step(stage.name, figures)
         self.method.eval()
-        return value
+        return at
+
+    def _step(
+        self, stage: Stage, budget: StageBudget, training: Training, stop: Stop
+    ) -> dict[str, float] | None:
+        """One optimiser step and its figures; None if it was given up and has to begin again."""
+        at, began = training.at, time.perf_counter()
+        target = self._next_target(at.thresholds, at.step)
+        found, lacking = None, False
+        try:
+            found = self._gradients(stage, budget, training, target, stop)
+        except Exception as error:
+            lacking = out_of_memory(error)
+            if not lacking:
+                raise
+        if found is None:
+            training.halve(stage.name) if lacking else training.rewind()
+            return None
+        loss, rate = found
+        norm = nn.utils.clip_grad_norm_(training.parameters, stage.clip_norm)
+        at.loss = finite(stage, at.step, budget.steps, loss, norm)
+        training.adamw.step()
+        training.schedule.step()
+        training.adamw.zero_grad(set_to_none=True)
+        realised = 1.0 - float(rate)
+        at.thresholds[target] += stage.hold * (target - realised)
+        at.step += 1
+        figures: dict[str, float] = {"step": at.step, "loss": at.loss}
+        tokens = budget.accumulate * budget.batch_size * budget.seq_len
+        figures["tokens_per_s"] = tokens / (time.perf_counter() - began)
+        if stage.forward == "routed":
+            figures |= {"sparsity": realised, "target": target}
+        return figures
+
+    def _gradients(
+        self, stage: Stage, budget: StageBudget, training: Training, target: float, stop: Stop
+    ) -> tuple[Tensor, Tensor] | None:
+        """Mean loss and execute rate of a step whose gradients are now summed.
+
+        None if a signal came between two micro-batches.
+        """
+        progress_share, rows = training.at.step / max(1, budget.steps - 1), training.at.micro_batch
+        losses, rates = [], []
+        for _ in range(budget.accumulate):
+            if stop.asked:
+                return None
+            batch = next(training.batches)
+            for loss, rate, part in self.passes.losses(stage, batch, rows, progress_share, target):
+                (loss * (part / budget.accumulate)).backward()
+                losses.append(loss.detach() * part)
+                rates.append(rate * part)
+        return (
+            torch.stack(losses).sum() / budget.accumulate,
+            torch.stack(rates).sum() / budget.accumulate,
+        )
 
     def _trainable(self, stage: Stage) -> list[nn.Parameter]:
         """The stage's parameters and its adapter's; all others of the method are frozen."""
@@ -149,40 +221,6 @@ class Loop:
         for parameter in parameters:
             parameter.requires_grad_(True)
         return parameters
-
-    def _loss(
-        self, stage: Stage, batch: Tensor, progress_share: float, target: float
-    ) -> tuple[Tensor, Tensor]:
-        """Loss of one micro-batch and its mean execute rate (1 under the dense forward)."""
-        if stage.forward == "dense":
-            return self._dense_loss(stage, batch), torch.ones(())
-        teacher = None
-        if self.objective == "distill":
-            with torch.no_grad():
-                teacher = hidden_states(self.model, batch)
-        with routed(self.model, self.method, "gathered" if stage.hard else "masked"):
-            routing = routing_of(self.model)
-            routing.training = not stage.hard
-            routing.anneal, routing.target = progress_share, target
-            if teacher is None:
-                task = language_model_loss(self.model, batch)
-            else:
-                task = distillation_loss(self.model, batch, teacher)
-            view = (counted_view if stage.hard else routed_view)(routing, task, target)
-        return stage.loss(view), view.execute_rate.detach()  # type: ignore[misc, arg-type]
-
-    def _dense_loss(self, stage: Stage, batch: Tensor) -> Tensor:
-        """Sum over units; the model runs without gradient, the loss of each unit with it."""
-        total = torch.zeros((), device=self.device)
-
-        def visit(view: UnitView) -> None:
-            nonlocal total
-            with torch.enable_grad():
-                total = total + stage.loss(view)  # type: ignore[misc, arg-type]
-
-        with torch.no_grad(), observed(self.model, visit):
-            decoder(self.model)(input_ids=batch, use_cache=False)
-        return total
 
     def _start_thresholds(self, stage: Stage) -> dict[float, float]:
         """Threshold of each target of the stage."""
@@ -204,66 +242,12 @@ class Loop:
         self.method.threshold.fill_(thresholds[targets[place]])
         return targets[place]
 
-    def _batches(self, budget: StageBudget) -> Iterator[Tensor]:
-        """Endless batches; every row once an epoch, in an order drawn from the stage's seed."""
-        rows = self.rows(budget)
-        if len(rows) < budget.batch_size:
-            raise UserError(
-                f"the training text gives {len(rows)} rows of {budget.seq_len} tokens, fewer than "
-                f"a batch of {budget.batch_size}: give more text or a smaller budget"
-            )
-        order = torch.randperm(len(rows))
-        while True:
-            while len(order) < budget.batch_size:
-                order = torch.cat([order, torch.randperm(len(rows))])
-            yield rows[order[: budget.batch_size]].to(self.device)
-            order = order[budget.batch_size :]
-
     def _seed(self, name: str) -> None:
         digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
         value = int.from_bytes(digest[:4], "big")
         random.seed(value)
         numpy.random.seed(value)
         torch.manual_seed(value)
-
-
-def routed_view(routing: Routing, task_loss: Tensor, target: float) -> RoutedView:
-    """Rates and side losses of the forward that just ran in training mode."""
-    valid = routing.state.valid_BT
-    assert valid is not None
-    units = len(routing.counters.shape.units())
-    rates: dict[Site, Tensor] = {}
-    dropped = sum(len(site.units) for site in routing.counters.dropped)
-    bypassed = torch.full((), float(dropped), device=task_loss.device)
-    auxiliary = []
-    for site, decision in routing.decisions.items():
-        rate = (decision.gate_BT * valid).sum() / valid.sum()
-        rates[site] = rate
-        bypassed = bypassed + (1.0 - rate) * len(site.units)
-        if decision.auxiliary is not None:
-            auxiliary.append(decision.auxiliary)
-    side = torch.stack(auxiliary).mean() if auxiliary else torch.zeros_like(bypassed)
-    return RoutedView(
-        task_loss,
-        1.0 - bypassed / units,
-        rates,
-        side,
-        target,
-        decisions=dict(routing.decisions),
-        valid_BT=valid,
-        anneal=routing.anneal,
-    )
-
-
-def counted_view(routing: Routing, task_loss: Tensor, target: float) -> RoutedView:
-    """The same without gradient, for the forward of a `hard` stage: counts over valid tokens."""
-    usage = routing.counters.read()
-    rates = {
-        site: torch.tensor(done / usage.tokens, device=task_loss.device)
-        for site, done in usage.decided.items()
-    }
-    rate = torch.tensor(1.0 - usage.sparsity(), device=task_loss.device)
-    return RoutedView(task_loss, rate, rates, torch.zeros_like(rate), target)
 
 
 def _short(figures: dict[str, float]) -> str:

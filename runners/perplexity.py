@@ -20,6 +20,7 @@ from methods.engine.adapter import decoder
 from runners.bootstrap import bootstrap_interval
 from runners.corpus import Document
 from runners.errors import UserError
+from runners.out_of_memory import Fitting
 from runners.progress import progress as progress_bar
 
 LOGIT_ROWS = 512
@@ -63,7 +64,8 @@ def perplexity(
         model: causal LM, routed or not; its mode (eval) is the caller's.
         documents_limit: first documents only; None for all.
         stride: at most `context`; smaller gives each token more left context at more cost.
-        batch_size: windows per forward pass, right-padded and masked.
+        batch_size: windows per forward pass, right-padded and masked; fewer where memory does not
+            suffice.
         bootstrap_samples: resamplings of the documents for the percentile interval.
 
     Returns:
@@ -172,9 +174,11 @@ def measure(
     tokens = np.zeros(len(names), dtype=np.int64)
     windows = sorted(windows, key=lambda window: -len(window.inputs))
     batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
+    fitting = Fitting(model)
     shown: Iterable[list[Window]] = progress_bar(batches, "perplexity") if progress else batches
     for batch in shown:
-        for window, window_nll in zip(batch, window_nlls(model, batch), strict=True):
+        nlls = fitting.run(batch, lambda part: window_nlls(model, part))
+        for window, window_nll in zip(batch, nlls, strict=True):
             nll[window.document] += window_nll
             tokens[window.document] += len(window.targets)
 

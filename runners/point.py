@@ -25,6 +25,7 @@ from runners.loop import Loop
 from runners.probe import ModelProbe
 from runners.products import Products, content_key
 from runners.provenance import code_version, provenance
+from runners.resume import Checkpoints
 from runners.store import RunFolder
 from runners.texts import Texts
 from runners.tracking import Safe
@@ -32,9 +33,10 @@ from runners.tracking import Safe
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
+PASSES = ("passes", "split", "batches", "training", "random_state", "resume")
 STAGE_CODE = [
     ROOT / "methods",
-    *(ROOT / "runners" / f"{n}.py" for n in ("loop", "losses", "optimise", "probe")),
+    *(ROOT / "runners" / f"{n}.py" for n in ("loop", "losses", "optimise", "probe", *PASSES)),
 ]
 SPLITS = ("train", "calibration", "test")
 
@@ -77,12 +79,15 @@ class Point:
             objective=self.config["objective"],
             seed=self.config["seed"],
             on_step=self._on_step,
+            on_start=self.folder.go_back,
         )
         for stage, key in self.stage_keys():
             if stage.lora is not None:
                 attach_lora(self.base.model, self.method, stage.lora, seed=self.config["seed"])
-            report = self.products.stage(key, self.method, partial(_run, loop, stage))
+            saved = Checkpoints(self.products.checkpoints(key), self.config["checkpoint_seconds"])
+            report = self.products.stage(key, self.method, partial(_run, loop, stage, saved))
             self.reports.append(report)
+            self.folder.go_back(stage.name, report["steps"])
             self.folder.log({"event": "stage", **report})
             log.info("stage %s %s", stage.name, "from the cache" if report["cached"] else "done")
 
@@ -207,8 +212,8 @@ def check_reach(method: Method, name: str) -> None:
         )
 
 
-def _run(loop: Loop, stage: Stage) -> dict[str, Any]:
-    return loop.run(stage).to_dict()
+def _run(loop: Loop, stage: Stage, saved: Checkpoints) -> dict[str, Any]:
+    return loop.run(stage, saved).to_dict()
 
 
 def merge_dense(scores: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:

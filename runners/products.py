@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from methods.base import Method
 from methods.engine.checkpoint import BadCheckpoint, load_tensors
-from runners.store import disk_error, write_json_atomic
+from runners.store import disk_error, full_disk, remove_partial, write_json_atomic
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ class Products:
             found = _read_json(path)
             if found is not None:
                 return found, True
+            remove_partial(self.values, path.name)
             made = make()
             write_json_atomic(path, made)
             return made, False
@@ -63,9 +64,15 @@ class Products:
             found = self._load(folder, method)
             if found is not None:
                 return {**found, "cached": True}
+            remove_partial(folder)
             report = dict(run())
             self._keep(folder, method, report)
+            shutil.rmtree(self.checkpoints(key), ignore_errors=True)
             return {**report, "cached": False}
+
+    def checkpoints(self, key: str) -> Path:
+        """Folder of a stage's checkpoints; it is removed when the stage's product is there."""
+        return self.stages / key / "checkpoints"
 
     def _load(self, folder: Path, method: Method) -> dict[str, Any] | None:
         report = _read_json(folder / "report.json")
@@ -83,11 +90,16 @@ class Products:
         return report
 
     def _keep(self, folder: Path, method: Method, report: dict[str, Any]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         tensors = {k: v.detach().cpu().contiguous() for k, v in method.state_dict().items()}
         partial = folder / f".method.{os.getpid()}.tmp"
-        save_file(tensors, str(partial))
-        os.replace(partial, folder / "method.safetensors")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, str(partial))
+            os.replace(partial, folder / "method.safetensors")
+        except (OSError, SafetensorError) as error:
+            raise full_disk(folder, error) or error from error
+        finally:
+            partial.unlink(missing_ok=True)
         digest = _file_hash(folder / "method.safetensors")
         write_json_atomic(folder / "report.json", {**report, "tensors_sha256": digest})
 

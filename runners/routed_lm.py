@@ -72,7 +72,14 @@ class RoutedLM(HarnessModel):
             raise UserError(f"mode={mode} dtype={dtype}: see {CHOICES['mode']}, {CHOICES['dtype']}")
         if sparsity is not None:
             check_sparsity(sparsity)
-        base = _base(pretrained, base_model, dtype, device, cache_dir, trust_remote_code)
+        base = base_of(
+            pretrained,
+            base_model=base_model,
+            dtype=dtype,
+            device=device,
+            cache_dir=cache_dir,
+            trust_remote_code=trust_remote_code,
+        )
         try:
             method = from_pretrained(pretrained, base.model)
         except BadCheckpoint as error:
@@ -92,14 +99,20 @@ class RoutedLM(HarnessModel):
         super().__init__(base.model, base.tokenizer, batch_size=batch_size, **options)
 
 
-def _base(
+def base_of(
     folder: str,
-    base_model: str | None,
-    dtype: str,
-    device: str | None,
-    cache_dir: str | None,
-    trust_remote_code: bool,
+    *,
+    base_model: str | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    cache_dir: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Base:
+    """The dense model that a saved routed model was trained on, or `base_model`.
+
+    Raises:
+        UserError: a folder without a saved routed model, or a base that cannot be loaded.
+    """
     try:
         saved = read_settings(folder)["base"]
         model = {key: saved[key] for key in ("name", "source", "path", "revision")}

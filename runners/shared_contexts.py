@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from runners.out_of_memory import Fitting
+
 Tokens = tuple[int, ...]
 Answer = tuple[float, bool]
 """Sum of log p of the continuation in nats, and whether greedy decoding would give it."""
@@ -58,6 +60,8 @@ class SharedContexts:
         self.model, self.rows_per_pass = model, rows_per_pass
         self.max_length, self.softmax_dtype = max_length, softmax_dtype
         self.device = next(model.parameters()).device
+        self.fitting = {single: Fitting(model) for single in (True, False)}
+        """A part is of groups; those with several continuations are larger."""
 
     @torch.no_grad()
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Answer]:
@@ -78,7 +82,8 @@ class SharedContexts:
 
         answers: list[Answer] = [(0.0, False)] * len(pairs)
         for batch, single in _batches(list(groups.values()), self.rows_per_pass):
-            scored = self._score_single(batch) if single else self._score_shared(batch)
+            work = self._score_single if single else self._score_shared
+            scored = self.fitting[single].run(batch, work)
             askers = [asked for group in batch for asked in group.continuations.values()]
             for indices, answer in zip(askers, scored, strict=True):
                 for index in indices:

@@ -13,7 +13,6 @@ import json
 import logging
 import math
 import os
-import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,23 +24,19 @@ import yaml
 from filelock import FileLock, Timeout
 
 from runners.errors import UserError
+from runners.redact import redact, redact_text
 
 log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 FINGERPRINT_DIGITS = 16
 NOT_IN_FINGERPRINT = frozenset(
-    "results_dir cache_dir saved tracking force hydra log log_level logging verbose "
-    "progress speed".split()
+    "results_dir cache_dir saved tracking force retry_failed checkpoint_seconds hydra log "
+    "log_level logging verbose progress speed".split()
 )
 """Top-level keys of the config that say where or how loudly, never what is computed."""
 
-REDACTED = "<redacted>"
-SECRET_WORDS = frozenset({"key", "apikey", "token", "password", "secret"})
-URL_LOGIN = re.compile(r"(\w://)[^/\s@]+@")
-URL_FIELD = re.compile(r"([?&][\w-]*(?:key|token|password|secret)=)[^&#\s]+", re.IGNORECASE)
-TEXT_TOKENS = frozenset("bos eos pad unk sep cls mask stop prefix".split())
-"""First words of `eos_token` and the like, which are text and no secrets."""
+LOCK = ".lock"
 
 
 def fingerprint(config: Mapping[str, Any]) -> str:
@@ -54,35 +49,6 @@ def fingerprint(config: Mapping[str, Any]) -> str:
     plain = _same_numbers(to_plain(redact(kept), "config"))
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:FINGERPRINT_DIGITS]
-
-
-def redact(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Copy without secrets: values of keys that end in key, token, password or secret, and
-    the login and such query fields of URLs inside any text."""
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {k: REDACTED if is_secret(str(k)) else clean(v) for k, v in value.items()}
-        if isinstance(value, Sequence) and not isinstance(value, (str, bytes)):
-            return [clean(item) for item in value]
-        return redact_text(value) if isinstance(value, str) else value
-
-    cleaned: dict[str, Any] = clean(config)
-    return cleaned
-
-
-def redact_text(text: str) -> str:
-    """Text whose URLs carry neither a login (`https://name:secret@host`) nor a secret field."""
-    return URL_FIELD.sub(rf"\1{REDACTED}", URL_LOGIN.sub(rf"\1{REDACTED}@", text))
-
-
-def is_secret(key: str) -> bool:
-    """True for `token`, `hf_token`, `apiKey`; False for `tokens`, `max_tokens`, `eos_token`."""
-    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key)
-    words = [word for word in re.split(r"[^A-Za-z0-9]+", spaced.lower()) if word]
-    if not words or words[-1] not in SECRET_WORDS:
-        return False
-    return not (len(words) > 1 and words[-1] == "token" and words[-2] in TEXT_TOKENS)
 
 
 def to_plain(value: Any, where: str) -> Any:
@@ -168,6 +134,22 @@ def full_disk(path: Path, error: Exception) -> UserError | None:
     return UserError(f"no space left to write {path}: free some, or choose another folder")
 
 
+def remove_partial(folder: Path, name: str = "") -> None:
+    """Remove what writers that were killed have left; who calls this holds the folder's lock."""
+    for path in [*folder.glob(f".{name}*"), *folder.glob(f"{name}*.tmp")]:
+        if path.is_file() and path.name != LOCK:
+            path.unlink(missing_ok=True)
+
+
+def _is_undone(line: bytes, stage: str, step: int) -> bool:
+    try:
+        event = json.loads(line)
+        kind, name = event["event"], event.get("stage", event.get("name"))
+        return name == stage and (kind == "stage" or (kind == "step" and event["step"] > step))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return True
+
+
 class RunFolder:
     """The folder of one point.
 
@@ -191,7 +173,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise disk_error(self.path, error) from error
-        held = FileLock(self.path / ".lock")
+        held = FileLock(self.path / LOCK)
         try:
             held.acquire(timeout=0)
         except Timeout:
@@ -203,10 +185,16 @@ class RunFolder:
             held.release()
 
     def begin(self, config: Mapping[str, Any]) -> None:
-        """Start the point anew: what an earlier, failed or killed attempt left is removed."""
+        """Start the point, or start it again: what an earlier attempt left is removed.
+
+        The log of one that did not come to its end stays, because its stages are gone on with.
+        """
+        if self.is_complete():
+            self.log_file.unlink(missing_ok=True)
         self.result_file.unlink(missing_ok=True)
-        self.log_file.unlink(missing_ok=True)
         self.items_file.unlink(missing_ok=True)
+        for folder in (self.path, self.path / "routed"):
+            remove_partial(folder)
         plain = to_plain(redact(config), "config")
         text = yaml.safe_dump(plain, sort_keys=False, default_flow_style=False)
         write_bytes_atomic(self.config_file, text.encode())
@@ -221,6 +209,20 @@ class RunFolder:
                 file.write(f"{line}\n")
         except OSError as error:
             raise disk_error(self.log_file, error) from error
+
+    def go_back(self, stage: str, step: int) -> None:
+        """Forget in the log what a stage did after a step, because it is about to do it again.
+
+        Lines that a crash tore are dropped.
+        """
+        try:
+            found = self.log_file.read_bytes()
+        except FileNotFoundError:
+            return
+        kept = [line for line in found.splitlines() if not _is_undone(line, stage, step)]
+        text = b"".join(line + b"\n" for line in kept)
+        if text != found:
+            write_bytes_atomic(self.log_file, text)
 
     def complete(self, result: Mapping[str, Any]) -> None:
         """Write the result record; from here on the point counts as done."""
@@ -256,6 +258,15 @@ class RunFolder:
         failed = {"schema_version": SCHEMA_VERSION, "status": "failed", "reason": reason}
         write_json_atomic(self.result_file, redact({**(identity or {}), **failed}))
         self._status("failed", reason=redact_text(reason))
+
+    def interrupted(self, by: str) -> None:
+        """A signal ended the run; there is no record, and the next run goes on."""
+        self._status("interrupted", signal=by)
+
+    def failed(self) -> str | None:
+        """Why the point failed, if it did."""
+        record = self.result() or {}
+        return str(record.get("reason")) if record.get("status") == "failed" else None
 
     def is_complete(self) -> bool:
         """True if a finished record of this schema is there, quality included."""

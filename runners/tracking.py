@@ -149,7 +149,7 @@ def _open(
     backend = config["tracking"]["backend"]
     if backend == "off":
         return None
-    from runners.store import redact
+    from runners.redact import redact
 
     tags = _tags(config, identity)
     run = Run(config["tracking"], redact(config), folder, job, identity, tags)

@@ -83,12 +83,13 @@ class KeptKeys(DynamicLayer):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these sequences."""
+        if self.counts:
+            self.counts = [self.counts[b] for b in indices.tolist()]
         if self.keys is None or self.values is None or self.places is None:
             return
         chosen = indices.to(self.keys.device)
         self.keys, self.values = self.keys[chosen], self.values[chosen]
         self.places = self.places[chosen]
-        self.counts = [self.counts[b] for b in torch.arange(len(self.counts))[indices.cpu()]]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each sequence `repeats` times."""
@@ -98,9 +99,9 @@ class KeptKeys(DynamicLayer):
         """Forget the last tokens, given as a negative number."""
         if tokens_to_remove > 0:
             raise ValueError("crop takes minus the number of tokens to remove")
+        self.seen = max(0, self.seen + tokens_to_remove)
         if not tokens_to_remove or self.places is None:
             return
-        self.seen = max(0, self.seen + tokens_to_remove)
         slots = torch.arange(self.places.shape[1], device=self.places.device)
         held = slots < torch.tensor(self.counts, device=slots.device)[:, None]
         self.counts = (held & (self.places < self.seen)).sum(1).tolist()

@@ -161,6 +161,12 @@ def _attend(query_NHd: Tensor, sequence: Sequence, scale: float, out_NHd: Tensor
         out_NHd.copy_(_dot(query_NHd, sequence.key_KSd, sequence.value_KSd, None, scale, True))
         return
     ends = sequence.last_N.tolist()
+    key_KSd, value_KSd = sequence.key_KSd, sequence.value_KSd
+    shared = query_NHd.shape[1] // len(key_KSd)
+    if shared > 1 and len(ends) > BLOCK_QUERIES:
+        # once, and not again for every block
+        key_KSd = key_KSd.repeat_interleave(shared, 0)
+        value_KSd = value_KSd.repeat_interleave(shared, 0)
     for first in range(0, len(ends), GROUP_QUERIES):
         group = slice(first, min(first + GROUP_QUERIES, len(ends)))
         mask_NS = _group_mask(query_NHd, sequence, group, ends[group])
@@ -168,7 +174,7 @@ def _attend(query_NHd: Tensor, sequence: Sequence, scale: float, out_NHd: Tensor
             part = slice(start, min(start + BLOCK_QUERIES, group.stop))
             seen = ends[part.stop - 1] + 1
             mask = None if mask_NS is None else mask_NS[start - first : part.stop - first, :seen]
-            keys, values = sequence.key_KSd[:, :seen], sequence.value_KSd[:, :seen]
+            keys, values = key_KSd[:, :seen], value_KSd[:, :seen]
             out_NHd[part] = _dot(query_NHd[part], keys, values, mask, scale, False)
 
 

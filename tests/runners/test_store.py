@@ -17,13 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runners.errors import UserError
+from runners.redact import is_secret, redact, redact_text
 from runners.store import (
     RunFolder,
     fingerprint,
     full_disk,
-    is_secret,
-    redact,
-    redact_text,
     to_plain,
     write_bytes_atomic,
     write_json_atomic,
@@ -51,6 +49,7 @@ def changed(config, path, value):
 
 
 OUTPUTS = {"results_dir", "cache_dir", "tracking", "force", "hydra", "speed"}
+OUTPUTS |= {"retry_failed", "checkpoint_seconds"}
 
 
 @pytest.mark.parametrize("path", list(leaves(CONFIG)), ids=".".join)
@@ -185,9 +184,14 @@ def test_a_failed_point_keeps_its_reason_and_is_not_complete(folder):
     record = folder.result()
     assert (record["status"], record["reason"], record["method"]) == ("failed", "why", "informed")
     assert not folder.is_complete()
+    assert folder.failed() == "why"
     folder.log({"event": "old"})
     folder.begin(CONFIG)
     assert folder.result() is None
+    assert folder.failed() is None
+    assert "old" in folder.log_file.read_text()
+    folder.complete({"method": "informed"})
+    folder.begin(CONFIG)
     assert not folder.log_file.exists()
 
 

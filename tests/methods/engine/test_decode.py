@@ -121,6 +121,27 @@ def test_evicted_cache_holds_executed_tokens_only():
     assert cache_bytes(caches["keep"]) == 2 * tokens * one_token * 4
 
 
+@pytest.mark.parametrize("change", ["batch_select_indices", "crop"])
+@torch.no_grad()
+def test_an_empty_evicted_cache_follows_its_batch(change):
+    """A prefill that executed nothing holds no keys, yet knows its sequences and its length."""
+    model, prompt = small_model(), 6
+    tables = random_tables(all_sites(model, "block"), rows=1, execute=0.5)
+    for table in tables.values():
+        table[:, :prompt] = False
+    method = ByPosition(tables, kv_policy="evict")
+    first, second, logits = small_ids(2, prompt), small_ids(3, 4), []
+    for mode in ("masked", "gathered"):
+        cache = DynamicCache(config=model.config)
+        with routed(model, method, mode):
+            model(input_ids=first, past_key_values=cache)
+            if change == "crop":
+                cache.crop(-2)
+            cache.batch_select_indices(torch.tensor([1, 0, 1]))
+            logits.append(model(input_ids=second, past_key_values=cache).logits)
+    torch.testing.assert_close(logits[1], logits[0])
+
+
 @pytest.mark.parametrize("beams", [1, 3])
 def test_roomy_cache_generates_the_same(beams):
     model, ids = small_model(), small_ids(2, 8)

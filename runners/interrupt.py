@@ -1,0 +1,102 @@
+"""Signals that ask a run to end: it stops where nothing is lost, within seconds.
+
+A gradient stage defers them to the end of the micro-batch that runs, writes a checkpoint and
+obeys; everything else has nothing to keep and obeys at once.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+ASKING = (signal.SIGTERM, signal.SIGINT)
+OTHERS = tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name))
+"""Some launchers (submitit) announce the end with these; without a handler they mean nothing."""
+
+
+class Interrupted(SystemExit):
+    """A signal ended the run; the exit code is 128 + its number, as a shell would say it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.signal = signal.Signals(number).name
+
+
+class Stop:
+    """What signals have asked for."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self.deferring = 0
+        self.before: dict[int, Any] = {}
+
+    @property
+    def asked(self) -> bool:
+        """True once a signal has come that is not obeyed yet."""
+        return self.number is not None
+
+    def receive(self, number: int, frame: Any = None) -> None:
+        """The handler. A second Ctrl-C does not wait for the checkpoint."""
+        again = self.number is not None
+        if self.deferring and not (again and number == signal.SIGINT):
+            self.number = number
+            return
+        self.number = number
+        self.obey()
+
+    def obey(self) -> None:
+        """End as the last signal asks; a launcher's own handler decides, if there is one.
+
+        Raises:
+            Interrupted: there is none.
+        """
+        number, self.number = self.number, None
+        if number is None:
+            return
+        own = self.before.get(number)
+        if not (callable(own) and _foreign(own)):
+            raise Interrupted(number)
+        own(number, None)
+
+
+_stop = Stop()
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """Handle the signals inside the block; only a process's main thread can."""
+    if _stop.before or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    for number in (*ASKING, *OTHERS):
+        own = signal.getsignal(number)
+        if _foreign(own) or (number in ASKING and own is not signal.SIG_IGN):
+            _stop.before[number] = own
+            signal.signal(number, _stop.receive)
+    try:
+        yield
+    finally:
+        for number, own in _stop.before.items():
+            signal.signal(number, own)
+        left, _stop.before, _stop.number = _stop.number, {}, None
+        if left is not None:  # it came while the point failed
+            signal.raise_signal(left)
+
+
+@contextmanager
+def deferred() -> Iterator[Stop]:
+    """Inside the block a signal is noted; who runs there looks at `asked` and calls `obey`."""
+    _stop.deferring += 1
+    try:
+        yield _stop
+    finally:
+        _stop.deferring -= 1
+    _stop.obey()
+
+
+def _foreign(handler: Callable[..., Any] | int | None) -> bool:
+    """A handler that somebody installed, as submitit does, not Python's or the system's own."""
+    return callable(handler) and handler is not signal.default_int_handler

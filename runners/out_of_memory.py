@@ -1,0 +1,80 @@
+"""Memory that does not suffice: how to tell, and what to do with rows that fit in parts only."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+SAYS = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""Words of a RuntimeError of torch's allocators and libraries, which have no class of their own."""
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """True if an allocation failed, on the host or on a device."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in SAYS)
+
+
+def free_memory() -> None:
+    """Give back what nobody refers to any more; to be called outside the `except` block, whose
+    traceback still holds the tensors of the pass that failed."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class Fitting:
+    """Runs batches of an evaluation in parts that fit into memory; what fitted once is kept to.
+
+    Args:
+        model: if it is routed, what a failed pass had counted is forgotten.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.rows: int | None = None
+        """Largest part that is tried; None while everything has fitted."""
+
+    def run(self, batch: Sequence[T], work: Callable[[Sequence[T]], list[R]]) -> list[R]:
+        """`work(batch)`, or what it gives for the parts of the batch, one after the other.
+
+        Raises:
+            whatever `work` raises: for memory, only if one row alone does not fit.
+        """
+        done: list[R] = []
+        start = 0
+        while start < len(batch):
+            part = batch[start : start + (self.rows or len(batch))]
+            found = self._try(part, work)
+            if found is None:
+                free_memory()
+                self.rows = len(part) // 2
+                log.warning("out of memory: evaluation goes on with %d rows a pass", self.rows)
+                continue
+            done += found
+            start += len(part)
+        return done
+
+    def _try(self, part: Sequence[T], work: Callable[[Sequence[T]], list[R]]) -> list[R] | None:
+        routing = getattr(self.model, "routing", None)
+        counted = None if routing is None else copy.copy(routing.counters)
+        try:
+            return work(part)
+        except Exception as error:
+            if len(part) == 1 or not out_of_memory(error):
+                raise
+        if routing is not None:
+            routing.counters = counted
+        return None
