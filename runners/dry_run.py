@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,8 +24,9 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedMod
 from methods.base import Method, Probe, Shape, Site, Stage, UnitView
 from methods.engine.adapter import decoder, shape_of
 from methods.engine.observe import unit_gradients
-from runners.loop import Loop, Objective
+from runners.loop import Loop
 from runners.losses import language_model_loss
+from runners.passes import Objective
 
 ATTENTION = "counted"
 
@@ -55,9 +56,7 @@ class Meter(TorchDispatchMode):
         self._known = {tensor.untyped_storage()._cdata for tensor in tensors}
         self._seen: dict[int, weakref.ref[Any]] = {}
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
@@ -108,9 +107,7 @@ def meta_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
     """A frozen model of these sizes without memory."""
     AttentionInterface.register(ATTENTION, _fused)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=ATTENTION
-        )
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
     frozen: PreTrainedModel = model.eval().requires_grad_(False)
     return frozen
 
@@ -160,15 +157,13 @@ def step_cost(
     stage is counted as if every unit ran for every token: an upper bound.
     """
     assert stage.budget is not None
-    loop = Loop(
-        model, method, _NoProbe(), lambda _: _ids(1, 1), objective=objective, seed=0
-    )
+    loop = Loop(model, method, _NoProbe(), lambda _: _ids(1, 1), objective=objective, seed=0)
     batch, tokens = stage.budget.batch_size, stage.budget.seq_len
     trained = sum(p.numel() for p in loop._trainable(stage))
     soft = replace(stage, hard=False)
     with metered(model, method) as meter:
-        loss, _ = loop._loss(soft, _ids(batch, tokens), 0.5, target)
-        loss.backward()
+        for loss, _, _ in loop.passes.losses(soft, _ids(batch, tokens), batch, 0.5, target):
+            loss.backward()
     method.zero_grad(set_to_none=True)
     times = 1.0 if stage.forward == "dense" else 3.5 + (objective == "distill")
     scores = times * scores_flops(shape_of(model.config), batch, tokens)
@@ -186,10 +181,8 @@ def visit_cost(
     probe = _MetaProbe(model, tokens)
     with metered(model, method) as meter, torch.no_grad():
         probe.meter = meter
-        try:
+        with suppress(RuntimeError, NotImplementedError, _Asked):
             fit(probe)
-        except (RuntimeError, NotImplementedError, _Asked):
-            pass
     return Cost(probe.flops, meter.peak)
 
 

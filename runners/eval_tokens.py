@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from runners.corpus import load_documents
-from runners.eval_texts import describe_text as describe_text
 
 BYTES_PER_TOKEN = {"tiny": 1.0, "shape": 1.0}
 """By model source; other tokenizers make a token of about four bytes of English."""
@@ -30,9 +29,7 @@ def evaluation_tokens(
     total += sum(_least(tables["texts"].get(name, 0), limit) for name in settings["texts"])
     if settings["long_context"]:
         long = settings["long_context"]
-        total += sum(
-            long["tokens"] * context / long["stride"] for context in long["contexts"]
-        )
+        total += sum(long["tokens"] * context / long["stride"] for context in long["contexts"])
     shots = settings["num_fewshot"] or {}
     for name in settings["tasks"]:
         if name in tables["tasks"]:

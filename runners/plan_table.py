@@ -8,7 +8,7 @@ from typing import Any
 from runners.planning import Part, PlannedPoint, totals
 
 COLUMNS = ("weights", "added", "activations", "optimiser", "statistics")
-HEAD = f"{'':28}{'tokens':>9}{'PFLOP':>10}{'hours':>8}  " + "".join(
+HEAD = f"{'':28}{'tokens':>9}{'PFLOP':>10}{'hours':>10}  " + "".join(
     f"{name:>12}" for name in (*COLUMNS, "GB in all")
 )
 
@@ -33,7 +33,7 @@ def table(
 
 
 def _line(part: Part, *, again: bool) -> str:
-    notes = {True: "cached", False: "", None: ""}[part.cached]
+    notes = "cached" if part.cached else ""
     if part.cached is None and not part.name.startswith("evaluate"):
         notes = "cache unknown"
     if again:
@@ -42,7 +42,7 @@ def _line(part: Part, *, again: bool) -> str:
     gb = "".join(f"{size / 1e9:12.2f}" for size in (*sizes, sum(sizes)))
     return (
         f"   {part.name:25}{count(part.tokens):>9}{part.flops / 1e15:10.3g}"
-        f"{part.hours:8.3g}  {gb}  {notes}"
+        f"{part.hours:10.2g}  {gb}  {notes}"
     ).rstrip()
 
 

@@ -1,4 +1,4 @@
-"""What the points of a sweep would take: tokens, FLOPs, memory, hours; and what is there already."""
+"""What the points of a sweep would take: tokens, FLOPs, memory, hours; and what is there."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from methods.base import Method
+from methods.base import Method, Stage
 from methods.engine.adapter import shape_of
 from runners.assets import cache_root
-from runners.build import build_budget, build_method, method_options
+from runners.build import build_budget, build_method
 from runners.dry_run import (
     Cost,
     forward_cost,
@@ -28,7 +28,7 @@ from runners.dry_run import (
 from runners.errors import UserError
 from runners.eval_tokens import evaluation_tokens
 from runners.job import describe, variant
-from runners.point import Point
+from runners.point import Point, recipe
 from runners.products import content_key
 from runners.rehearsal import Rehearsal, Rehearsed
 from runners.sizes import model_config, weights_are_here
@@ -99,10 +99,10 @@ class Planner:
         with torch.device("meta"):
             method = build_method(config, model)
         static = {"weights": _bytes(model), "added": _bytes(method)}
-        recipe = _rehearsed(_recipe_words(config), model)
-        known = self._cached(config, folder) or [None] * len(recipe)
-        key = content_key(_recipe_words(config))
-        for step, cached in zip(recipe, known, strict=True):
+        rehearsed = _rehearsed(config, model)
+        known = self._cached(config, folder) or [None] * len(rehearsed)
+        key = content_key(_shared_words(config))
+        for step, cached in zip(rehearsed, known, strict=True):
             key = content_key(key, step.stage.name, step.stage.per_target and config["sparsity"])
             part = self._stage(config, model, method, step, static, key, dtype)
             part.cached = cached
@@ -222,13 +222,9 @@ def _model_words(config: Mapping[str, Any]) -> str:
     return json.dumps({"model": config["model"], "cache_dir": config["cache_dir"]}, sort_keys=True)
 
 
-def _recipe_words(config: Mapping[str, Any]) -> str:
-    """All that the recipe depends on, but the weights and the text themselves.
-
-    The target is in it: a rehearsal is cheap, and a method may read more text for one than for
-    another.
-    """
-    keys = ("method", "model", "data", "budget", "objective", "seed", "sparsity", "cache_dir")
+def _shared_words(config: Mapping[str, Any]) -> str:
+    """All that a recipe depends on beside its target, the weights and the text themselves."""
+    keys = ("method", "model", "data", "budget", "objective", "seed", "cache_dir")
     return json.dumps({key: config[key] for key in keys}, sort_keys=True)
 
 
@@ -243,16 +239,13 @@ def _pass_cost(model: PreTrainedModel, dtype: torch.dtype) -> Cost:
     return forward_cost(model, batch=1, tokens=PASS_TOKENS, head=False)
 
 
-def _rehearsed(words: str, model: PreTrainedModel) -> list[Rehearsed]:
-    config = json.loads(words)
+def _rehearsed(config: Mapping[str, Any], model: PreTrainedModel) -> list[Rehearsed]:
     layers = shape_of(model.config).layers
     family = str(model.config.model_type)
     return Rehearsal(config, family, layers, build_budget(config)).run()
 
 
-def _stages(method: Method, config: Mapping[str, Any]) -> list[Any]:
-    from runners.point import recipe
-
+def _stages(method: Method, config: Mapping[str, Any]) -> list[Stage]:
     return list(recipe(method, build_budget(config)))
 
 

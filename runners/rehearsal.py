@@ -60,12 +60,9 @@ class CountingProbe:
         self, inner: ModelProbe, budget: Budget, share: float = 1.0, known: list[Site] | None = None
     ) -> None:
         self.inner, self.budget, self.share = inner, budget, share
+        self.shape: Shape = inner.shape
         self.reading = Reading()
         self._measured = [] if known is None else known
-
-    @property
-    def shape(self) -> Shape:
-        return self.inner.shape
 
     def sample(self, share: float = 0.25) -> CountingProbe:
         part = CountingProbe(
