@@ -69,8 +69,9 @@ def perplexity(
         bootstrap_samples: resamplings of the documents for the percentile interval.
 
     Returns:
-        `{value, low, high, tokens, documents, per_document: [{name, nll, tokens}]}`; nll is the
-        sum over the document in nats, tokens those scored.
+        `{value, low, high, tokens, documents, oom_halvings, per_document: [{name, nll, tokens}]}`;
+        nll is the sum over the document in nats, tokens those scored; `oom_halvings` says how often
+        a pass was too large.
 
     Raises:
         UserError: no document with at least two tokens, or impossible sizes.
@@ -190,6 +191,7 @@ def measure(
         "high": high,
         "tokens": int(tokens.sum()),
         "documents": int(scored.sum()),
+        "oom_halvings": fitting.halvings,
         "per_document": [
             {"name": names[i], "nll": float(nll[i]), "tokens": int(tokens[i])}
             for i in np.flatnonzero(scored).tolist()
