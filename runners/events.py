@@ -1,10 +1,15 @@
-"""The log of a point: one JSON line per event, whole after any disturbance."""
+"""The log of a point: one JSON line per event, whole after any disturbance.
+
+The last key of a line, `crc32`, is that of all the bytes before it.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +19,8 @@ from runners.plain import to_plain
 from runners.redact import redact
 
 log = logging.getLogger(__name__)
+
+LINE = re.compile(rb'(.*), "crc32": "([0-9a-f]{8})"\}')
 
 
 class EventLog:
@@ -71,7 +78,8 @@ class EventLog:
 
 def _line(event: Mapping[str, Any]) -> str:
     plain = to_plain(redact(event), "event")
-    return json.dumps({"unix_time_s": round(time.time(), 3), **plain}) + "\n"
+    text = json.dumps({"unix_time_s": round(time.time(), 3), **plain}).removesuffix("}")
+    return f'{text}, "crc32": "{zlib.crc32(text.encode()):08x}"}}\n'
 
 
 def _new(stage: str, figures: Mapping[str, Any]) -> bytes:
@@ -80,18 +88,16 @@ def _new(stage: str, figures: Mapping[str, Any]) -> bytes:
 
 def _event(line: bytes) -> dict[str, Any] | None:
     """The event of a line, None if it is damaged."""
-    try:
-        event = json.loads(line)
-        name = event.get("stage", event.get("name"))
-        whole = isinstance(name, str) and (event["event"] != "step" or event["step"] > 0)
-        return event if whole else None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    found = LINE.fullmatch(line)
+    if found is None or zlib.crc32(found[1]) != int(found[2], 16):
         return None
+    event: dict[str, Any] = json.loads(line)
+    return event
 
 
 def _step_of(line: bytes, stage: str) -> dict[str, Any] | None:
     event = _event(line)
-    mine = event is not None and event["event"] == "step" and event["stage"] == stage
+    mine = event is not None and event["event"] == "step" and event.get("stage") == stage
     return event if mine else None
 
 

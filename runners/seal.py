@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,8 @@ def read_sealed(path: Path, *, strict: bool = True) -> dict[str, Any]:
     """A sealed object without its seal.
 
     Args:
-        strict: False also takes an object that has no seal, of an older version.
+        strict: False also takes an object that has no seal, of an older version; one with a hash
+            under another name has a damaged seal.
 
     Raises:
         FileNotFoundError: no such file.
@@ -40,7 +42,7 @@ def read_sealed(path: Path, *, strict: bool = True) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise Damaged(f"{path} is damaged (no JSON object)")
     seal = found.pop(SEAL, None)
-    if seal is None and not strict:
+    if seal is None and not strict and not any(map(_is_hash, found.values())):
         return found
     if seal != _hash(found):
         raise Damaged(f"{path} is damaged (its content is not what was written)")
@@ -50,3 +52,7 @@ def read_sealed(path: Path, *, strict: bool = True) -> dict[str, Any]:
 def _hash(value: Mapping[str, Any]) -> str:
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _is_hash(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
