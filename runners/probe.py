@@ -95,7 +95,7 @@ class ModelProbe:
         return {site: float((total / scale).sqrt()) for site, total in sums.items()}
 
     def sample(self, share: float = 0.25) -> ModelProbe:
-        """The same on the first rows of the text; what it reads counts here. Of a sample, itself."""
+        """The same on the first rows of the text; what it reads counts here. Once: then itself."""
         if self._is_sample:
             return self
 
