@@ -30,6 +30,10 @@ from runners.training import Position, Training
 
 log = logging.getLogger(__name__)
 
+START_SHARE = 0.125
+"""Of the calibration text, for the thresholds at which a gradient stage begins; the point's own is
+calibrated after it, on all of it."""
+
 OnStep = Callable[[str, dict[str, float]], None]
 OnStart = Callable[[str, int, list[dict[str, float]]], None]
 
@@ -233,7 +237,7 @@ class Loop:
             return dict.fromkeys(targets, 0.0)
         found = {}
         for target in targets:
-            self.method.calibrate(self.probe.sample(), target)
+            self.method.calibrate(self.probe.sample(START_SHARE), target)
             found[target] = float(self.method.threshold)
         return found
 

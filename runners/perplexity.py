@@ -225,9 +225,11 @@ def window_nlls(model: PreTrainedModel, windows: Sequence[Window]) -> list[float
         ids_BT[row, :end] = torch.tensor(window.inputs)
         mask_BT[row, :end] = 1
         scored_BT[row, end - len(window.targets) : end] = True
-    hidden_BTD = decoder(model)(
-        input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), use_cache=False
-    )[0]
+    # behind a causal row's end nothing is read: only a router has to be told what padding is
+    mask = None if getattr(model, "routing", None) is None else mask_BT.to(device)
+    hidden_BTD = decoder(model)(input_ids=ids_BT.to(device), attention_mask=mask, use_cache=False)[
+        0
+    ]
     targets = torch.tensor([t for window in windows for t in window.targets], device=device)
     losses = _token_losses(model, hidden_BTD[scored_BT.to(device)], targets)
     return [float(part.sum()) for part in losses.split([len(w.targets) for w in windows])]

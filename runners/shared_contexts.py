@@ -1,15 +1,15 @@
 """Log-likelihoods of continuations with each context computed once.
 
 Multiple choice asks for several continuations of one context. lm-eval runs the context anew for
-each; here its keys and values are computed once and copied. Scores are those of separate passes
-to float tolerance; in half precision the rounding differs, because a pass has another shape.
+each; here its keys and values are computed once and copied, where that saves tokens, and the head
+sees the continuations alone. Scores are those of separate passes to float tolerance; in half
+precision the rounding differs, because a pass has another shape.
 
 Shapes: R rows of a forward pass, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +21,11 @@ from transformers import DynamicCache, PreTrainedModel
 from runners.out_of_memory import Fitting
 
 Tokens = tuple[int, ...]
+PAYS = 1.3
+"""Tokens of separate rows over those of shared ones from which on a context is shared; its second
+pass, over the continuations, is a small one."""
+SHORTER_ROWS = 4
+"""A pass over rows shorter than the longest takes at most this many times its rows."""
 Answer = tuple[float, bool]
 """Sum of log p of the continuation in nats, and whether greedy decoding would give it."""
 
@@ -38,13 +43,29 @@ class Group:
         """Rows of a pass over the continuations."""
         return len(self.continuations)
 
+    @property
+    def longest_end(self) -> int:
+        """Tokens of the longest continuation; its last one is predicted only."""
+        return max(map(len, self.continuations)) - 1
+
+    def sharing_pays(self) -> bool:
+        """Whether one pass over the context and a padded one over its continuations is cheaper."""
+        separate = sum(len(self.context) + len(end) - 1 for end in self.continuations)
+        shared = len(self.context) + self.rows * self.longest_end
+        return separate > PAYS * shared
+
+    def separated(self) -> list[Group]:
+        """One group per continuation."""
+        return [Group(self.context, {end: asked}) for end, asked in self.continuations.items()]
+
 
 class SharedContexts:
     """Scores (context, continuation) pairs, contexts shared.
 
     Args:
         model: causal LM, routed or not.
-        rows_per_pass: rows (context and one continuation) of a forward pass.
+        rows_per_pass: rows (context and one continuation) of a forward pass, where they are as
+            long as the longest one; of shorter ones as many as have the same number of tokens.
         max_length: tokens that the model reads at most; a longer context is cut on the left.
         softmax_dtype: of the log-probabilities; None for the logits' own.
     """
@@ -147,20 +168,38 @@ class SharedContexts:
 
 
 def _batches(groups: list[Group], rows_per_pass: int) -> Iterator[tuple[list[Group], bool]]:
-    """Groups of similar length, at most `rows_per_pass` rows; True marks single continuations."""
-    kinds: dict[bool, list[Group]] = defaultdict(list)
+    """Groups of similar length that fit into a pass; True marks single continuations."""
+    kinds: dict[bool, list[Group]] = {True: [], False: []}
     for group in groups:
-        kinds[group.rows == 1].append(group)
+        if group.sharing_pays():
+            kinds[False].append(group)
+        else:
+            kinds[True].extend(group.separated())
+    longest = max((len(g.context) + g.longest_end for g in groups), default=0)
     for single, members in kinds.items():
-        members.sort(key=lambda group: (-len(group.context), group.context))
+        members.sort(key=lambda group: (-_length(group, single), group.context))
         batch: list[Group] = []
         for group in members:
-            if batch and sum(g.rows for g in batch) + group.rows > rows_per_pass:
+            if batch and not _fits([*batch, group], single, rows_per_pass, longest):
                 yield batch, single
                 batch = []
             batch.append(group)
         if batch:
             yield batch, single
+
+
+def _length(group: Group, single: bool) -> int:
+    """Tokens of a group's row in its first pass."""
+    return len(group.context) + (group.longest_end if single else 0)
+
+
+def _fits(groups: Sequence[Group], single: bool, rows_per_pass: int, longest: int) -> bool:
+    """Whether no pass over these has more tokens than `rows_per_pass` rows of the longest."""
+    rows = sum(group.rows for group in groups)
+    tokens = len(groups) * max(_length(group, single) for group in groups)
+    if not single:
+        tokens = max(tokens, rows * max(group.longest_end for group in groups))
+    return rows <= SHORTER_ROWS * rows_per_pass and tokens <= rows_per_pass * longest
 
 
 def _pad(sequences: Sequence[Tokens], *, left: bool) -> tuple[Tensor, Tensor]:
