@@ -34,6 +34,7 @@ def record(folder: Path) -> dict:
     return json.loads(file.read_bytes())
 
 
+@pytest.mark.slow
 def test_a_stage_goes_on_with_smaller_parts(nursery, tmp_path):
     """The record says so; batch and accumulation are as they were."""
     assert nursery.run(Step(words(tmp_path / "calm"))).code() == 0
@@ -122,7 +123,7 @@ def test_many_continuations_of_one_context(model):
 
     whole, halvings = score()
     assert halvings == 0
-    with spare(100):
+    with spare(25):
         parts, halvings = score()
     assert halvings > 0
     assert [s for s, _ in parts] == pytest.approx([s for s, _ in whole], abs=1e-3)

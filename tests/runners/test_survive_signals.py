@@ -169,6 +169,6 @@ def test_a_failed_point_is_retried_or_not(nursery, tmp_path):
 
 def test_a_point_that_failed_for_want_of_room_completes(nursery, tmp_path):
     own = words(tmp_path, "method=random")
-    assert nursery.run(Step(own, file_bytes=100)).code() == 1
+    assert nursery.run(Step(own, file_bytes=2000)).code() == 1
     assert nursery.run(Step(own)).code() == 0
     assert nursery.run(Step([*own, "retry_failed=false"])).code() == 0
