@@ -69,6 +69,7 @@ def test_one_of_two_sweeps_is_killed(nursery, calm, tmp_path, targets):
     assert leftovers(tmp_path / "cache") == []
 
 
+@pytest.mark.slow
 def test_two_whole_sweeps_make_everything_once(nursery, calm, tmp_path):
     (first,) = nursery.start(Step(words(tmp_path, "0.3,0.5")))
     (second,) = nursery.start(Step(words(tmp_path, "0.5,0.3")))

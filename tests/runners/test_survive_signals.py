@@ -93,6 +93,7 @@ def test_a_second_interrupt_ends_at_once(nursery, tmp_path):
     assert run.code(WITHIN_S) == 130, run.said
 
 
+@pytest.mark.slow
 def test_stopped_again_and_again_is_the_same_run(nursery, tmp_path):
     """SIGTERM by a scheduler in turn with Ctrl-C; a signal's checkpoint is enough."""
     own = (*RECIPE, f"budget.routers={STEPS % 60}", "checkpoint_seconds=null")
