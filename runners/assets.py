@@ -18,8 +18,8 @@ from typing import Any
 import platformdirs
 from filelock import FileLock
 
+from runners.disk import disk_error
 from runners.errors import UserError
-from runners.store import disk_error
 
 log = logging.getLogger(__name__)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
@@ -170,7 +171,12 @@ def _from_hub(
 def pack_tokens(
     documents: Sequence[Document], tokenizer: Any, *, seq_len: int, max_tokens: int, seed: int
 ) -> Any:
-    """Rows of tokens without padding: documents in an order drawn from the seed, joined by EOS.
+    """Rows of tokens without padding, from as many documents as there are rows.
+
+    Each document ends with EOS and is cut into pieces of `seq_len`; what is left of it at its end
+    is packed with other documents' ends. In an order drawn from the seed, every document gives one
+    of its pieces before any gives a second: a small budget reads many documents instead of one or
+    two long ones.
 
     Args:
         seq_len: tokens per row.
@@ -184,19 +190,43 @@ def pack_tokens(
     """
     import torch
 
-    order = list(range(len(documents)))
-    random.Random(seed).shuffle(order)
-    wanted = max_tokens // seq_len * seq_len
-    tokens: list[int] = []
-    for index in order:
-        if len(tokens) >= wanted:
-            break
-        tokens += tokenizer(documents[index].text, verbose=False)["input_ids"]
-        tokens.append(tokenizer.eos_token_id)
-    rows = min(len(tokens), wanted) // seq_len
+    pieces = _pieces(documents, tokenizer, seq_len, random.Random(seed))
+    rows = list(itertools.islice(_rows(pieces, seq_len), max_tokens // seq_len))
     if not rows:
-        raise UserError(f"the text has {len(tokens)} tokens, fewer than one row of {seq_len}")
-    return torch.tensor(tokens[: rows * seq_len]).view(rows, seq_len)
+        raise UserError(f"the text has too few tokens, fewer than one row of {seq_len}")
+    return torch.tensor(rows)
+
+
+def _rows(pieces: Iterable[list[int]], length: int) -> Iterator[list[int]]:
+    """Whole pieces as they are; documents' ends, which are shorter, one after another."""
+    ends: list[int] = []
+    for piece in pieces:
+        if len(piece) == length:
+            yield piece
+            continue
+        ends += piece
+        while len(ends) >= length:
+            yield ends[:length]
+            ends = ends[length:]
+
+
+def _pieces(
+    documents: Sequence[Document], tokenizer: Any, length: int, drawn: random.Random
+) -> Iterator[list[int]]:
+    """One piece of every document, then a second of each that has one, and so on."""
+    order = list(range(len(documents)))
+    drawn.shuffle(order)
+    left: list[list[list[int]]] = []
+    for index in order:
+        ids = [*tokenizer(documents[index].text, verbose=False)["input_ids"]]
+        ids.append(tokenizer.eos_token_id)
+        cut = [ids[start : start + length] for start in range(0, len(ids), length)]
+        drawn.shuffle(cut)
+        left.append(cut)
+        yield cut.pop()
+    while left := [cut for cut in left if cut]:
+        for cut in left:
+            yield cut.pop()
 
 
 def digest(content: Any) -> str:

@@ -12,6 +12,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from runners.fetching import check_fetch, fetch
+from runners.interrupt import listening
 from runners.launch import launch, one_line_errors
 
 
@@ -20,7 +21,7 @@ def main(cfg: DictConfig) -> None:
     """Hydra entry."""
     config = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(config, dict)
-    with one_line_errors():
+    with one_line_errors(), listening():
         fetch({str(key): value for key, value in config.items()})
 
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from runners.assets import sha256_of
+from runners.disk import write_bytes_atomic, write_json_atomic
 from runners.errors import UserError
 from runners.eval_texts import describe_text
 from runners.local_tasks import LocalTask, local_task
 from runners.stock import stock_config
-from runners.store import write_bytes_atomic, write_json_atomic
 from runners.task_items import GENERATORS
 from runners.tasks import check_tasks
 

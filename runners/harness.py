@@ -10,21 +10,26 @@ Shapes: R rows of a forward pass, T tokens.
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from lm_eval import utils
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from runners.out_of_memory import Fitting
 from runners.perplexity import Window, window_nlls
 from runners.shared_contexts import Answer, SharedContexts
+
+log = logging.getLogger(__name__)
 
 Request = tuple[Any, list[int], list[int]]
 """What lm-eval caches the answer under (or None), context and continuation as token ids."""
@@ -72,6 +77,12 @@ class HarnessModel(HFLM):
         self.generation = Generation()
         self._row_lengths: list[int] | None = None
         self.fitting = Fitting(model)
+        self._shared_halvings = 0
+
+    @property
+    def oom_halvings(self) -> int:
+        """How often memory did not suffice for a pass, which was then made in parts."""
+        return self.fitting.halvings + self._shared_halvings
 
     def get_model_info(self) -> dict[str, Any]:
         """As in the base class, which asks the hub for a revision; here nothing is asked."""
@@ -129,6 +140,23 @@ class HarnessModel(HFLM):
     ) -> list[Answer]:
         if self.share_contexts:
             return self._score_shared(requests)
+        # lm-eval runs its longest rows first, so that a batch that is too large is noticed early
+        while True:
+            rows = override_bs or self.batch_size
+            score = partial(self._score_stock, requests, disable_tqdm, override_bs)
+            found = self.fitting.attempt(score, rows != 1)
+            if found is not None:
+                return found
+            largest = rows if isinstance(rows, int) else max(self.batch_sizes.values(), default=2)
+            self.batch_size_per_gpu, override_bs = max(1, largest // 2), None
+            log.warning(
+                "out of memory: evaluation goes on with %d rows a pass", self.batch_size_per_gpu
+            )
+
+    def _score_stock(
+        self, requests: Sequence[Request], disable_tqdm: bool, override_bs: int | None
+    ) -> list[Answer]:
+        """As in the base class, its rows' lengths known."""
         self._row_lengths = self._expected_rows(requests)
         try:
             answers: list[Answer] = super()._loglikelihood_tokens(
@@ -147,6 +175,7 @@ class HarnessModel(HFLM):
             softmax_dtype=self.softmax_dtype,
         )
         answers = shared.score([(context, end) for _, context, end in requests])
+        self._shared_halvings += shared.halvings
         for (request, _, _), answer in zip(requests, answers, strict=True):
             if request is not None:
                 self.cache_hook.add_partial("loglikelihood", request, answer)
@@ -190,11 +219,25 @@ class HarnessModel(HFLM):
         self, context: Tensor, max_length: int, stop: list[str], **options: Any
     ) -> Tensor:
         started = time.perf_counter()
-        out: Tensor = super()._model_generate(context, max_length, stop, **options)
+        out = self._generate_fitting(context, max_length, stop, options)
         new = out[:, context.shape[1] :].cpu()
         self.generation.seconds += time.perf_counter() - started
         self.generation.tokens += _new_tokens(new, int(self.tokenizer.pad_token_id))
         return out
+
+    def _generate_fitting(
+        self, context: Tensor, max_length: int, stop: list[str], options: dict[str, Any]
+    ) -> Tensor:
+        """Rows generated together, or in parts that memory holds; then padded to one length."""
+        base, mask = super()._model_generate, options.pop("attention_mask", None)
+
+        def generate(rows: Sequence[int]) -> list[Tensor]:
+            own = {} if mask is None else {"attention_mask": mask[list(rows)]}
+            return list(base(context[list(rows)], max_length, stop, **own, **options))
+
+        pad = float(self.tokenizer.pad_token_id)
+        done = self.fitting.run(range(context.shape[0]), generate)
+        return pad_sequence(done, batch_first=True, padding_value=pad)
 
 
 def _new_tokens(new_RT: Tensor, pad: int) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from runners.store import write_bytes_atomic
+from runners.disk import write_bytes_atomic
 
 COLUMNS = ("measure", "name", "metric", "item", "value", "weight", "dense")
 

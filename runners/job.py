@@ -7,17 +7,18 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from runners.assets import sha256_of
+from runners.disk import full_disk
 from runners.errors import UserError
 from runners.interrupt import Interrupted, listening
 from runners.launch import CONF, failed_points
-from runners.store import RunFolder, fingerprint, full_disk
+from runners.store import RunFolder, fingerprint
 
 if TYPE_CHECKING:
     from runners.point import Point
@@ -93,6 +94,7 @@ def _recorded(config: dict[str, Any], work: Callable[[RunFolder], None]) -> None
     folder = RunFolder(Path(config["results_dir"]) / fingerprint(config))
     label = describe(config)
     with _caught(label), listening(), folder.lock():
+        folder.discard_damaged()
         if folder.is_complete() and not config["force"]:
             log.info(
                 "%s: complete in %s, skipped (force=true computes it again)", label, folder.path
@@ -111,7 +113,8 @@ def _recorded(config: dict[str, Any], work: Callable[[RunFolder], None]) -> None
         except Exception as raised:
             error = full_disk(folder.path, raised) or too_little_memory(raised) or raised
             mistake = isinstance(error, UserError)
-            folder.fail(str(error) if mistake else reason(error), identity(config))
+            with suppress(OSError, UserError):  # a full disk; the console says why it failed
+                folder.fail(str(error) if mistake else reason(error), identity(config))
             raise error from raised.__cause__
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -44,6 +45,8 @@ def launch(entry: Callable[[], Any], config_name: str, check: Check = check_conf
         entry()
     except UserError as error:
         sys.exit(_end(error, 2))
+    except KeyboardInterrupt:  # before a point listens, or after
+        sys.exit(128 + signal.SIGINT)
     if failed_points:
         sys.exit(1)
 

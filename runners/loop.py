@@ -30,8 +30,12 @@ from runners.training import Position, Training
 
 log = logging.getLogger(__name__)
 
+START_SHARE = 0.125
+"""Of the calibration text, for the thresholds at which a gradient stage begins; the point's own is
+calibrated after it, on all of it."""
+
 OnStep = Callable[[str, dict[str, float]], None]
-OnStart = Callable[[str, int], None]
+OnStart = Callable[[str, int, list[dict[str, float]]], None]
 
 
 @dataclass
@@ -66,7 +70,8 @@ class Loop:
         objective: `lm` cross-entropy, or `distill`, the KL to the dense model's distributions.
         seed: every stage starts from (seed, stage name), so a resumed recipe repeats exactly.
         on_step: called with (stage name, figures of the step).
-        on_start: called with (stage name, steps that an earlier process has done) before the first.
+        on_start: called with (stage name, steps that an earlier process has done, their figures)
+            before the first.
     """
 
     def __init__(
@@ -79,7 +84,7 @@ class Loop:
         objective: Objective,
         seed: int,
         on_step: OnStep = lambda stage, figures: None,
-        on_start: OnStart = lambda stage, steps: None,
+        on_start: OnStart = lambda stage, steps, curve: None,
     ) -> None:
         self.model, self.method, self.probe, self.rows = model, method, probe, rows
         self.passes, self.seed = Passes(model, method, objective), seed
@@ -137,14 +142,15 @@ class Loop:
             meter.carry(found.state["cost"])
             log.info("stage %s goes on after step %d of %d", stage.name, found.step, budget.steps)
         at = training.at
-        self.on_start(stage.name, at.step)
+        curve = [] if found is None else list(found.state["curve"])
+        self.on_start(stage.name, at.step, curve)
         self.method.train()
         bar = progress(range(budget.steps), stage.name, initial=at.step)
         with deferred() as stop:
             while True:
                 training.begin_step()
                 if stop.asked or (at.step < budget.steps and saved.due()):
-                    state = training.state() | {"cost": meter.read()}
+                    state = training.state() | {"cost": meter.read(), "curve": curve}
                     saved.save(at.step, training.tensors(), state)
                     stop.obey()
                 if at.step == budget.steps:
@@ -153,6 +159,7 @@ class Loop:
                 if figures is not None:
                     bar.update()
                     bar.set_postfix({k: f"{v:.4g}" for k, v in figures.items() if k != "step"})
+                    curve.append(figures)
                     self.on_step(stage.name, figures)
         self.method.eval()
         return at
@@ -230,7 +237,7 @@ class Loop:
             return dict.fromkeys(targets, 0.0)
         found = {}
         for target in targets:
-            self.method.calibrate(self.probe.sample(), target)
+            self.method.calibrate(self.probe.sample(START_SHARE), target)
             found[target] = float(self.method.threshold)
         return found
 

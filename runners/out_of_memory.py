@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -13,7 +13,13 @@ from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
-SAYS = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+SAYS = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "bad_alloc",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 """Words of a RuntimeError of torch's allocators and libraries, which have no class of their own."""
 
 T = TypeVar("T")
@@ -46,9 +52,19 @@ class Fitting:
         self.model = model
         self.rows: int | None = None
         """Largest part that is tried; None while everything has fitted."""
+        self.halvings = 0
+        """How often memory did not suffice."""
 
-    def run(self, batch: Sequence[T], work: Callable[[Sequence[T]], list[R]]) -> list[R]:
+    def run(
+        self,
+        batch: Sequence[T],
+        work: Callable[[Sequence[T]], list[R]],
+        alone: Callable[[T], list[R]] | None = None,
+    ) -> list[R]:
         """`work(batch)`, or what it gives for the parts of the batch, one after the other.
+
+        Args:
+            alone: does the work of one row in another way, where `work` cannot.
 
         Raises:
             whatever `work` raises: for memory, only if one row alone does not fit.
@@ -57,24 +73,33 @@ class Fitting:
         start = 0
         while start < len(batch):
             part = batch[start : start + (self.rows or len(batch))]
-            found = self._try(part, work)
-            if found is None:
-                free_memory()
+            found = self.attempt(partial(work, part), len(part) > 1 or alone is not None)
+            if found is None and len(part) > 1:
                 self.rows = len(part) // 2
                 log.warning("out of memory: evaluation goes on with %d rows a pass", self.rows)
                 continue
+            if found is None:
+                assert alone is not None
+                found = alone(part[0])
             done += found
             start += len(part)
         return done
 
-    def _try(self, part: Sequence[T], work: Callable[[Sequence[T]], list[R]]) -> list[R] | None:
+    def attempt(self, work: Callable[[], R], again: bool) -> R | None:
+        """What `work` gives; None, and nothing counted, if memory does not suffice.
+
+        Args:
+            again: whether there is another way; otherwise the error is raised.
+        """
         routing = getattr(self.model, "routing", None)
-        counted = None if routing is None else copy.copy(routing.counters)
+        counted = None if routing is None else routing.counters.copy()
         try:
-            return work(part)
+            return work()
         except Exception as error:
-            if len(part) == 1 or not out_of_memory(error):
+            if not again or not out_of_memory(error):
                 raise
         if routing is not None:
             routing.counters = counted
+        self.halvings += 1
+        free_memory()
         return None

@@ -69,8 +69,9 @@ def perplexity(
         bootstrap_samples: resamplings of the documents for the percentile interval.
 
     Returns:
-        `{value, low, high, tokens, documents, per_document: [{name, nll, tokens}]}`; nll is the
-        sum over the document in nats, tokens those scored.
+        `{value, low, high, tokens, documents, oom_halvings, per_document: [{name, nll, tokens}]}`;
+        nll is the sum over the document in nats, tokens those scored; `oom_halvings` says how often
+        a pass was too large.
 
     Raises:
         UserError: no document with at least two tokens, or impossible sizes.
@@ -190,6 +191,7 @@ def measure(
         "high": high,
         "tokens": int(tokens.sum()),
         "documents": int(scored.sum()),
+        "oom_halvings": fitting.halvings,
         "per_document": [
             {"name": names[i], "nll": float(nll[i]), "tokens": int(tokens[i])}
             for i in np.flatnonzero(scored).tolist()
@@ -223,9 +225,11 @@ def window_nlls(model: PreTrainedModel, windows: Sequence[Window]) -> list[float
         ids_BT[row, :end] = torch.tensor(window.inputs)
         mask_BT[row, :end] = 1
         scored_BT[row, end - len(window.targets) : end] = True
-    hidden_BTD = decoder(model)(
-        input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device), use_cache=False
-    )[0]
+    # behind a causal row's end nothing is read: only a router has to be told what padding is
+    mask = None if getattr(model, "routing", None) is None else mask_BT.to(device)
+    hidden_BTD = decoder(model)(input_ids=ids_BT.to(device), attention_mask=mask, use_cache=False)[
+        0
+    ]
     targets = torch.tensor([t for window in windows for t in window.targets], device=device)
     losses = _token_losses(model, hidden_BTD[scored_BT.to(device)], targets)
     return [float(part.sum()) for part in losses.split([len(w.targets) for w in windows])]

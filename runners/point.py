@@ -79,7 +79,7 @@ class Point:
             objective=self.config["objective"],
             seed=self.config["seed"],
             on_step=self._on_step,
-            on_start=self.folder.go_back,
+            on_start=self.folder.events.go_back,
         )
         for stage, key in self.stage_keys():
             if stage.lora is not None:
@@ -87,7 +87,7 @@ class Point:
             saved = Checkpoints(self.products.checkpoints(key), self.config["checkpoint_seconds"])
             report = self.products.stage(key, self.method, partial(_run, loop, stage, saved))
             self.reports.append(report)
-            self.folder.go_back(stage.name, report["steps"])
+            self._put_in_order(stage.name, report)
             self.folder.log({"event": "stage", **report})
             log.info("stage %s %s", stage.name, "from the cache" if report["cached"] else "done")
 
@@ -183,6 +183,12 @@ class Point:
             str(next(self.base.model.parameters()).device.type),
             torch.__version__,
         )
+
+    def _put_in_order(self, stage: str, report: dict[str, Any]) -> None:
+        """A curve that another point's process finished is in that point's log, and only there."""
+        events, steps = self.folder.events, report["steps"]
+        here = not report["cached"] or events.has_curve(stage, steps)
+        events.go_back(stage, steps if here else 0)
 
     def _on_step(self, stage: str, figures: dict[str, float]) -> None:
         self.folder.log({"event": "step", "stage": stage, **figures})

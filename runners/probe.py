@@ -43,7 +43,7 @@ class ModelProbe:
         self.model, self.method, self.text = model, method, text
         self.batch_tokens = batch_tokens
         self.shape: Shape = shape_of(model.config)
-        self._read = [0]
+        self._read, self._is_sample = [0], False
         self._sensitivity: dict[Site, float] | None = None
 
     @property
@@ -95,12 +95,15 @@ class ModelProbe:
         return {site: float((total / scale).sqrt()) for site, total in sums.items()}
 
     def sample(self, share: float = 0.25) -> ModelProbe:
-        """The same on the first rows of the text; what it reads counts here."""
+        """The same on the first rows of the text; what it reads counts here. Once: then itself."""
+        if self._is_sample:
+            return self
 
         def first(rows: Tensor) -> Tensor:
             return rows[: max(1, round(len(rows) * share))]
 
         part = copy.copy(self)
+        part._is_sample = True
         texts = (self.text.train, self.text.calibration)
         train, calibration = map(first, texts)
         part.text = replace(self.text, train=train, calibration=calibration)

@@ -18,7 +18,9 @@ from safetensors.torch import save_file
 
 from methods.base import Method
 from methods.engine.checkpoint import BadCheckpoint, load_tensors
-from runners.store import disk_error, full_disk, remove_partial, write_json_atomic
+from runners.disk import disk_error, full_disk, remove_partial, write_json_atomic
+from runners.plain import to_plain
+from runners.seal import Damaged, read_sealed, sealed
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +50,7 @@ class Products:
                 return found, True
             remove_partial(self.values, path.name)
             made = make()
-            write_json_atomic(path, made)
+            write_json_atomic(path, sealed(to_plain(made, path.name)))
             return made, False
 
     def stage(
@@ -101,7 +103,8 @@ class Products:
         finally:
             partial.unlink(missing_ok=True)
         digest = _file_hash(folder / "method.safetensors")
-        write_json_atomic(folder / "report.json", {**report, "tensors_sha256": digest})
+        kept = to_plain({**report, "tensors_sha256": digest}, "report")
+        write_json_atomic(folder / "report.json", sealed(kept))
 
 
 @contextmanager
@@ -124,11 +127,14 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
+    """None if there is none that can be used; damage is said."""
     try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
+        return read_sealed(path)
+    except FileNotFoundError:
         return None
-    return found if isinstance(found, dict) else None
+    except Damaged as error:
+        log.warning("%s: it will be computed again", error)
+        return None
 
 
 def _file_hash(path: Path) -> str:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from runners.store import full_disk
+from runners.disk import full_disk
 
 log = logging.getLogger(__name__)
 

@@ -29,8 +29,8 @@ from methods.engine.observe import observed
 from methods.engine.wrap import routed, routing_of
 from runners.build import Base, load_base
 from runners.corpus import Document, load_documents
+from runners.disk import write_bytes_atomic
 from runners.errors import UserError
-from runners.store import write_bytes_atomic
 from runners.token_classes import token_classes
 
 log = logging.getLogger(__name__)

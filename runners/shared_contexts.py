@@ -103,8 +103,10 @@ class SharedContexts:
 
         answers: list[Answer] = [(0.0, False)] * len(pairs)
         for batch, single in _batches(list(groups.values()), self.rows_per_pass):
-            work = self._score_single if single else self._score_shared
-            scored = self.fitting[single].run(batch, work)
+            if single:
+                scored = self.fitting[True].run(batch, self._score_single)
+            else:
+                scored = self.fitting[False].run(batch, self._score_shared, self._score_apart)
             askers = [asked for group in batch for asked in group.continuations.values()]
             for indices, answer in zip(askers, scored, strict=True):
                 for index in indices:
@@ -119,6 +121,16 @@ class SharedContexts:
         keep = max(map(len, ends))
         logits = self._forward(ids_RT, mask_RT, logits_to_keep=keep, use_cache=False).logits
         return [self._answer(logits[row, keep - len(end) :], end) for row, end in enumerate(ends)]
+
+    def _score_apart(self, group: Group) -> list[Answer]:
+        """A context whose continuations do not fit into memory together."""
+        apart = [Group(group.context, {end: []}) for end in group.continuations]
+        return self.fitting[True].run(apart, self._score_single)
+
+    @property
+    def halvings(self) -> int:
+        """How often memory did not suffice."""
+        return sum(fitting.halvings for fitting in self.fitting.values())
 
     def _score_shared(self, groups: Sequence[Group]) -> list[Answer]:
         """Each context once, then its continuations on copies of its keys and values."""

@@ -7,15 +7,12 @@ never mistaken for a finished one.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
-import math
 import os
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,20 +20,23 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
+from runners.disk import LOCK, disk_error, remove_partial, write_bytes_atomic, write_json_atomic
 from runners.errors import UserError
+from runners.events import EventLog
+from runners.plain import to_plain
 from runners.redact import redact, redact_text
+from runners.seal import Damaged, read_sealed, sealed
 
 log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 FINGERPRINT_DIGITS = 16
+ITEMS_HASH = "items_sha256"
 NOT_IN_FINGERPRINT = frozenset(
     "results_dir cache_dir saved tracking force retry_failed checkpoint_seconds hydra log "
     "log_level logging verbose progress speed".split()
 )
 """Top-level keys of the config that say where or how loudly, never what is computed."""
-
-LOCK = ".lock"
 
 
 def fingerprint(config: Mapping[str, Any]) -> str:
@@ -51,103 +51,12 @@ def fingerprint(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:FINGERPRINT_DIGITS]
 
 
-def to_plain(value: Any, where: str) -> Any:
-    """Value as JSON types; numpy and torch scalars become Python numbers.
-
-    Raises:
-        ValueError: NaN, infinity or a type without a JSON form; the message names the key.
-    """
-    if isinstance(value, Mapping):
-        return {str(k): to_plain(v, f"{where}.{k}") for k, v in value.items()}
-    if isinstance(value, (str, bool, int)) or value is None:
-        return value
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise ValueError(f"{where} is {value}, which JSON cannot hold")
-        return float(value)
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
-        return [to_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
-    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
-        return to_plain(value.item(), where)
-    raise ValueError(f"{where} is a {type(value).__name__}, which JSON cannot hold")
-
-
 def _same_numbers(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _same_numbers(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_same_numbers(item) for item in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-def write_bytes_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that a reader, or a crash, sees the old content or the new, never a part.
-
-    Raises:
-        UserError: disk full or not writable.
-    """
-    temporary: str | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fchmod(file.fileno(), 0o644)
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        temporary = None
-    except OSError as error:
-        raise disk_error(path, error) from error
-    finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-
-
-def write_json_atomic(path: Path, obj: Any) -> None:
-    """Write `obj` as indented JSON, atomically.
-
-    Raises:
-        ValueError: NaN, infinity or a type without a JSON form; the message names the key.
-        UserError: disk full or not writable.
-    """
-    text = json.dumps(to_plain(obj, path.name), indent=2, allow_nan=False)
-    write_bytes_atomic(path, f"{text}\n".encode())
-
-
-def disk_error(path: Path, error: OSError) -> OSError | UserError:
-    """The user's version of an error that a full or read-only disk explains; else the error."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(f"no space left to write {path}: free some, or choose another folder")
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-        return UserError(f"cannot write {path} ({error.strerror}): choose another folder")
-    return error
-
-
-def full_disk(path: Path, error: Exception) -> UserError | None:
-    """The user's version of an error that a full disk explains; safetensors gives it as text."""
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if not full and f"os error {errno.ENOSPC}" not in str(error):
-        return None
-    return UserError(f"no space left to write {path}: free some, or choose another folder")
-
-
-def remove_partial(folder: Path, name: str = "") -> None:
-    """Remove what writers that were killed have left; who calls this holds the folder's lock."""
-    for path in [*folder.glob(f".{name}*"), *folder.glob(f"{name}*.tmp")]:
-        if path.is_file() and path.name != LOCK:
-            path.unlink(missing_ok=True)
-
-
-def _is_undone(line: bytes, stage: str, step: int) -> bool:
-    try:
-        event = json.loads(line)
-        kind, name = event["event"], event.get("stage", event.get("name"))
-        return name == stage and (kind == "stage" or (kind == "step" and event["step"] > step))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return True
 
 
 class RunFolder:
@@ -165,6 +74,7 @@ class RunFolder:
         self.log_file = path / "log.jsonl"
         self.speed_file = path / "speed.json"
         self.items_file = path / "items.parquet"
+        self.events = EventLog(self.log_file)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -179,6 +89,8 @@ class RunFolder:
         except Timeout:
             log.info("another process is at work on %s; waiting for it", self.path.name)
             held.acquire()
+        except OSError as error:
+            raise disk_error(self.path, error) from error
         try:
             yield
         finally:
@@ -200,34 +112,33 @@ class RunFolder:
         write_bytes_atomic(self.config_file, text.encode())
         self._status("running")
 
-    def log(self, event: Mapping[str, Any]) -> None:
-        """Append one line to `log.jsonl`, with the wall clock as `unix_time_s`."""
-        plain = to_plain(redact(event), "event")
-        line = json.dumps({"unix_time_s": round(time.time(), 3), **plain})
+    def discard_damaged(self) -> None:
+        """Remove a record, or items, that are not what was written, and say so; the point is then
+        computed again."""
         try:
-            with self.log_file.open("a", encoding="utf-8") as file:
-                file.write(f"{line}\n")
-        except OSError as error:
-            raise disk_error(self.log_file, error) from error
-
-    def go_back(self, stage: str, step: int) -> None:
-        """Forget in the log what a stage did after a step, because it is about to do it again.
-
-        Lines that a crash tore are dropped.
-        """
-        try:
-            found = self.log_file.read_bytes()
+            record = read_sealed(self.result_file, strict=False)
         except FileNotFoundError:
             return
-        kept = [line for line in found.splitlines() if not _is_undone(line, stage, step)]
-        text = b"".join(line + b"\n" for line in kept)
-        if text != found:
-            write_bytes_atomic(self.log_file, text)
+        except Damaged as error:
+            log.warning("%s: the point is computed again", error)
+            self.result_file.unlink(missing_ok=True)
+            return
+        written = record.get(ITEMS_HASH)
+        if written is not None and written != _file_hash(self.items_file):
+            log.warning("%s is damaged: the point is computed again", self.items_file)
+            self.result_file.unlink(missing_ok=True)
+            self.items_file.unlink(missing_ok=True)
+
+    def log(self, event: Mapping[str, Any]) -> None:
+        """Append one line to `log.jsonl`, with the wall clock as `unix_time_s`."""
+        self.events.append(event)
 
     def complete(self, result: Mapping[str, Any]) -> None:
         """Write the result record; from here on the point counts as done."""
         record = {**result, "schema_version": SCHEMA_VERSION, "status": "complete"}
-        write_json_atomic(self.result_file, redact({**record, **self._measured_speed()}))
+        items = _file_hash(self.items_file)
+        record |= {} if items is None else {ITEMS_HASH: items}
+        self._write_result({**record, **self._measured_speed()})
         self._status("complete")
 
     def add_speed(self, speed: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
@@ -241,7 +152,7 @@ class RunFolder:
         if record.get("status") != "complete":
             record = {**identity, "evaluated": False, "perplexity": {}, "accuracy": {}}
             record |= {"schema_version": SCHEMA_VERSION, "status": "complete"}
-        write_json_atomic(self.result_file, redact({**record, "speed": speed}))
+        self._write_result({**record, "speed": speed})
 
     def _measured_speed(self) -> dict[str, Any]:
         try:
@@ -256,12 +167,15 @@ class RunFolder:
     def fail(self, reason: str, identity: Mapping[str, Any] | None = None) -> None:
         """Keep why the point failed, with what identifies it, so that the analysis can list it."""
         failed = {"schema_version": SCHEMA_VERSION, "status": "failed", "reason": reason}
-        write_json_atomic(self.result_file, redact({**(identity or {}), **failed}))
+        self._write_result({**(identity or {}), **failed})
         self._status("failed", reason=redact_text(reason))
 
     def interrupted(self, by: str) -> None:
         """A signal ended the run; there is no record, and the next run goes on."""
-        self._status("interrupted", signal=by)
+        try:
+            self._status("interrupted", signal=by)
+        except (OSError, UserError) as error:  # the run ends as it was asked to, whatever the disk
+            log.warning("%s", error)
 
     def failed(self) -> str | None:
         """Why the point failed, if it did."""
@@ -276,13 +190,22 @@ class RunFolder:
     def result(self) -> dict[str, Any] | None:
         """The record, complete or failed; None if missing, torn or of another schema."""
         try:
-            record = json.loads(self.result_file.read_bytes())
-        except (FileNotFoundError, ValueError):
+            record = read_sealed(self.result_file, strict=False)
+        except (FileNotFoundError, Damaged):
             return None
-        if not isinstance(record, dict) or record.get("schema_version") != SCHEMA_VERSION:
-            return None
-        return record
+        return record if record.get("schema_version") == SCHEMA_VERSION else None
+
+    def _write_result(self, record: Mapping[str, Any]) -> None:
+        write_json_atomic(self.result_file, sealed(to_plain(redact(record), "record")))
 
     def _status(self, state: str, **more: Any) -> None:
         status = {"state": state, "pid": os.getpid(), "unix_time_s": round(time.time(), 3)}
         write_json_atomic(self.status_file, {**status, **more})
+
+
+def _file_hash(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TypedDict
 
 from runners.corpus import Document
+from runners.disk import write_bytes_atomic
 from runners.errors import UserError
-from runners.store import write_bytes_atomic
 from runners.word_problems import Problem, word_problems
 
 GENERATOR_VERSION = 2

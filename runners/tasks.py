@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from runners.corpus import Document
+from runners.disk import write_bytes_atomic
 from runners.errors import UserError
 from runners.local_tasks import task_file
 from runners.scores import TaskScores, scores_of
 from runners.stock import stock
-from runners.store import write_bytes_atomic
 from runners.task_items import CHOICES_OF, GENERATORS, items_folder, write_items
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ class TaskSet:
         import lm_eval
 
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        before = (harness.generation.tokens, harness.generation.seconds)
+        before = (harness.generation.tokens, harness.generation.seconds, harness.oom_halvings)
         done = lm_eval.simple_evaluate(
             model=harness,
             tasks=[name],
@@ -96,6 +96,7 @@ class TaskSet:
         scores = scores_of(name, dict(done), built_in=name in GENERATORS)
         choices = CHOICES_OF.get(name)
         scores.entry["chance"] = 1 / choices if choices else None
+        scores.entry["oom_halvings"] = harness.oom_halvings - before[2]
         tokens = harness.generation.tokens - before[0]
         if tokens:
             seconds = harness.generation.seconds - before[1]

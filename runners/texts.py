@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -31,7 +32,7 @@ class Texts:
         seed: int,
         fit_tokens: int = 0,
     ) -> None:
-        self.documents, self.tokenizer = documents, tokenizer
+        self.documents, self.tokenizer = documents, _Once(tokenizer)
         self.seq_len, self.seed, self.fit_tokens = seq_len, seed, fit_tokens
 
     def for_probe(self, budget: Budget) -> ProbeText:
@@ -61,3 +62,16 @@ class Texts:
             max_tokens=max(tokens, seq_len),
             seed=self.seed,
         )
+
+
+class _Once:
+    """The tokenizer, each document read once: every cut of the text asks for it again."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.eos_token_id = tokenizer, tokenizer.eos_token_id
+        self._ids: dict[str, list[int]] = {}
+
+    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+        if text not in self._ids:
+            self._ids[text] = self.tokenizer(text, **options)["input_ids"]
+        return {"input_ids": self._ids[text]}

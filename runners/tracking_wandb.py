@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from runners.store import write_json_atomic
+from runners.disk import write_json_atomic
 from runners.tracking import Files, Rows, Run, flat
 
 if TYPE_CHECKING:

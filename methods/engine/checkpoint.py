@@ -130,14 +130,20 @@ def _copy(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path) 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, str(partial))
-    os.replace(partial, path)
+    try:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, str(partial))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    partial.write_text(json.dumps(value, indent=2, default=sorted) + "\n")
-    os.replace(partial, path)
+    try:
+        partial.write_text(json.dumps(value, indent=2, default=sorted) + "\n")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_settings(folder: Path | str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 
 import torch
@@ -31,6 +32,12 @@ class Counters:
         self._open: list[tuple[Site, Tensor, Tensor | None]] = []
         self._valid_BT: Tensor | None = None
         self._keys_BT: Tensor | None = None
+
+    def copy(self) -> Counters:
+        """As they are now; what is counted later does not change the copy."""
+        made = copy.copy(self)
+        made._sums, made._open = dict(self._sums), []
+        return made
 
     def start_forward(self, valid_BT: Tensor, positions_BT: Tensor) -> None:
         """Open the count of one forward call."""

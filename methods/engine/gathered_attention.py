@@ -2,8 +2,8 @@
 
 `keep`: keys and values of every token; `evict`: of executed tokens only.
 
-Shapes: B sequences, T tokens of this forward, N executed ones, H heads, K key-value heads, d head
-size, S keys, D model width.
+Shapes: B sequences, T tokens of this forward, N executed ones, H heads, K key-value heads, G heads
+to each of those, M = N * G rows, d head size, S keys, D model width.
 """
 
 from __future__ import annotations
@@ -161,12 +161,10 @@ def _attend(query_NHd: Tensor, sequence: Sequence, scale: float, out_NHd: Tensor
         out_NHd.copy_(_dot(query_NHd, sequence.key_KSd, sequence.value_KSd, None, scale, True))
         return
     ends = sequence.last_N.tolist()
-    key_KSd, value_KSd = sequence.key_KSd, sequence.value_KSd
-    shared = query_NHd.shape[1] // len(key_KSd)
-    if shared > 1 and len(ends) > BLOCK_QUERIES:
-        # once, and not again for every block
-        key_KSd = key_KSd.repeat_interleave(shared, 0)
-        value_KSd = value_KSd.repeat_interleave(shared, 0)
+    heads, keys = query_NHd.shape[1], len(sequence.key_KSd)
+    # the queries of heads that share keys become rows of one product: no copies of the keys
+    split_NKGd = query_NHd.unflatten(1, (keys, heads // keys))
+    out_NKGd = out_NHd.unflatten(1, (keys, heads // keys))
     for first in range(0, len(ends), GROUP_QUERIES):
         group = slice(first, min(first + GROUP_QUERIES, len(ends)))
         mask_NS = _group_mask(query_NHd, sequence, group, ends[group])
@@ -174,8 +172,18 @@ def _attend(query_NHd: Tensor, sequence: Sequence, scale: float, out_NHd: Tensor
             part = slice(start, min(start + BLOCK_QUERIES, group.stop))
             seen = ends[part.stop - 1] + 1
             mask = None if mask_NS is None else mask_NS[start - first : part.stop - first, :seen]
-            keys, values = key_KSd[:, :seen], value_KSd[:, :seen]
-            out_NHd[part] = _dot(query_NHd[part], keys, values, mask, scale, False)
+            rows_KMd = split_NKGd[part].transpose(0, 1).flatten(1, 2)
+            if mask is not None:
+                mask = mask.repeat_interleave(heads // keys, 0)
+            found = _dot(
+                rows_KMd.transpose(0, 1),
+                sequence.key_KSd[:, :seen],
+                sequence.value_KSd[:, :seen],
+                mask,
+                scale,
+                False,
+            )
+            out_NKGd[part] = found.unflatten(0, (-1, heads // keys)).transpose(1, 2)
 
 
 def _group_mask(like: Tensor, sequence: Sequence, group: slice, ends: list[int]) -> Tensor | None:

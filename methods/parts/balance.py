@@ -86,15 +86,16 @@ def shift_kinds(probe: Probe, routers: Routers, threshold: Tensor, sparsity: flo
             if site.kind == "mlp":
                 routers.at(site).shift(amount)
 
-    def loss() -> float:
-        threshold.fill_(realising_threshold(part, sparsity, tolerance=2 * TOLERANCE))
+    def loss(near: float | None = None) -> float:
+        found = realising_threshold(part, sparsity, tolerance=2 * TOLERANCE, near=near)
+        threshold.fill_(found)
         return part.routed_loss()
 
     best = loss()
     direction = -SHIFT_STEP
     for tried in range(MOST_SHIFTS):
         move(direction)
-        found = loss()
+        found = loss(near=float(threshold) + direction / 2)
         if found < best:
             best = found
             continue

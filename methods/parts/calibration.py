@@ -56,13 +56,23 @@ def calibrate_threshold(
 
 
 def realising_threshold(
-    probe: Probe, sparsity: float, *, tolerance: float, max_passes: int = 16
+    probe: Probe,
+    sparsity: float,
+    *,
+    tolerance: float,
+    near: float | None = None,
+    max_passes: int = 16,
 ) -> float:
     """The same search on all of the probe's calibration text from the start.
+
+    Args:
+        near: a threshold that should be close, which saves the passes that find one.
 
     Raises:
         ValueError: as `calibrate_threshold`.
     """
+    if near is not None:
+        return _search(probe, sparsity, near, tolerance=tolerance, max_passes=max_passes)
     seen = probe.routed_scores(-math.inf)
     reachable = float(seen.weights[seen.scores < math.inf].sum()) / seen.total_weight
     if sparsity > reachable + tolerance:

@@ -16,7 +16,7 @@ import pandas as pd
 
 from tests.conftest import Commands
 
-MEASURED = {"seconds", "peak_memory_bytes", "cached", "identity"}
+MEASURED = {"seconds", "peak_memory_bytes", "cached", "identity", "content_sha256"}
 """Fields of a record that may differ between two runs of the same point."""
 RECIPE = (
     "method=informed",

@@ -122,6 +122,21 @@ def test_pack_joins_with_eos_and_drops_the_rest(tokenizer):
         pack_tokens(texts, tokenizer, seq_len=10, max_tokens=10, seed=0)
 
 
+def test_pack_reads_every_document_before_a_second_piece_of_one(tokenizer):
+    """A document's letter tells where each token is from; pieces are whole rows here."""
+    texts = [Document(letter, letter * 29) for letter in "abcd"]
+    of = {tokenizer(letter)["input_ids"][0]: letter for letter in "abcd"}
+    assert all(len(tokenizer(text.text)["input_ids"]) == 29 for text in texts)
+    rows = pack_tokens(texts, tokenizer, seq_len=10, max_tokens=120, seed=3)
+    origin = [of[row[0]] for row in rows.tolist()]
+    rounds = [sorted(origin[i : i + 4]) for i in (0, 4, 8)]
+    assert rounds == [list("abcd")] * 3
+    assert (rows == tokenizer.eos_token_id).sum() == 4
+    first = pack_tokens(texts, tokenizer, seq_len=10, max_tokens=50, seed=3)
+    assert torch.equal(first, rows[:5]), "a larger budget reads on after a smaller one's rows"
+    assert not torch.equal(rows, pack_tokens(texts, tokenizer, seq_len=10, max_tokens=120, seed=4))
+
+
 def test_digest_is_of_content():
     assert digest(["ab", "c"]) != digest(["a", "bc"])
     row = torch.arange(6)

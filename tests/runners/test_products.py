@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ import torch
 
 from runners.errors import UserError
 from runners.products import Products, content_key
+from runners.seal import read_sealed
 from tests.conftest import ROOT
 from tests.runners.toy import toy
 
@@ -163,4 +163,4 @@ def test_two_processes_make_it_once(tmp_path):
     (tmp_path / "go").touch()
     assert [process.communicate(timeout=60)[0].strip() for process in pair] == ["{'value': 3}"] * 2
     assert (tmp_path / "calls").read_text() == "x"
-    assert json.loads((tmp_path / "values" / "key.json").read_text()) == {"value": 3}
+    assert read_sealed(tmp_path / "values" / "key.json") == {"value": 3}

@@ -16,16 +16,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from runners.disk import full_disk, write_bytes_atomic, write_json_atomic
 from runners.errors import UserError
+from runners.plain import to_plain
 from runners.redact import is_secret, redact, redact_text
-from runners.store import (
-    RunFolder,
-    fingerprint,
-    full_disk,
-    to_plain,
-    write_bytes_atomic,
-    write_json_atomic,
-)
+from runners.store import RunFolder, fingerprint
 from tests.conftest import ROOT, compose_tiny
 
 CONFIG = compose_tiny("method=informed", "sparsity=0.3")

@@ -28,7 +28,7 @@ KEYS = {
     "accuracy",
     "stages",
 }
-MEASURED = {"seconds", "peak_memory_bytes", "cached", "identity"}
+MEASURED = {"seconds", "peak_memory_bytes", "cached", "identity", "content_sha256"}
 """Fields that may differ between two runs of the same point."""
 RECIPE = ("method=informed", "method.rank=4")
 
