@@ -22,10 +22,10 @@ def main(arguments: list[str]) -> None:
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     points = configs(prepare(arguments, "plan"))
+    from runners.disk import write_json_atomic
     from runners.plan_table import table
     from runners.planning import Planner, to_json
     from runners.progress import progress
-    from runners.store import write_json_atomic
 
     hardware, options = points[0][1]
     planner = Planner(hardware, options)

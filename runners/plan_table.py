@@ -19,8 +19,13 @@ def table(
     """Every point's stages with tokens, FLOPs, hours and GB; what is shared counts once."""
     lines = [f"{hardware['name']}, {options['utilisation']:.0%} of its peak; memory in GB", HEAD]
     seen: set[str] = set()
+    numbers: dict[str, int] = {}
     for number, point in enumerate(points):
-        state = "complete" if point.complete else "to do"
+        first = numbers.setdefault(point.fingerprint, number)
+        if first < number:
+            lines.append(f"#{number} {point.label}: the same point as #{first}")
+            continue
+        state = "complete" if point.complete else point.refused or "to do"
         lines.append(f"#{number} {point.label} [{point.fingerprint}] {state}")
         for part in point.parts:
             lines.append(_line(part, again=part.key in seen))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from runners.dry_run import (
 from runners.errors import UserError
 from runners.eval_tokens import evaluation_tokens
 from runners.job import describe, variant
-from runners.point import Point, recipe
+from runners.point import Point, check_reach, recipe
 from runners.products import content_key
 from runners.rehearsal import Rehearsal, Rehearsed
 from runners.sizes import model_config, weights_are_here
@@ -67,11 +67,13 @@ class PlannedPoint:
     complete: bool
     parts: list[Part] = field(default_factory=list)
     not_estimated: list[str] = field(default_factory=list)
+    refused: str | None = None
+    """Why the sweep would record it as failed."""
 
     @property
     def peak_bytes(self) -> int:
         """Of its hungriest part."""
-        return max(sum(part.bytes.values()) for part in self.parts)
+        return max((sum(part.bytes.values()) for part in self.parts), default=0)
 
 
 class Planner:
@@ -84,6 +86,7 @@ class Planner:
 
     def __init__(self, hardware: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         self.hardware, self.options = hardware, options
+        self._costs: dict[str, Cost] = {}
 
     def point(self, config: dict[str, Any]) -> PlannedPoint:
         """Plan one point of a sweep from its resolved config.
@@ -98,6 +101,11 @@ class Planner:
         model, dtype = _meta(_model_words(config), self._dtype(config))
         with torch.device("meta"):
             method = build_method(config, model)
+        try:
+            check_reach(method, config["method"]["name"])
+        except UserError as error:
+            planned.refused = str(error)
+            return planned
         static = {"weights": _bytes(model), "added": _bytes(method)}
         rehearsed = _rehearsed(config, model)
         known = self._cached(config, folder) or [None] * len(rehearsed)
@@ -133,11 +141,15 @@ class Planner:
             sizes["activations"] = max(once.bytes, slope.bytes)
         own = next((s for s in _stages(method, config) if s.name == stage.name), stage)
         if read.visited and own.fit is not None:
-            seen = visit_cost(model, method, own.fit, PASS_TOKENS)
+            fit = own.fit
+            seen = self._known(config, stage, lambda: visit_cost(model, method, fit, PASS_TOKENS))
             flops += read.visited * seen.flops / PASS_TOKENS
             sizes["statistics"] = seen.bytes
         if own.loss is not None and own.budget is not None:
-            cost = step_cost(model, method, own, config["objective"], config["sparsity"])
+            target = config["sparsity"]
+            cost = self._known(
+                config, stage, lambda: step_cost(model, method, own, config["objective"], target)
+            )
             micro = own.budget.steps * own.budget.accumulate
             flops += micro * cost.flops
             tokens += own.budget.tokens
@@ -174,6 +186,13 @@ class Planner:
             parts.append(Part("evaluate", own, tokens, tokens * per_token, sizes, hours))
         return parts
 
+    def _known(self, config: Mapping[str, Any], stage: Stage, make: Callable[[], Cost]) -> Cost:
+        """A stage's cost, which its target does not change: counted once for a sweep."""
+        key = content_key(_shared_words(config, without=("sparsity",)), stage.name)
+        if key not in self._costs:
+            self._costs[key] = make()
+        return self._costs[key]
+
     def _hours(self, flops: float, moved_bytes: float, dtype: torch.dtype) -> float:
         name = str(dtype).removeprefix("torch.")
         peak = self.hardware["peak_tflops"][name] * 1e12 * self.options["utilisation"]
@@ -198,8 +217,9 @@ class Planner:
 
 def totals(points: list[PlannedPoint]) -> dict[str, float]:
     """Sums over a sweep, a shared part once; `left` leaves out what is complete or cached."""
+    points = list({point.fingerprint: point for point in points}.values())
     every = {part.key: part for point in points for part in point.parts}
-    open_points = [point for point in points if not point.complete]
+    open_points = [point for point in points if not point.complete and point.refused is None]
     left = {part.key: part for point in open_points for part in point.parts if not part.cached}
     return {
         "points": len(points),
@@ -222,10 +242,12 @@ def _model_words(config: Mapping[str, Any]) -> str:
     return json.dumps({"model": config["model"], "cache_dir": config["cache_dir"]}, sort_keys=True)
 
 
-def _shared_words(config: Mapping[str, Any]) -> str:
+def _shared_words(config: Mapping[str, Any], without: Sequence[str] = ()) -> str:
     """All that a recipe depends on beside its target, the weights and the text themselves."""
     keys = ("method", "model", "data", "budget", "objective", "seed", "cache_dir")
-    return json.dumps({key: config[key] for key in keys}, sort_keys=True)
+    words = {key: config[key] for key in keys}
+    words["method"] = {k: v for k, v in config["method"].items() if k not in without}
+    return json.dumps(words, sort_keys=True)
 
 
 @functools.lru_cache(maxsize=1)

@@ -61,6 +61,20 @@ def test_a_mistake_is_one_line(commands):
     assert len(done.error_lines) == 1, done.stderr
 
 
+def test_points_out_of_reach_and_repeated_ones_are_named(commands, tmp_path):
+    file = tmp_path / "plan.json"
+    done = commands.run("plan", "method=dense", "sparsity=0.3,0.5", "-m")
+    assert done.code == 0, done.stderr
+    assert "#1 dense" in done.stdout and "the same point as #0" in done.stdout
+    done = commands.run("plan", "method=mod", "sparsity=0.3,0.7", "-m", f"plan.json={file}")
+    found = json.loads(file.read_text())
+    first, second = found["points"]
+    assert first["refused"] is None and first["parts"]
+    assert "out of reach" in second["refused"] and not second["parts"]
+    assert second["refused"] in done.stdout
+    assert found["total"]["points_left"] == 1
+
+
 def test_forward_flops_are_those_of_the_formula():
     config = tiny_model(family="llama")[0].config
     model, shape = meta_model(config, torch.float32), shape_of(config)
