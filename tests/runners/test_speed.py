@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 from methods.base import Site
 from methods.engine.flops import dense_flops
 from runners.draws import RandomDraw
+from runners.seal import read_sealed
 from runners.stopwatch import Timing, interleaved, ratio
 
 TIMED = (
@@ -22,7 +22,7 @@ TIMED = (
 
 def written(commands) -> dict:
     (file,) = commands.results.glob("*/result.json")
-    return json.loads(file.read_text())
+    return read_sealed(file)
 
 
 @pytest.mark.parametrize("policy", ["keep", "evict"])

@@ -55,7 +55,7 @@ def wait_for_steps(folder: Path, run: Run, wanted: int) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("targets", ["0.3,0.5", "0.5,0.3"])
+@pytest.mark.parametrize("targets", ["0.3,0.5", pytest.param("0.5,0.3", marks=pytest.mark.slow)])
 def test_one_of_two_sweeps_is_killed(nursery, calm, tmp_path, targets):
     """They work on the same points, or on one each with the same stages to do first."""
     (first,) = nursery.start(Step(words(tmp_path, "0.3,0.5")))
@@ -90,6 +90,7 @@ def check_times(folder: Path) -> None:
         assert all(event["tokens_per_s"] > 0 for event in events(point, "step"))
 
 
+@pytest.mark.slow
 def test_a_clock_that_jumps(nursery, calm, tmp_path):
     """Killed and gone on with under it, so that a checkpoint was written and read too."""
     step = Step(words(tmp_path, "0.3,0.5"), clock=5 * 3600.0)

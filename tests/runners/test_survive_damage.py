@@ -191,7 +191,7 @@ def damage(file: Path, how: Damage, share: float = 0.5) -> None:
     file.write_bytes(how(whole, int(share * (len(whole) - 1))))
 
 
-@pytest.mark.parametrize("how", [cut, flip])
+@pytest.mark.parametrize("how", [pytest.param(cut, marks=pytest.mark.slow), flip])
 def test_every_file_of_a_finished_run(nursery, calm, tmp_path, how):
     shutil.copytree(calm, tmp_path, dirs_exist_ok=True)
     damaged = [*tmp_path.glob("results/*/result.json"), *tmp_path.glob("cache/values/*.json")]

@@ -17,6 +17,7 @@ def budget(steps: int) -> tuple[str, ...]:
     )
 
 
+@pytest.mark.slow
 def test_three_kills(tmp_path):
     words = (*RECIPE, *budget(60), "sparsity=0.4", "checkpoint_seconds=0.1")
     calm = Commands(tmp_path, tmp_path / "calm", tmp_path / "calm-cache")
