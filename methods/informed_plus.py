@@ -89,7 +89,7 @@ class InformedPlus(Method):
         branch: int = 0,
         damping: float = 1e-3,
         targets: Sequence[float] = (),
-        train_lr: float = 0.005,
+        train_lr: float = 0.002,
         tau: float = 1.0,
         hold: float = 0.5,
         penalty_weight: float = 0.0,

@@ -16,8 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from runners.assets import sha256_of
 from runners.disk import full_disk
 from runners.errors import UserError
+from runners.failures import note
 from runners.interrupt import Interrupted, listening
-from runners.launch import CONF, failed_points
+from runners.launch import CONF
 from runners.store import RunFolder, fingerprint
 
 if TYPE_CHECKING:
@@ -82,10 +83,10 @@ def _caught(label: str) -> Iterator[None]:
         raise
     except UserError as error:
         log.error("%s failed: %s", label, error)
-        failed_points.append(f"{label}: {error}")
+        note(f"{label}: {error}")
     except Exception as error:
         log.error("%s failed: %s", label, reason(error), exc_info=True)
-        failed_points.append(f"{label}: {reason(error)}")
+        note(f"{label}: {reason(error)}")
     finally:
         gc.collect()
 

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,20 @@ from omegaconf.errors import OmegaConfBaseException
 
 from runners.check import check_config
 from runners.errors import UserError
+from runners.failures import gathered, note
+from runners.ray_launcher import register
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 FLAGS_WITH_VALUE = {"--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd"}
 MAX_CHECKED_POINTS = 256
-
-failed_points: list[str] = []
-"""Reasons of points that failed in this process; a sweep goes on after one."""
-
+LAUNCHERS = {
+    "basic": None,
+    "joblib": "hydra-joblib-launcher",
+    "submitit_local": "hydra-submitit-launcher",
+    "submitit_slurm": "hydra-submitit-launcher",
+    "ray": None,
+}
+"""Values of hydra/launcher, and the package that a value needs beside ours."""
 
 Check = Callable[[dict[str, Any]], None]
 
@@ -42,12 +49,13 @@ def launch(entry: Callable[[], Any], config_name: str, check: Check = check_conf
     try:
         if not {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c"} & set(sys.argv[1:]):
             sys.argv[1:] = prepare(sys.argv[1:], config_name, check)
-        entry()
+        with gathered() as failed:
+            entry()
     except UserError as error:
         sys.exit(_end(error, 2))
     except KeyboardInterrupt:  # before a point listens, or after
         sys.exit(128 + signal.SIGINT)
-    if failed_points:
+    if failed:
         sys.exit(1)
 
 
@@ -58,7 +66,7 @@ def one_line_errors() -> Iterator[None]:
         yield
     except UserError as error:
         _end(error, 1)
-        failed_points.append(str(error))
+        note(str(error))
 
 
 def _end(error: Exception, code: int) -> int:
@@ -164,6 +172,8 @@ def _choices(group: str) -> list[str]:
 
 def _check_choice(override: Override) -> None:
     group = override.key_or_group
+    if group == "hydra/launcher":
+        _check_launcher(override.get_value_string())
     if override.is_delete() or not (CONF / group).is_dir():
         return
     known = _choices(group)
@@ -173,6 +183,16 @@ def _check_choice(override: Override) -> None:
     for value in values:
         if value is not None and str(value) not in known:
             raise UserError(f"unknown {group} {str(value)!r}; known: {', '.join(known)}")
+
+
+def _check_launcher(name: str) -> None:
+    if name not in LAUNCHERS:
+        raise UserError(f"unknown hydra/launcher {name!r}; known: {', '.join(LAUNCHERS)}")
+    package = LAUNCHERS[name]
+    if package is not None and find_spec("hydra_plugins." + package.replace("-", "_")) is None:
+        raise UserError(f"hydra/launcher={name} needs {package}: pip install {package}")
+    if name == "ray":
+        register()
 
 
 def _one_line(error: Exception) -> str:

@@ -10,7 +10,7 @@ import sys
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from runners import launch as module
+from runners import failures
 from runners.errors import UserError
 from runners.launch import launch, points, prepare, split_flags
 from tests.conftest import ROOT
@@ -84,7 +84,7 @@ def test_wrong_word_is_one_line(word, complaint):
 
 @pytest.fixture
 def argv(monkeypatch):
-    monkeypatch.setattr(module, "failed_points", [])
+    monkeypatch.setattr(failures, "failed_points", [])
 
     def set_words(*words):
         monkeypatch.setattr(sys, "argv", ["sweep.py", *words])
@@ -106,7 +106,7 @@ def test_exit_codes(argv, capsys):
     assert entered == [1]
 
     with pytest.raises(SystemExit) as ended:
-        launch(lambda: module.failed_points.append("why"), "sweep")
+        launch(lambda: failures.note("why"), "sweep")
     assert ended.value.code == 1
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from runners import job, launch
+from runners import failures, job
 from tests.conftest import Commands
 from tests.runners.wandb_file import runs
 
@@ -138,8 +138,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(commands, tmp_path, key):
 @pytest.fixture
 def failed(monkeypatch):
     reasons: list[str] = []
-    monkeypatch.setattr(launch, "failed_points", reasons)
-    monkeypatch.setattr(job, "failed_points", reasons)
+    monkeypatch.setattr(failures, "failed_points", reasons)
     return reasons
 
 
