@@ -6,12 +6,13 @@ import hashlib
 import itertools
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from runners.errors import UserError
+from runners.shards import shards_of, texts_of
 
 Split = Literal["train", "calibration", "test"]
 SOTU_YEARS: dict[str, tuple[int, int]] = {
@@ -48,7 +49,9 @@ def load_documents(
     Args:
         split: `train`, `calibration` or `test`.
         source: `sotu` (embedded), `files` or `hub`.
-        dir: folder with `<split>.jsonl`; given, it is read whatever the source.
+        dir: folder with `<split>.jsonl`, or with Parquet shards `<split>-*.parquet` (those of
+            train alone serve all three splits like one split of the hub); given, it is read
+            whatever the source.
         text_field: field of a record that holds its text.
         path, config_name, revision: hub data set, its configuration and pinned revision.
         splits: the hub's name of each of our splits; one name for all three divides that split:
@@ -95,22 +98,28 @@ def _from_sotu(split: str) -> list[Document]:
     return [Document(str(name), sotu.raw(name)) for name in names]
 
 
-def _share(documents: Iterable[Document], split: str) -> Iterator[Document]:
-    """This split's part of a stream that serves all three."""
-    places = {"calibration": 18, "test": 19}
+PLACES = {"calibration": 18, "test": 19}
+
+
+def _share(
+    documents: Iterable[Document], split: str, places: Mapping[str, int] = PLACES
+) -> Iterator[Document]:
+    """This split's part of a stream that serves several: of 20 documents those at its place."""
     for index, document in enumerate(documents):
         owner = next((name for name, place in places.items() if index % 20 == place), "train")
         if owner == split:
             yield document
 
 
-def _from_files(dir: str | None, split: str, text_field: str) -> list[Document]:
-    """`<dir>/<split>.jsonl`; calibration falls back on the tail of train."""
+def _from_files(dir: str | None, split: str, text_field: str) -> Iterable[Document]:
+    """`<dir>/<split>.jsonl`, calibration falling back on the tail of train; or Parquet shards."""
     if dir is None:
         raise UserError("data source 'files' needs data.dir=<folder with train.jsonl, test.jsonl>")
     folder = Path(dir).expanduser()
     if not folder.is_dir():
         raise UserError(f"data.dir={dir} is not a folder")
+    if shards := shards_of(folder, "train"):
+        return _from_shards(folder, shards, split, text_field)
     if (folder / f"{split}.jsonl").is_file():
         documents = _read_jsonl(folder / f"{split}.jsonl", text_field)
         if split == "train" and not (folder / "calibration.jsonl").is_file():
@@ -120,6 +129,18 @@ def _from_files(dir: str | None, split: str, text_field: str) -> list[Document]:
         documents = _read_jsonl(folder / "train.jsonl", text_field)
         return documents[_cut(documents) :]
     raise UserError(f"data.dir={dir} holds no {split}.jsonl")
+
+
+def _from_shards(
+    folder: Path, train: Sequence[Path], split: str, text_field: str
+) -> Iterator[Document]:
+    """Splits that have no shards of their own get their places of train's documents."""
+    own = shards_of(folder, split)
+    documents = (Document(name, text) for name, text in texts_of(own or train, text_field))
+    if own and split != "train":
+        return documents
+    missing = {name: place for name, place in PLACES.items() if not shards_of(folder, name)}
+    return _share(documents, split, missing)
 
 
 def _cut(documents: Sequence[Document]) -> int:

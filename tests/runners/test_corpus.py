@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
+from pyarrow import parquet
 
 from runners.corpus import Document, digest, load_documents, pack_tokens
 from runners.errors import UserError
@@ -152,3 +155,46 @@ def test_real_wikitext():
     assert len(pages) == 62
     assert sum(len(page.split()) for page in pages) == 241211
     assert sum(len(page.encode()) for page in pages) == 1290527
+
+
+def shards(folder: Path, split: str, texts: list[str], sizes: list[int], rows: int) -> None:
+    """The texts in files of these many rows, in row groups of `rows`."""
+    start = 0
+    for number, size in enumerate(sizes):
+        table = pa.table({"id": list(range(size)), "text": texts[start : start + size]})
+        name = f"{split}-{number:05}-of-{len(sizes):05}.parquet"
+        parquet.write_table(table, folder / name, row_group_size=rows)
+        start += size
+
+
+@pytest.mark.parametrize(("sizes", "rows"), [([100], 100), ([60, 40], 7), ([1, 98, 1], 1000)])
+def test_shards_give_one_order_however_they_are_cut(tmp_path, sizes, rows):
+    texts = [f"text {number}" for number in range(100)]
+    shards(tmp_path, "train", texts, sizes, rows)
+    found = {s: [d.text for d in load_documents(split=s, dir=str(tmp_path))] for s in SPLITS}
+    assert found["calibration"] == texts[18::20] and found["test"] == texts[19::20]
+    assert sorted(itertools.chain(*found.values())) == sorted(texts)
+    assert found["train"] == [t for t in texts if t not in found["calibration"] + found["test"]]
+
+    shards(tmp_path, "test", ["own"], [1], 1)
+    assert [d.text for d in load_documents(split="test", dir=str(tmp_path))] == ["own"]
+    train = [d.text for d in load_documents(split="train", dir=str(tmp_path))]
+    assert train == [t for t in texts if t not in found["calibration"]]
+
+
+def test_shards_are_read_no_further_than_asked(tmp_path):
+    shards(tmp_path, "train", [f"text {n}" for n in range(900)], [300, 300, 300], 50)
+    for name in ("00001", "00002"):
+        (tmp_path / f"train-{name}-of-00003.parquet").write_bytes(b"never opened")
+    found = load_documents(split="train", dir=str(tmp_path), documents_limit=200)
+    assert len(found) == 200
+    with pytest.raises(UserError, match=r"00001-of-00003\.parquet cannot be read as Parquet"):
+        load_documents(split="train", dir=str(tmp_path))
+
+
+def test_shards_without_text_are_one_line(tmp_path):
+    parquet.write_table(pa.table({"text": ["a", None]}), tmp_path / "train.parquet")
+    with pytest.raises(UserError, match="row 2: no text but a NoneType"):
+        load_documents(split="train", dir=str(tmp_path))
+    with pytest.raises(UserError, match="no column 'content'"):
+        load_documents(split="train", dir=str(tmp_path), text_field="content")
