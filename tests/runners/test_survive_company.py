@@ -55,7 +55,8 @@ def wait_for_steps(folder: Path, run: Run, wanted: int) -> None:
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("targets", ["0.3,0.5", pytest.param("0.5,0.3", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("targets", ["0.3,0.5", "0.5,0.3"])
 def test_one_of_two_sweeps_is_killed(nursery, calm, tmp_path, targets):
     """They work on the same points, or on one each with the same stages to do first."""
     (first,) = nursery.start(Step(words(tmp_path, "0.3,0.5")))

@@ -60,7 +60,10 @@ def status(folder: Path) -> str:
     return json.loads(file.read_bytes())["state"]
 
 
-@pytest.mark.parametrize("phase", list(PHASES))
+@pytest.mark.parametrize(
+    "phase",
+    ["stage", *(pytest.param(p, marks=pytest.mark.slow) for p in ("fit", "evaluation"))],
+)
 @pytest.mark.parametrize(
     ("number", "code"),
     [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],

@@ -198,7 +198,7 @@ def wait_for(condition, process, seconds=90):
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("moment", ["stage", "evaluation"])
+@pytest.mark.parametrize("moment", ["stage", pytest.param("evaluation", marks=pytest.mark.slow)])
 def test_killed_and_restarted_gives_the_same_numbers(tmp_path, moment):
     """Killed in the middle of training (after some stages), or with one point complete."""
     steps = "budget.routers={steps:40,batch_size:2,seq_len:32,accumulate:1}"

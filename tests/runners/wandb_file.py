@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 BLOCK_BYTES, HEADER_BYTES = 32768, 7
 FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
+PATIENCE = 10.0
+"""Seconds for a run that was killed, which never gets its exit code."""
 
 
 def records(file: Path) -> Iterator[bytes]:
@@ -66,7 +69,11 @@ def _items(items: Any) -> dict[str, Any]:
 def runs(folder: str | Path) -> list[dict[str, Any]]:
     """Every offline run under a tracking folder, the one that ended first before the others.
 
-    Their names tell the second only, in which two may start.
+    Their names tell the second only, in which two may start. W&B's service writes a file to its end
+    a moment after the run has finished: its exit code is waited for.
     """
-    found = Path(folder).glob("wandb/offline-run-*/*.wandb")
-    return [read_run(file) for file in sorted(found, key=lambda file: file.stat().st_mtime_ns)]
+    files = list(Path(folder).glob("wandb/offline-run-*/*.wandb"))
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline and any(read_run(file)["exit"] is None for file in files):
+        time.sleep(0.05)
+    return [read_run(file) for file in sorted(files, key=lambda file: file.stat().st_mtime_ns)]
