@@ -1,6 +1,6 @@
 """Points of a sweep as tasks of a Ray cluster: `hydra/launcher=ray`.
 
-hydra-ray-launcher has not followed Ray and Hydra; what a sweep needs of it is this much.
+No plugin of its own is installed for it: what a sweep needs is this much.
 """
 
 from __future__ import annotations
