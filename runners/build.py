@@ -21,6 +21,7 @@ from transformers import (
 from methods.base import Budget, Method, StageBudget
 from methods.engine.families import UnsupportedModel, require_family
 from methods.engine.wrap import attach
+from runners import sharded
 from runners.assets import embedded_model, random_model, tiny_model
 from runners.errors import UserError
 from runners.products import content_key
@@ -86,8 +87,12 @@ def _load_base(key: str) -> Base:
                 "trust_remote_code": source["trust_remote_code"],
             }
         model, tokenizer = _from_transformers(str(folder), options, dtype)
-    model = model.to(device).eval().requires_grad_(False)
-    return Base(model, tokenizer, hash_model(model), source["name"], source["revision"])
+    model = model.eval().requires_grad_(False)
+    weights_hash = hash_model(model)
+    if sharded.wanted():
+        sharded.shard(model, device)
+    model = model.to(device)
+    return Base(model, tokenizer, weights_hash, source["name"], source["revision"])
 
 
 def _from_transformers(

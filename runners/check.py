@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from methods.engine.families import UnsupportedModel, require_family
+from runners import processes
 from runners.errors import UserError
 from runners.eval_texts import describe_text, missing_texts
 from runners.local_tasks import missing_files
@@ -139,6 +140,7 @@ def _check_budget(budget: Mapping[str, Any]) -> None:
         for key, value in budget[stage].items():
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"budget.{stage}.{key} must be a whole number >= 1, not {value!r}")
+    processes.check(budget)
 
 
 SPEED_CHOICES = {

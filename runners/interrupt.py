@@ -38,6 +38,14 @@ class Stop:
         """True once a signal has come that is not obeyed yet."""
         return self.number is not None
 
+    def agree(self, highest: Callable[[int], int]) -> None:
+        """Take over what another process was asked for.
+
+        Args:
+            highest: the largest of all processes' values.
+        """
+        self.number = highest(self.number or 0) or None
+
     def receive(self, number: int, frame: Any = None) -> None:
         """The handler. A second Ctrl-C does not wait for the checkpoint."""
         again = self.number is not None

@@ -8,11 +8,13 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from runners import processes
 from runners.assets import sha256_of
 from runners.disk import full_disk
 from runners.errors import UserError
@@ -52,6 +54,8 @@ def measure_speed(cfg: DictConfig) -> None:
     folder = RunFolder(Path(config["results_dir"]) / fingerprint(config))
     label = f"speed of {describe(config)}"
     with _caught(label), listening(), folder.lock():
+        if processes.count() > 1:
+            raise UserError("speed is measured in one process: start it without a launcher")
         if not folder.config_file.exists():
             folder.begin(config)
         log.info("%s: starting in %s", label, folder.path)
@@ -87,23 +91,24 @@ def _caught(label: str) -> Iterator[None]:
     except Exception as error:
         log.error("%s failed: %s", label, reason(error), exc_info=True)
         note(f"{label}: {reason(error)}")
+    else:
+        return
     finally:
         gc.collect()
+    if processes.count() > 1:  # the others may wait for this one for ever; the launcher ends them
+        raise SystemExit(1)
 
 
 def _recorded(config: dict[str, Any], work: Callable[[RunFolder], None]) -> None:
+    config = processes.own(config)
     folder = RunFolder(Path(config["results_dir"]) / fingerprint(config))
     label = describe(config)
     with _caught(label), listening(), folder.lock():
-        folder.discard_damaged()
-        if folder.is_complete() and not config["force"]:
+        if _agreed(config, partial(_to_skip, config, folder)):
             log.info(
                 "%s: complete in %s, skipped (force=true computes it again)", label, folder.path
             )
             return
-        why = folder.failed()
-        if why and not (config["retry_failed"] or config["force"]):
-            raise UserError(f"it did before ({why}); retry_failed=true tries again")
         log.info("%s: starting in %s", label, folder.path)
         folder.begin(config)
         try:
@@ -117,6 +122,31 @@ def _recorded(config: dict[str, Any], work: Callable[[RunFolder], None]) -> None
             with suppress(OSError, UserError):  # a full disk; the console says why it failed
                 folder.fail(str(error) if mistake else reason(error), identity(config))
             raise error from raised.__cause__
+
+
+def _to_skip(config: Mapping[str, Any], folder: RunFolder) -> bool:
+    """Whether the point has its record.
+
+    Raises:
+        UserError: it failed before and is not to be tried again.
+    """
+    folder.discard_damaged()
+    if folder.is_complete() and not config["force"]:
+        return True
+    why = folder.failed()
+    if why and not (config["retry_failed"] or config["force"]):
+        raise UserError(f"it did before ({why}); retry_failed=true tries again")
+    return False
+
+
+def _agreed(config: Mapping[str, Any], find: Callable[[], bool]) -> bool:
+    """What the first of the launched processes finds; alone, what `find` gives."""
+    if processes.count() == 1:
+        return find()
+    from runners import ranks
+
+    ranks.join(config["device"])
+    return ranks.told(find)
 
 
 def too_little_memory(error: Exception) -> UserError | None:

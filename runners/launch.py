@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from runners import processes
 from runners.check import check_config
 from runners.errors import UserError
 from runners.failures import gathered, note
@@ -70,7 +71,8 @@ def one_line_errors() -> Iterator[None]:
 
 
 def _end(error: Exception, code: int) -> int:
-    sys.stderr.write(f"error: {error}\n")
+    if processes.leads():  # the others make the same mistake
+        sys.stderr.write(f"error: {error}\n")
     return code
 
 
@@ -188,6 +190,8 @@ def _check_choice(override: Override) -> None:
 def _check_launcher(name: str) -> None:
     if name not in LAUNCHERS:
         raise UserError(f"unknown hydra/launcher {name!r}; known: {', '.join(LAUNCHERS)}")
+    if processes.count() > 1 and name != "basic":
+        raise UserError(f"hydra/launcher={name}: processes launched together share every point")
     package = LAUNCHERS[name]
     if package is not None and find_spec("hydra_plugins." + package.replace("-", "_")) is None:
         raise UserError(f"hydra/launcher={name} needs {package}: pip install {package}")

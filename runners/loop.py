@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from methods.base import Method, Probe, Stage, StageBudget
 from methods.engine.lora import attach_lora
+from runners import ranks
 from runners.batches import Batches
 from runners.interrupt import Stop, deferred
 from runners.meter import Meter
@@ -99,7 +100,8 @@ class Loop:
 
         Raises:
             TrainingDiverged: the loss is not finite.
-            UserError: the target sparsity is out of the method's reach; memory does not suffice.
+            OutOfReach: the method cannot bypass as much as the target.
+            UserError: memory does not suffice.
             Interrupted: a signal asked for the end; the checkpoint is written.
         """
         self._seed(stage.name)
@@ -130,12 +132,12 @@ class Loop:
     def _train(
         self, stage: Stage, budget: StageBudget, meter: Meter, saved: Checkpoints
     ) -> Position:
-        found = saved.load()
+        found = ranks.told(saved.load)
         thresholds = self._start_thresholds(stage) if found is None else {}
         parameters = self._trainable(stage)
         adamw, schedule = optimiser(stage, parameters, budget)
         batches = Batches(self.rows(budget), budget, self.device)
-        start = Position(thresholds, budget.batch_size)
+        start = Position(thresholds, ranks.most_rows(budget.batch_size))
         training = Training(self.method, parameters, adamw, schedule, batches, start)
         if found is not None:
             training.restore(found)
@@ -149,6 +151,7 @@ class Loop:
         with deferred() as stop:
             while True:
                 training.begin_step()
+                stop.agree(ranks.highest)
                 if stop.asked or (at.step < budget.steps and saved.due()):
                     state = training.state() | {"cost": meter.read(), "curve": curve}
                     saved.save(at.step, training.tensors(), state)
@@ -174,7 +177,7 @@ class Loop:
         try:
             found = self._gradients(stage, budget, training, target, stop)
         except Exception as error:
-            lacking = out_of_memory(error)
+            lacking = out_of_memory(error) and not ranks.together()
             if not lacking:
                 raise
         if found is None:
@@ -206,17 +209,17 @@ class Loop:
         progress_share, rows = training.at.step / max(1, budget.steps - 1), training.at.micro_batch
         losses, rates = [], []
         for _ in range(budget.accumulate):
-            if stop.asked:
+            if stop.asked and not ranks.together():
                 return None
             batch = next(training.batches)
             for loss, rate, part in self.passes.losses(stage, batch, rows, progress_share, target):
                 (loss * (part / budget.accumulate)).backward()
                 losses.append(loss.detach() * part)
                 rates.append(rate * part)
-        return (
-            torch.stack(losses).sum() / budget.accumulate,
-            torch.stack(rates).sum() / budget.accumulate,
-        )
+        loss = torch.stack(losses).sum() / budget.accumulate
+        rate = torch.stack(rates).sum() / budget.accumulate
+        ranks.add_up([loss, rate, *ranks.shared_gradients(training.parameters)])
+        return loss, rate
 
     def _trainable(self, stage: Stage) -> list[nn.Parameter]:
         """The stage's parameters and its adapter's; all others of the method are frozen."""

@@ -13,6 +13,7 @@ from methods.base import Method, RoutedView, Site, Stage, UnitView
 from methods.engine.adapter import decoder
 from methods.engine.observe import observed
 from methods.engine.wrap import Routing, routed, routing_of
+from runners import ranks
 from runners.losses import distillation_loss, hidden_states, language_model_loss
 from runners.split import Rates, parts_of
 
@@ -38,19 +39,22 @@ class Passes:
 
         The rate is 1 under the dense forward. Losses are to be used before the next is asked for.
         """
+        own = ranks.own_rows(len(batch))
         if rows >= len(batch):
             yield *self._loss(stage, batch, progress_share, target), 1.0
             return
-        parts, whole = parts_of(batch, rows), None
-        if stage.forward == "routed" and not stage.hard:
+        parts, whole = parts_of(batch, rows, own), None
+        soft = stage.forward == "routed" and not stage.hard
+        if soft and len(parts) > 1:
             views = []
             for part in parts:
                 with torch.no_grad(), part.drawing():
                     views.append(self._view(stage, part.ids_BT, progress_share, target))
             whole = Rates.mean([part.share for part in parts], views)
         for part in parts:
+            alone = part.share if soft and whole is None else None
             with part.drawing():
-                loss, rate = self._loss(stage, part.ids_BT, progress_share, target, whole)
+                loss, rate = self._loss(stage, part.ids_BT, progress_share, target, whole, alone)
             yield loss, rate, part.share
 
     def _loss(
@@ -60,11 +64,20 @@ class Passes:
         progress_share: float,
         target: float,
         whole: Rates | None = None,
+        share: float | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Loss of one pass and its mean execute rate; `whole` if it is a part of a micro-batch."""
+        """Loss of one pass and its mean execute rate.
+
+        Args:
+            whole: rates of the micro-batch that this is a part of.
+            share: of the micro-batch, for the only part of this process; `whole` is then added up
+                over processes.
+        """
         if stage.forward == "dense":
-            return self._dense_loss(stage, batch), torch.ones(())
+            return self._dense_loss(stage, batch), torch.ones((), device=batch.device)
         view = self._view(stage, batch, progress_share, target)
+        if share is not None:
+            whole = Rates.mean([share], [view])
         if whole is not None:
             view = whole.seen_by(view)
         return stage.loss(view), view.execute_rate.detach()  # type: ignore[misc, arg-type]

@@ -6,6 +6,7 @@ import logging
 import math
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import torch
 from methods.base import Budget, Method, Stage
 from methods.engine.checkpoint import restore, save_pretrained
 from methods.engine.lora import Adapter, attach_lora, describe
+from methods.parts.calibration import OutOfReach
+from runners import processes
 from runners.assets import cache_root
 from runners.build import build_budget, build_method, load_base, method_options
 from runners.corpus import load_documents
@@ -33,7 +36,7 @@ from runners.tracking import Safe
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
-PASSES = ("passes", "split", "batches", "training", "random_state", "resume")
+PASSES = ("passes", "ranks", "split", "batches", "training", "random_state", "resume")
 STAGE_CODE = [
     ROOT / "methods",
     *(ROOT / "runners" / f"{n}.py" for n in ("loop", "losses", "optimise", "probe", *PASSES)),
@@ -66,7 +69,8 @@ class Point:
             fit_tokens=self.budget.fit_tokens,
         )
         self.probe = ModelProbe(self.base.model, self.method, self.texts.for_probe(self.budget))
-        self.products = Products(cache_root(config["cache_dir"]))
+        writes = processes.leads()
+        self.products = Products(cache_root(config["cache_dir"]) if writes else folder.path)
         self.reports: list[dict[str, Any]] = []
 
     def train(self) -> None:
@@ -114,7 +118,8 @@ class Point:
         if self.config["trained_on_sha256"] != self.base.weights_hash:
             log.warning("%s was trained on other weights (or another dtype) than these", saved)
         if recalibrate:
-            self.method.calibrate(self.probe, self.method.sparsity)
+            with within_reach():
+                self.method.calibrate(self.probe, self.method.sparsity)
 
     def evaluate(self) -> dict[str, Any]:
         """The record's figures: quality with the dense model's beside it, sparsity, cost."""
@@ -219,7 +224,17 @@ def check_reach(method: Method, name: str) -> None:
 
 
 def _run(loop: Loop, stage: Stage, saved: Checkpoints) -> dict[str, Any]:
-    return loop.run(stage, saved).to_dict()
+    with within_reach():
+        return loop.run(stage, saved).to_dict()
+
+
+@contextmanager
+def within_reach() -> Iterator[None]:
+    """A target that calibration finds out of reach is the user's mistake."""
+    try:
+        yield
+    except OutOfReach as error:
+        raise UserError(str(error)) from error
 
 
 def merge_dense(scores: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:

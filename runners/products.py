@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 
 from methods.base import Method
 from methods.engine.checkpoint import BadCheckpoint, load_tensors
+from runners import processes, ranks
 from runners.disk import disk_error, full_disk, remove_partial, write_json_atomic
 from runners.plain import to_plain
 from runners.seal import Damaged, read_sealed, sealed
@@ -34,8 +36,12 @@ def content_key(*parts: Any) -> str:
 class Products:
     """Folder of products; two processes that need the same one make it once.
 
+    Processes that train together ask for the same product at the same time: the first one reads
+    or keeps it, and tells the others.
+
     Args:
-        root: cache folder; products live in `<root>/stages` and `<root>/values`.
+        root: cache folder; products live in `<root>/stages` and `<root>/values`. One of its own
+            for a process that does not lead.
     """
 
     def __init__(self, root: Path) -> None:
@@ -45,12 +51,13 @@ class Products:
         """A JSON product: (value, whether it was cached)."""
         path = self.values / f"{key}.json"
         with _locked(path):
-            found = _read_json(path)
+            found = ranks.told(partial(_read_json, path))
             if found is not None:
                 return found, True
             remove_partial(self.values, path.name)
             made = make()
-            write_json_atomic(path, sealed(to_plain(made, path.name)))
+            if processes.leads():
+                write_json_atomic(path, sealed(to_plain(made, path.name)))
             return made, False
 
     def stage(
@@ -63,12 +70,15 @@ class Products:
         """
         folder = self.stages / key
         with _locked(folder):
-            found = self._load(folder, method)
+            found = ranks.told(partial(self._load, folder, method))
             if found is not None:
+                ranks.align(method)
                 return {**found, "cached": True}
             remove_partial(folder)
             report = dict(run())
-            self._keep(folder, method, report)
+            ranks.align(method)
+            if processes.leads():
+                self._keep(folder, method, report)
             shutil.rmtree(self.checkpoints(key), ignore_errors=True)
             return {**report, "cached": False}
 

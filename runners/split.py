@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from methods.base import RoutedView, Site
+from runners import ranks
 from runners.random_state import RandomState
 
 ATEN = torch.ops.aten
@@ -42,11 +43,11 @@ class Part:
             yield
 
 
-def parts_of(batch_BT: Tensor, rows: int) -> list[Part]:
-    """Parts of at most `rows` rows; the generators are read now."""
+def parts_of(batch_BT: Tensor, rows: int, own: slice) -> list[Part]:
+    """Parts of at most `rows` rows of those in `own`; the generators are read now."""
     start, whole = RandomState.take(batch_BT.device), len(batch_BT)
-    firsts = range(0, whole, rows)
-    slices = [slice(first, min(first + rows, whole)) for first in firsts]
+    firsts = range(own.start, own.stop, rows)
+    slices = [slice(first, min(first + rows, own.stop)) for first in firsts]
     return [
         Part(batch_BT[s], (s.stop - s.start) / whole, RowDraws(s, whole), start) for s in slices
     ]
@@ -104,16 +105,15 @@ class Rates:
 
     @classmethod
     def mean(cls, shares: Sequence[float], views: Sequence[RoutedView]) -> Rates:
-        """From those of the parts."""
+        """From those of the parts, here and in the processes that train with this one."""
 
         def over(values: Sequence[Tensor]) -> Tensor:
             return torch.stack([s * v for s, v in zip(shares, values, strict=True)]).sum(0).detach()
 
-        sites = views[0].site_rates
-        return cls(
-            over([view.execute_rate for view in views]),
-            {site: over([view.site_rates[site] for view in views]) for site in sites},
-        )
+        mean = over([view.execute_rate for view in views])
+        sites = {site: over([v.site_rates[site] for v in views]) for site in views[0].site_rates}
+        ranks.add_up([mean, *sites.values()])
+        return cls(mean, sites)
 
     def seen_by(self, view: RoutedView) -> RoutedView:
         """A part's view with the whole's rates as values and its own as what carries gradient.

@@ -13,6 +13,10 @@ from methods.base import Probe, RoutedScores
 log = logging.getLogger(__name__)
 
 
+class OutOfReach(ValueError):
+    """The routed sites cannot bypass as much as asked."""
+
+
 def weighted_quantile(values: Tensor, weights: Tensor, mass: float) -> float:
     """Smallest value v such that the weight of all values <= v reaches `mass`.
 
@@ -44,7 +48,7 @@ def calibrate_threshold(
         max_passes: the closest threshold seen is returned after this many.
 
     Raises:
-        ValueError: the routed sites cannot reach the target even if all are bypassed.
+        OutOfReach: the routed sites cannot reach the target even if all are bypassed.
     """
     if sparsity == 0.0:
         return -math.inf
@@ -69,15 +73,16 @@ def realising_threshold(
         near: a threshold that should be close, which saves the passes that find one.
 
     Raises:
-        ValueError: as `calibrate_threshold`.
+        OutOfReach: as `calibrate_threshold`.
     """
     if near is not None:
         return _search(probe, sparsity, near, tolerance=tolerance, max_passes=max_passes)
     seen = probe.routed_scores(-math.inf)
     reachable = float(seen.weights[seen.scores < math.inf].sum()) / seen.total_weight
     if sparsity > reachable + tolerance:
-        raise ValueError(
-            f"sparsity {sparsity} is out of reach: this method routes {reachable:.3f} of all units"
+        raise OutOfReach(
+            f"sparsity {sparsity} is out of reach: this method routes {reachable:.3f} of all units "
+            "of the calibration text (what it reserves, as first layers or tokens, left out)"
         )
     guess = _next_guess(seen, sparsity, -math.inf, math.inf, halve=False)
     return _search(probe, sparsity, guess, tolerance=tolerance, max_passes=max_passes)

@@ -1,0 +1,57 @@
+"""Whether this process is one of several that `accelerate launch` (or torchrun) started.
+
+Read from the environment, before anything heavy loads; what they do together is in `ranks`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+from runners.errors import UserError
+
+SILENT = {"tracking": {"backend": "off"}, "checkpoint_seconds": None}
+"""What a process that does not write has in its config."""
+
+
+def count() -> int:
+    """How many there are; 1 for a process that was started as any other."""
+    try:
+        return int(os.environ.get("WORLD_SIZE", "1"))
+    except ValueError:
+        return 1
+
+
+def leads() -> bool:
+    """Whether this one writes the results: the first, or the only one."""
+    return count() == 1 or os.environ.get("RANK", "0") == "0"
+
+
+def check(budget: Mapping[str, Any]) -> None:
+    """Refuse a budget that several processes cannot share.
+
+    Raises:
+        UserError: a batch has fewer rows than there are processes.
+    """
+    for stage in ("forecasters", "routers", "lora"):
+        rows = budget[stage]["batch_size"]
+        if rows < count():
+            raise UserError(
+                f"budget.{stage}.batch_size={rows} has less than a row for each of {count()} "
+                "processes: raise it, or launch fewer"
+            )
+
+
+def own(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config as it is for this process: only the first writes where the user looks."""
+    if leads():
+        return dict(config)
+    logging.getLogger().setLevel(logging.WARNING)
+    scratch = tempfile.mkdtemp(prefix="routebench-")
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    return {**config, **SILENT, "results_dir": scratch}
