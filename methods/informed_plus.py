@@ -26,6 +26,7 @@ from methods.parts.balance import shift_kinds, shift_stage
 from methods.parts.closed_form import refit_on_routed
 from methods.parts.forecaster import Forecasters
 from methods.parts.gates import sigmoid_gate
+from methods.parts.inputs import RouterInput
 from methods.parts.keys import KeyForecasts
 from methods.parts.linear import linear_unit
 from methods.parts.lora import lora_spec, lora_stage
@@ -36,6 +37,7 @@ from methods.parts.routers import Routers
 Part = Literal[
     "closed_form",
     "sensitivity",
+    "forecast_norm",
     "kind_shift",
     "allocation",
     "refit",
@@ -51,7 +53,9 @@ class InformedPlus(Method):
     1. Forecasters in closed form: reduced-rank ridge regression of each unit's output.
     2. Recoverability routers: ridge regression of the log of the forecast's error, weighted by the
        unit's loss sensitivity, so that one global threshold spends the budget where it matters;
-       MLP scores are then shifted against attention's to where the routed model loses least.
+       they also read log ||forecast||, which says more about an MLP's error than any linear map of
+       its input. MLP scores are then shifted against attention's to where the routed model loses
+       least.
     3. Error-aware refit: forecasters again, on the stream that forecasts upstream have changed, and
        routers for the new forecasters.
     4. End-to-end distillation of forecasters and routers: KL to the dense model's distributions,
@@ -61,8 +65,9 @@ class InformedPlus(Method):
 
     Args:
         without: parts to leave out. `closed_form`: random forecasters and routers (published
-            initialisation), no refit; `sensitivity`: of the routers' regression; `kind_shift`: the
-            MLP scores' shift; `allocation`: every unit gets the same rank; `refit`;
+            initialisation), no refit; `sensitivity`: of the routers' regression; `forecast_norm`:
+            of their input; `kind_shift`: the MLP scores' shift; `allocation`: every unit gets the
+            same rank; `refit`;
             `router_training`, `forecaster_training`, both for no gradient stage; `controller`: the
             threshold stays where calibration put it.
         rank: of the forecasters, their mean over the units.
@@ -103,6 +108,11 @@ class InformedPlus(Method):
         self.parts = frozenset(get_args(Part)) - frozenset(without)
         allocate = {"allocation", "closed_form"} <= self.parts
         self.forecasters = Forecasters(rank=rank, damping=damping, allocate=allocate, branch=branch)
+        self.router_input = RouterInput(
+            source="post_norm",
+            features=("forecast_norm",) if "forecast_norm" in self.parts else (),
+            forecasters=self.forecasters,
+        )
         self.routers = Routers(kind="linear", outputs=1)
         self.damping, self.targets = damping, tuple(targets)
         self.train_lr, self.tau = train_lr, tau
@@ -116,7 +126,7 @@ class InformedPlus(Method):
 
     def setup(self, shape: Shape) -> None:
         super().setup(shape)
-        self.routers.create(self.sites(), shape.width)
+        self.routers.create(self.sites(), self.router_input.create(self.sites(), shape.width))
         self.forecasters.create(self.sites(), shape.width)
         if self.keys is not None:
             self.keys.create(self.sites(), shape)
@@ -127,7 +137,7 @@ class InformedPlus(Method):
             self.keys.adopt()
 
     def route(self, site: Site, x_BTD: Tensor, ctx: RouteContext) -> Decision:
-        scores = self.routers(site, x_BTD)
+        scores = self.routers(site, self.router_input(site, x_BTD, ctx.residual_BTD))
         if not ctx.training:
             return self.decide(scores)
         gate = sigmoid_gate(scores - self.threshold, tau=self.tau)
@@ -137,6 +147,8 @@ class InformedPlus(Method):
         return self.forecasters(site, x_BTD)
 
     def linear(self, site: Site) -> LinearUnit | None:
+        if not self.router_input.plain:
+            return None
         return linear_unit(self.routers, self.forecasters, site)
 
     def forecast_keys(self, site: Site, x_BTD: Tensor) -> Tensor | None:
@@ -176,7 +188,7 @@ class InformedPlus(Method):
             yield lora_stage(self.lora, budget.lora, lr=self.lora_lr, targets=self.targets)
 
     def cost(self, site: Site) -> SiteCost:
-        route = self.routers.at(site).flops_per_token
+        route = self.routers.at(site).flops_per_token + self.router_input.cost(site)
         estimate = self.forecasters.flops_per_token(site)
         if self.keys is None:
             return SiteCost(route, estimate)
@@ -189,6 +201,7 @@ class InformedPlus(Method):
             self.forecasters,
             damping=self.damping,
             sensitivity="sensitivity" in self.parts,
+            inputs=self.router_input,
         )
 
     def _refit(self, probe: Probe) -> None:
