@@ -105,6 +105,20 @@ def deferred() -> Iterator[Stop]:
     _stop.obey()
 
 
+@contextmanager
+def noted() -> Iterator[list[int]]:
+    """Inside the block the signals that ask a run to end are listed, and nothing else happens."""
+    asked: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: asked.append(number)) for number in ASKING
+    }
+    try:
+        yield asked
+    finally:
+        for number, own in before.items():
+            signal.signal(number, own)
+
+
 def _foreign(handler: Callable[..., Any] | int | None) -> bool:
     """A handler that somebody installed, as submitit does, not Python's or the system's own."""
     return callable(handler) and handler is not signal.default_int_handler

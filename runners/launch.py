@@ -24,6 +24,7 @@ from runners.check import check_config
 from runners.errors import UserError
 from runners.failures import gathered, note
 from runners.ray_launcher import register
+from runners.workers import passing_on
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 FLAGS_WITH_VALUE = {"--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd"}
@@ -50,7 +51,7 @@ def launch(entry: Callable[[], Any], config_name: str, check: Check = check_conf
     try:
         if not {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c"} & set(sys.argv[1:]):
             sys.argv[1:] = prepare(sys.argv[1:], config_name, check)
-        with gathered() as failed:
+        with gathered() as failed, passing_on():
             entry()
     except UserError as error:
         sys.exit(_end(error, 2))

@@ -32,6 +32,8 @@ from omegaconf import DictConfig, open_dict
 
 from runners.errors import UserError
 from runners.failures import VARIABLE
+from runners.interrupt import Interrupted, noted
+from runners.workers import PATIENCE_S, no_more_points
 
 log = logging.getLogger(__name__)
 
@@ -94,8 +96,7 @@ class RayLauncher(Launcher):
                 log.info("\t#%d : %s", index, " ".join(filter_overrides(overrides)))
                 parts = (self.hydra_context, self.task_function, self.config)
                 waiting.append(task.remote(index, list(overrides), parts, state))
-            found: list[JobReturn] = ray.get(waiting)
-            return found
+            return _finished(ray, waiting)
         finally:
             ray.shutdown()
 
@@ -118,6 +119,25 @@ class RayLauncher(Launcher):
             raise UserError(
                 f"no Ray cluster at {self.address or 'this machine'}: {error}"
             ) from None
+
+
+def _finished(ray: Any, waiting: list[Any]) -> list[JobReturn]:
+    """The points, all ended; a signal ends those that run as Ctrl-C would, wherever they run.
+
+    Raises:
+        Interrupted: there was a signal.
+    """
+    with noted() as asked:  # Ray has handlers of its own, which end the workers at once
+        while not asked and len(ray.wait(waiting, num_returns=len(waiting), timeout=0.2)[1]):
+            pass
+        if not asked:
+            found: list[JobReturn] = ray.get(waiting)
+            return found
+        no_more_points()
+        for point in waiting:
+            ray.cancel(point, force=False)
+        ray.wait(waiting, num_returns=len(waiting), timeout=PATIENCE_S)
+    raise Interrupted(asked[0])
 
 
 def _ray() -> Any:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import time
 from importlib.util import find_spec
 from typing import Any
 
 import pytest
 
-from tests.conftest import Commands
-from tests.runners.survival import outcome
+from tests.conftest import ROOT, Commands
+from tests.runners.survival import RECIPE as LONG_RECIPE
+from tests.runners.survival import events, leftovers, outcome
 
 RECIPE = ("method=informed", "method.rank=4", "sparsity=0.3,0.5")
 TWO_AT_A_TIME = {
@@ -62,6 +66,71 @@ def test_a_failed_point_is_told_by_the_sweep(commands, launcher):
     assert "sparsity 0.7 is out of reach" in done.stderr
     records = [json.loads(f.read_bytes()) for f in commands.results.glob("*/result.json")]
     assert sorted(record.get("status") for record in records) == ["complete", "failed"], records
+
+
+STEPS = "{steps:%d,batch_size:2,seq_len:32,accumulate:1}"
+THREE = (*LONG_RECIPE, "sparsity=0.4", "seed=0,1,2", "checkpoint_seconds=null")
+WITHIN_S = 25
+"""A few seconds do on a machine with nothing else to run."""
+
+
+def running(commands: Commands) -> int:
+    """Points that are in a gradient stage."""
+    return sum(len(events(folder, "step")) > 8 for folder in commands.results.glob("*"))
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """Three points that share nothing, undisturbed."""
+    folder = tmp_path_factory.mktemp("three")
+    commands = Commands(folder, folder / "results", folder / "cache")
+    assert commands.run("sweep", *THREE, f"budget.routers={STEPS % 200}", "-m").code == 0
+    return outcome(commands)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "number"),
+    [
+        ("joblib", signal.SIGTERM),
+        ("joblib", signal.SIGINT),
+        pytest.param("ray", signal.SIGTERM, marks=needs_ray),
+    ],
+)
+def test_a_signal_to_the_sweep_ends_its_points_with_a_checkpoint(commands, three, launcher, number):
+    """As a scheduler sends it, to the sweep's own process: nothing is lost, nobody is left."""
+    own = (*THREE, f"budget.routers={STEPS % 200}", f"hydra/launcher={launcher}")
+    words = (*own, *TWO_AT_A_TIME[launcher], "-m")
+    process = commands.start("sweep", *words)
+    while running(commands) < 2:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    assert process.wait(WITHIN_S) == 128 + number
+    statuses = [json.loads(f.read_bytes()) for f in commands.results.glob("*/status.json")]
+    assert [status["state"] for status in statuses] == ["interrupted"] * 2, "the third never began"
+    assert len(list(commands.cache.glob("stages/*/checkpoints/*.safetensors"))) == 2
+    for status in statuses:
+        with pytest.raises(ProcessLookupError):
+            os.kill(status["pid"], 0)
+
+    again = commands.run("sweep", *words)
+    assert again.code == 0, again.stderr
+    assert (again.stdout + again.stderr).count("goes on after step") == 2
+    assert outcome(commands) == three
+    assert leftovers(commands.cache) == []
+
+
+def test_ray_that_is_not_installed_is_one_line(commands):
+    """Whatever this machine has: an empty package of that name stands first on the path."""
+    (commands.folder / "ray").mkdir()
+    (commands.folder / "ray" / "__init__.py").write_text("raise ImportError('no ray here')")
+    path = os.pathsep.join([str(commands.folder), str(ROOT)])
+    words = ("method=random", "sparsity=0.3", "hydra/launcher=ray", "-m")
+    done = commands.run("sweep", *words, PYTHONPATH=path)
+    assert done.code == 2
+    assert done.error_lines == ["error: hydra/launcher=ray needs Ray: pip install ray"]
+    assert not commands.results.exists()
 
 
 @pytest.mark.parametrize("word", ["hydra/launcher=slurm", "hydra/launcher=joblib,ray"])
