@@ -31,12 +31,12 @@ FLAGS_WITH_VALUE = {"--config-name", "-cn", "--config-path", "-cp", "--config-di
 MAX_CHECKED_POINTS = 256
 LAUNCHERS = {
     "basic": None,
-    "joblib": "hydra-joblib-launcher",
-    "submitit_local": "hydra-submitit-launcher",
-    "submitit_slurm": "hydra-submitit-launcher",
-    "ray": None,
+    "joblib": ("hydra_plugins.hydra_joblib_launcher", "hydra-joblib-launcher"),
+    "submitit_local": ("hydra_plugins.hydra_submitit_launcher", "hydra-submitit-launcher"),
+    "submitit_slurm": ("hydra_plugins.hydra_submitit_launcher", "hydra-submitit-launcher"),
+    "ray": ("ray", "ray"),
 }
-"""Values of hydra/launcher, and the package that a value needs beside ours."""
+"""Values of hydra/launcher, and what a value needs beside ours: a module, and its package."""
 
 Check = Callable[[dict[str, Any]], None]
 
@@ -193,9 +193,9 @@ def _check_launcher(name: str) -> None:
         raise UserError(f"unknown hydra/launcher {name!r}; known: {', '.join(LAUNCHERS)}")
     if processes.count() > 1 and name != "basic":
         raise UserError(f"hydra/launcher={name}: processes launched together share every point")
-    package = LAUNCHERS[name]
-    if package is not None and find_spec("hydra_plugins." + package.replace("-", "_")) is None:
-        raise UserError(f"hydra/launcher={name} needs {package}: pip install {package}")
+    needed = LAUNCHERS[name]
+    if needed is not None and find_spec(needed[0]) is None:
+        raise UserError(f"hydra/launcher={name} needs {needed[1]}: pip install {needed[1]}")
     if name == "ray":
         register()
 

@@ -146,8 +146,10 @@ def _ray() -> Any:
     os.environ.setdefault("RAY_worker_niceness", "0")  # else points give way to everything
     try:
         import ray
-    except ImportError:
-        raise UserError("hydra/launcher=ray needs Ray: pip install ray") from None
+    except ImportError as error:
+        raise UserError(
+            f"hydra/launcher=ray cannot import ray ({error}): pip install ray"
+        ) from None
     return ray
 
 

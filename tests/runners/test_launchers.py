@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from importlib.util import find_spec
 from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT, Commands
+from runners import launch
+from tests.conftest import Commands
 from tests.runners.survival import RECIPE as LONG_RECIPE
 from tests.runners.survival import events, leftovers, outcome
 
@@ -121,18 +123,6 @@ def test_a_signal_to_the_sweep_ends_its_points_with_a_checkpoint(commands, three
     assert leftovers(commands.cache) == []
 
 
-def test_ray_that_is_not_installed_is_one_line(commands):
-    """Whatever this machine has: an empty package of that name stands first on the path."""
-    (commands.folder / "ray").mkdir()
-    (commands.folder / "ray" / "__init__.py").write_text("raise ImportError('no ray here')")
-    path = os.pathsep.join([str(commands.folder), str(ROOT)])
-    words = ("method=random", "sparsity=0.3", "hydra/launcher=ray", "-m")
-    done = commands.run("sweep", *words, PYTHONPATH=path)
-    assert done.code == 2
-    assert done.error_lines == ["error: hydra/launcher=ray needs Ray: pip install ray"]
-    assert not commands.results.exists()
-
-
 @pytest.mark.parametrize("word", ["hydra/launcher=slurm", "hydra/launcher=joblib,ray"])
 def test_an_unknown_launcher_is_one_line(commands, word):
     done = commands.run("sweep", "sparsity=0.3", word, "-m")
@@ -140,10 +130,22 @@ def test_an_unknown_launcher_is_one_line(commands, word):
     assert len(done.error_lines) == 1 and "known: basic, joblib" in done.error_lines[0]
 
 
-def test_a_launcher_that_is_not_installed_is_one_line(monkeypatch):
-    from runners import launch
-    from runners.errors import UserError
-
-    monkeypatch.setattr(launch, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install hydra-joblib-launcher"):
-        launch.prepare(["hydra/launcher=joblib", "-m"], "sweep")
+@pytest.mark.parametrize(
+    ("launcher", "package"),
+    [
+        ("joblib", "hydra-joblib-launcher"),
+        ("submitit_slurm", "hydra-submitit-launcher"),
+        ("ray", "ray"),
+    ],
+)
+def test_a_launcher_that_is_not_installed_is_one_line(monkeypatch, capsys, launcher, package):
+    """Exit code 2, before Hydra begins."""
+    module, _ = launch.LAUNCHERS[launcher]
+    monkeypatch.setattr(launch, "find_spec", lambda name: None if name == module else name)
+    words = ["sweep.py", "method=random", f"hydra/launcher={launcher}", "tracking=off", "-m"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as ended:
+        launch.launch(lambda: pytest.fail("Hydra has begun"), "sweep")
+    assert ended.value.code == 2
+    expected = f"error: hydra/launcher={launcher} needs {package}: pip install {package}\n"
+    assert capsys.readouterr().err == expected
