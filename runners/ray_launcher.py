@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from omegaconf import DictConfig, open_dict
 from runners.errors import UserError
 from runners.failures import VARIABLE
 from runners.interrupt import Interrupted, noted
-from runners.workers import PATIENCE_S, no_more_points
+from runners.workers import end_points
 
 log = logging.getLogger(__name__)
 
@@ -122,21 +123,18 @@ class RayLauncher(Launcher):
 
 
 def _finished(ray: Any, waiting: list[Any]) -> list[JobReturn]:
-    """The points, all ended; a signal ends those that run as Ctrl-C would, wherever they run.
+    """The points, all ended, or ended by a signal to this process.
 
     Raises:
-        Interrupted: there was a signal.
+        Interrupted: there was one.
     """
     with noted() as asked:  # Ray has handlers of its own, which end the workers at once
-        while not asked and len(ray.wait(waiting, num_returns=len(waiting), timeout=0.2)[1]):
+        while not asked and ray.wait(waiting, num_returns=len(waiting), timeout=0.2)[1]:
             pass
         if not asked:
             found: list[JobReturn] = ray.get(waiting)
             return found
-        no_more_points()
-        for point in waiting:
-            ray.cancel(point, force=False)
-        ray.wait(waiting, num_returns=len(waiting), timeout=PATIENCE_S)
+        end_points(asked[0])
     raise Interrupted(asked[0])
 
 
@@ -156,6 +154,7 @@ def _ray() -> Any:
 def _run(index: int, overrides: list[str], parts: Any, state: Any) -> JobReturn:
     """One point, in a worker."""
     context, task_function, config = parts
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Ray's own would not let the point end in order
     setup_globals()
     Singleton.set_state(state)
     own = context.config_loader.load_sweep_config(config, overrides)
