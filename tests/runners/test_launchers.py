@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from runners import launch
-from tests.conftest import Commands
-from tests.runners.survival import RECIPE as LONG_RECIPE
+from tests.conftest import Commands, documents
 from tests.runners.survival import events, leftovers, outcome
 
 RECIPE = ("method=informed", "method.rank=4", "sparsity=0.3,0.5")
@@ -70,24 +69,30 @@ def test_a_failed_point_is_told_by_the_sweep(commands, launcher):
     assert sorted(record.get("status") for record in records) == ["complete", "failed"], records
 
 
-STEPS = "{steps:%d,batch_size:2,seq_len:32,accumulate:1}"
-THREE = (*LONG_RECIPE, "sparsity=0.4", "seed=0,1,2", "checkpoint_seconds=null")
+LONG = (
+    *("method=router_tuning", "sparsity=0.2", "seed=0,1,2", "checkpoint_seconds=null"),
+    "budget.routers={steps:150,batch_size:2,seq_len:32,accumulate:1}",
+)
 WITHIN_S = 25
 """A few seconds do on a machine with nothing else to run."""
 
 
 def running(commands: Commands) -> int:
-    """Points that are in a gradient stage."""
+    """Points that are in their gradient stage."""
     return sum(len(events(folder, "step")) > 8 for folder in commands.results.glob("*"))
 
 
 @pytest.fixture(scope="module")
 def three(tmp_path_factory):
-    """Three points that share nothing, undisturbed."""
+    """The words of three points that share nothing, and what they come to undisturbed."""
     folder = tmp_path_factory.mktemp("three")
+    lines = (json.dumps({"text": document.text}) for document in documents(60))
+    (folder / "train.jsonl").write_text("\n".join(lines))
+    words = (*LONG, "data=files", f"data.dir={folder}")
     commands = Commands(folder, folder / "results", folder / "cache")
-    assert commands.run("sweep", *THREE, f"budget.routers={STEPS % 200}", "-m").code == 0
-    return outcome(commands)
+    done = commands.run("sweep", *words, "-m")
+    assert done.code == 0, done.stdout + done.stderr
+    return words, outcome(commands)
 
 
 @pytest.mark.slow
@@ -101,8 +106,8 @@ def three(tmp_path_factory):
 )
 def test_a_signal_to_the_sweep_ends_its_points_with_a_checkpoint(commands, three, launcher, number):
     """As a scheduler sends it, to the sweep's own process: nothing is lost, nobody is left."""
-    own = (*THREE, f"budget.routers={STEPS % 200}", f"hydra/launcher={launcher}")
-    words = (*own, *TWO_AT_A_TIME[launcher], "-m")
+    own, undisturbed = three
+    words = (*own, f"hydra/launcher={launcher}", *TWO_AT_A_TIME[launcher], "-m")
     process = commands.start("sweep", *words)
     while running(commands) < 2:
         assert process.poll() is None
@@ -119,7 +124,7 @@ def test_a_signal_to_the_sweep_ends_its_points_with_a_checkpoint(commands, three
     again = commands.run("sweep", *words)
     assert again.code == 0, again.stderr
     assert (again.stdout + again.stderr).count("goes on after step") == 2
-    assert outcome(commands) == three
+    assert outcome(commands) == undisturbed
     assert leftovers(commands.cache) == []
 
 
