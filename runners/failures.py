@@ -25,10 +25,26 @@ failed_points: list[str] = []
 def note(reason: str) -> None:
     """Remember a failed point, and tell the process that started the sweep."""
     failed_points.append(reason)
+    folder = shared_folder()
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{uuid.uuid4().hex}.txt").write_text(reason)
+
+
+def shared_folder() -> Path | None:
+    """In a worker, the folder of the sweep that started it; None in the sweep itself."""
     folder = os.environ.get(VARIABLE)
-    if folder and not Path(folder).name.startswith(f"failed-{os.getpid()}-"):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / f"{uuid.uuid4().hex}.txt").write_text(reason)
+    return Path(folder) if folder and not _is_own(folder) else None
+
+
+def own_folder() -> Path | None:
+    """In a sweep, the folder that it shares with its workers."""
+    folder = os.environ.get(VARIABLE)
+    return Path(folder) if folder and _is_own(folder) else None
+
+
+def _is_own(folder: str) -> bool:
+    return Path(folder).name.startswith(f"failed-{os.getpid()}-")
 
 
 @contextmanager

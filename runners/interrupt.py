@@ -31,6 +31,7 @@ class Stop:
     def __init__(self) -> None:
         self.number: int | None = None
         self.deferring = 0
+        self.ending = False
         self.before: dict[int, Any] = {}
 
     @property
@@ -47,7 +48,10 @@ class Stop:
         self.number = highest(self.number or 0) or None
 
     def receive(self, number: int, frame: Any = None) -> None:
-        """The handler. A second Ctrl-C does not wait for the checkpoint."""
+        """The handler. A second Ctrl-C does not wait for the checkpoint; a second SIGTERM, as the
+        sweep and a scheduler may both send one, does not disturb the end."""
+        if self.ending and number == signal.SIGTERM:
+            return
         again = self.number is not None
         if self.deferring and not (again and number == signal.SIGINT):
             self.number = number
@@ -66,6 +70,7 @@ class Stop:
             return
         own = self.before.get(number)
         if not (callable(own) and _foreign(own)):
+            self.ending = True
             raise Interrupted(number)
         own(number, None)
 
@@ -90,6 +95,7 @@ def listening() -> Iterator[None]:
         for number, own in _stop.before.items():
             signal.signal(number, own)
         left, _stop.before, _stop.number = _stop.number, {}, None
+        _stop.ending = False
         if left is not None:  # it came while the point failed
             signal.raise_signal(left)
 
@@ -103,6 +109,20 @@ def deferred() -> Iterator[Stop]:
     finally:
         _stop.deferring -= 1
     _stop.obey()
+
+
+@contextmanager
+def noted() -> Iterator[list[int]]:
+    """Inside the block the signals that ask a run to end are listed, and nothing else happens."""
+    asked: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: asked.append(number)) for number in ASKING
+    }
+    try:
+        yield asked
+    finally:
+        for number, own in before.items():
+            signal.signal(number, own)
 
 
 def _foreign(handler: Callable[..., Any] | int | None) -> bool:

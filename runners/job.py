@@ -22,6 +22,7 @@ from runners.failures import note
 from runners.interrupt import Interrupted, listening
 from runners.launch import CONF
 from runners.store import RunFolder, fingerprint
+from runners.workers import at_work
 
 if TYPE_CHECKING:
     from runners.point import Point
@@ -53,7 +54,7 @@ def measure_speed(cfg: DictConfig) -> None:
     config = plain(cfg)
     folder = RunFolder(Path(config["results_dir"]) / fingerprint(config))
     label = f"speed of {describe(config)}"
-    with _caught(label), listening(), folder.lock():
+    with _caught(label), listening(), at_work(), folder.lock():
         if processes.count() > 1:
             raise UserError("speed is measured in one process: start it without a launcher")
         if not folder.config_file.exists():
@@ -103,7 +104,7 @@ def _recorded(config: dict[str, Any], work: Callable[[RunFolder], None]) -> None
     config = processes.own(config)
     folder = RunFolder(Path(config["results_dir"]) / fingerprint(config))
     label = describe(config)
-    with _caught(label), listening(), folder.lock():
+    with _caught(label), listening(), at_work(), folder.lock():
         if _agreed(config, partial(_to_skip, config, folder)):
             log.info(
                 "%s: complete in %s, skipped (force=true computes it again)", label, folder.path

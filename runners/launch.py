@@ -24,18 +24,19 @@ from runners.check import check_config
 from runners.errors import UserError
 from runners.failures import gathered, note
 from runners.ray_launcher import register
+from runners.workers import passing_on
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 FLAGS_WITH_VALUE = {"--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd"}
 MAX_CHECKED_POINTS = 256
 LAUNCHERS = {
     "basic": None,
-    "joblib": "hydra-joblib-launcher",
-    "submitit_local": "hydra-submitit-launcher",
-    "submitit_slurm": "hydra-submitit-launcher",
-    "ray": None,
+    "joblib": ("hydra_plugins.hydra_joblib_launcher", "hydra-joblib-launcher"),
+    "submitit_local": ("hydra_plugins.hydra_submitit_launcher", "hydra-submitit-launcher"),
+    "submitit_slurm": ("hydra_plugins.hydra_submitit_launcher", "hydra-submitit-launcher"),
+    "ray": ("ray", "ray"),
 }
-"""Values of hydra/launcher, and the package that a value needs beside ours."""
+"""Values of hydra/launcher, and what a value needs beside ours: a module, and its package."""
 
 Check = Callable[[dict[str, Any]], None]
 
@@ -50,7 +51,7 @@ def launch(entry: Callable[[], Any], config_name: str, check: Check = check_conf
     try:
         if not {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c"} & set(sys.argv[1:]):
             sys.argv[1:] = prepare(sys.argv[1:], config_name, check)
-        with gathered() as failed:
+        with gathered() as failed, passing_on():
             entry()
     except UserError as error:
         sys.exit(_end(error, 2))
@@ -192,9 +193,9 @@ def _check_launcher(name: str) -> None:
         raise UserError(f"unknown hydra/launcher {name!r}; known: {', '.join(LAUNCHERS)}")
     if processes.count() > 1 and name != "basic":
         raise UserError(f"hydra/launcher={name}: processes launched together share every point")
-    package = LAUNCHERS[name]
-    if package is not None and find_spec("hydra_plugins." + package.replace("-", "_")) is None:
-        raise UserError(f"hydra/launcher={name} needs {package}: pip install {package}")
+    needed = LAUNCHERS[name]
+    if needed is not None and find_spec(needed[0]) is None:
+        raise UserError(f"hydra/launcher={name} needs {needed[1]}: pip install {needed[1]}")
     if name == "ray":
         register()
 

@@ -20,14 +20,16 @@ from methods.parts.calibration import OutOfReach
 from runners import processes
 from runners.assets import cache_root
 from runners.build import build_budget, build_method, load_base, method_options
-from runners.corpus import load_documents
+from runners.corpus import SPLITS, check_source
 from runners.errors import UserError
 from runners.evaluation import evaluate, evaluation_key
 from runners.items import write_items
 from runners.loop import Loop
+from runners.packing import ReadOnce
 from runners.probe import ModelProbe
 from runners.products import Products, content_key
 from runners.provenance import code_version, provenance
+from runners.reading import read_split
 from runners.resume import Checkpoints
 from runners.store import RunFolder
 from runners.texts import Texts
@@ -41,7 +43,6 @@ STAGE_CODE = [
     ROOT / "methods",
     *(ROOT / "runners" / f"{n}.py" for n in ("loop", "losses", "optimise", "probe", *PASSES)),
 ]
-SPLITS = ("train", "calibration", "test")
 
 
 class Point:
@@ -56,14 +57,16 @@ class Point:
     def __init__(self, config: dict[str, Any], folder: RunFolder, tracker: Safe) -> None:
         self.config, self.folder, self.tracker = config, folder, tracker
         torch.manual_seed(config["seed"])
+        check_source(**config["data"])
         self.base = load_base(config)
-        self.documents = {split: _documents(config, split) for split in SPLITS}
+        tokenizer = ReadOnce(self.base.tokenizer)
+        self.documents = {split: read_split(config, split, tokenizer) for split in SPLITS}
         self.budget = build_budget(config)
         self.method = build_method(config, self.base.model)
         check_reach(self.method, config["method"]["name"])
         self.texts = Texts(
             self.documents,
-            self.base.tokenizer,
+            tokenizer,
             config["budget"]["seq_len"],
             config["seed"],
             fit_tokens=self.budget.fit_tokens,
@@ -251,8 +254,3 @@ def merge_dense(scores: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]
             "dense_stderr": beside["stderr"],
         }
     return record
-
-
-def _documents(config: dict[str, Any], split: str) -> list[Any]:
-    options = {k: v for k, v in config["data"].items() if k != "name"}
-    return load_documents(split=split, **options)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from omegaconf import DictConfig, open_dict
 
 from runners.errors import UserError
 from runners.failures import VARIABLE
+from runners.interrupt import Interrupted, noted
+from runners.workers import end_points
 
 log = logging.getLogger(__name__)
 
@@ -94,8 +97,7 @@ class RayLauncher(Launcher):
                 log.info("\t#%d : %s", index, " ".join(filter_overrides(overrides)))
                 parts = (self.hydra_context, self.task_function, self.config)
                 waiting.append(task.remote(index, list(overrides), parts, state))
-            found: list[JobReturn] = ray.get(waiting)
-            return found
+            return _finished(ray, waiting)
         finally:
             ray.shutdown()
 
@@ -120,20 +122,39 @@ class RayLauncher(Launcher):
             ) from None
 
 
+def _finished(ray: Any, waiting: list[Any]) -> list[JobReturn]:
+    """The points, all ended, or ended by a signal to this process.
+
+    Raises:
+        Interrupted: there was one.
+    """
+    with noted() as asked:  # Ray has handlers of its own, which end the workers at once
+        while not asked and ray.wait(waiting, num_returns=len(waiting), timeout=0.2)[1]:
+            pass
+        if not asked:
+            found: list[JobReturn] = ray.get(waiting)
+            return found
+        end_points(asked[0])
+    raise Interrupted(asked[0])
+
+
 def _ray() -> Any:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # else points give way to everything
     try:
         import ray
-    except ImportError:
-        raise UserError("hydra/launcher=ray needs Ray: pip install ray") from None
+    except ImportError as error:
+        raise UserError(
+            f"hydra/launcher=ray cannot import ray ({error}): pip install ray"
+        ) from None
     return ray
 
 
 def _run(index: int, overrides: list[str], parts: Any, state: Any) -> JobReturn:
     """One point, in a worker."""
     context, task_function, config = parts
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Ray's own would not let the point end in order
     setup_globals()
     Singleton.set_state(state)
     own = context.config_loader.load_sweep_config(config, overrides)

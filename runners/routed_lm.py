@@ -22,10 +22,12 @@ from methods.engine.checkpoint import BadCheckpoint, from_pretrained, read_setti
 from methods.engine.wrap import routed
 from runners.build import Base, load_base
 from runners.check import CHOICES, check_sparsity
-from runners.corpus import load_documents, pack_tokens
+from runners.corpus import load_documents
 from runners.errors import UserError
 from runners.harness import HarnessModel
+from runners.packing import ReadOnce, pack_tokens
 from runners.probe import ModelProbe, ProbeText
+from runners.reading import after_tokens
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +42,7 @@ class RoutedLM(HarnessModel):
         mode: gathered computes what is executed; masked computes all and blends.
         sparsity: None keeps the saved threshold; a number moves it to that target on calibration
             text.
-        calibration_dir: folder with calibration.jsonl or train.jsonl (field `text`); None for the
+        calibration_dir: folder with calibration or training text as for `data.dir`; None for the
             embedded addresses of the 1990s.
         calibration_tokens, calibration_seq_len: how much of it is read, and the length of a row.
         dtype, device, batch_size: as in lm-eval; dtype auto is the project's choice.
@@ -85,9 +87,11 @@ class RoutedLM(HarnessModel):
         except BadCheckpoint as error:
             raise UserError(str(error)) from error
         if sparsity is not None:
+            tokenizer = ReadOnce(base.tokenizer)
+            enough = after_tokens(calibration_tokens, calibration_seq_len, tokenizer)
             rows = pack_tokens(
-                load_documents(split="calibration", dir=calibration_dir),
-                base.tokenizer,
+                load_documents(split="calibration", dir=calibration_dir, enough=enough),
+                tokenizer,
                 seq_len=calibration_seq_len,
                 max_tokens=calibration_tokens,
                 seed=0,

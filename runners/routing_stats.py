@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from methods.engine.checkpoint import BadCheckpoint, from_pretrained
 from methods.engine.observe import observed
 from methods.engine.wrap import routed, routing_of
 from runners.build import Base, load_base
-from runners.corpus import Document, load_documents
+from runners.corpus import Document, stream_documents
 from runners.disk import write_bytes_atomic
 from runners.errors import UserError
 from runners.token_classes import token_classes
@@ -54,7 +54,7 @@ def record_routing(config: Mapping[str, Any]) -> Path:
     if not method.sites():
         raise UserError(f"saved={config['saved']} routes nowhere: there is nothing to inspect")
     options = {key: value for key, value in config["data"].items() if key != "name"}
-    documents = load_documents(split="test", **options)
+    documents = stream_documents(split="test", **options)
     rows = token_rows(base, documents, tokens=config["tokens"], context=config["context"])
     if config["prompt"]:
         rows.append((PROMPT, base.tokenizer(str(config["prompt"]))["input_ids"]))
@@ -70,7 +70,7 @@ def record_routing(config: Mapping[str, Any]) -> Path:
 
 
 def token_rows(
-    base: Base, documents: Sequence[Document], *, tokens: int, context: int
+    base: Base, documents: Iterable[Document], *, tokens: int, context: int
 ) -> list[tuple[str, list[int]]]:
     """The first `context` tokens of each document, until there are `tokens`."""
     rows: list[tuple[str, list[int]]] = []

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from methods.base import Budget, StageBudget
-from runners.corpus import Document, digest, pack_tokens
+from runners.corpus import Document, digest
+from runners.packing import ReadOnce, pack_tokens
 from runners.probe import ProbeText
 
 
@@ -27,12 +27,13 @@ class Texts:
     def __init__(
         self,
         documents: Mapping[str, Sequence[Document]],
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | ReadOnce,
         seq_len: int,
         seed: int,
         fit_tokens: int = 0,
     ) -> None:
-        self.documents, self.tokenizer = documents, _Once(tokenizer)
+        once = tokenizer if isinstance(tokenizer, ReadOnce) else ReadOnce(tokenizer)
+        self.documents, self.tokenizer = documents, once
         self.seq_len, self.seed, self.fit_tokens = seq_len, seed, fit_tokens
 
     def for_probe(self, budget: Budget) -> ProbeText:
@@ -62,16 +63,3 @@ class Texts:
             max_tokens=max(tokens, seq_len),
             seed=self.seed,
         )
-
-
-class _Once:
-    """The tokenizer, each document read once: every cut of the text asks for it again."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer, self.eos_token_id = tokenizer, tokenizer.eos_token_id
-        self._ids: dict[str, list[int]] = {}
-
-    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
-        if text not in self._ids:
-            self._ids[text] = self.tokenizer(text, **options)["input_ids"]
-        return {"input_ids": self._ids[text]}

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from runners.bench import Bench
-from runners.corpus import pack_tokens
+from runners.corpus import Document, load_documents
 from runners.draws import RandomDraw
 from runners.errors import UserError
+from runners.packing import ReadOnce, pack_tokens
 from runners.point import Point
 from runners.provenance import provenance
+from runners.reading import after_tokens
 
 log = logging.getLogger(__name__)
 
@@ -118,9 +120,10 @@ def _rows(point: Point, settings: Mapping[str, Any]) -> Tensor:
     prefill, decode = settings["prefill"], settings["decode"]
     lengths = [*prefill["tokens"], *(c + decode["steps"] for c in decode["context"])]
     longest, most = max(lengths), max([*prefill["batch_sizes"], *decode["batch_sizes"]])
+    tokenizer = ReadOnce(point.base.tokenizer)
     rows = pack_tokens(
-        point.documents["test"],
-        point.base.tokenizer,
+        _documents(point, longest * most, longest, tokenizer),
+        tokenizer,
         seq_len=longest,
         max_tokens=longest * most,
         seed=point.config["seed"],
@@ -131,3 +134,10 @@ def _rows(point: Point, settings: Mapping[str, Any]) -> Tensor:
             "the largest batch: give more text or smaller speed.prefill and speed.decode"
         )
     return rows
+
+
+def _documents(point: Point, tokens: int, seq_len: int, tokenizer: ReadOnce) -> list[Document]:
+    """Test documents that hold the tokens."""
+    options = {key: value for key, value in point.config["data"].items() if key != "name"}
+    enough = after_tokens(tokens, seq_len, tokenizer)
+    return load_documents(split="test", enough=enough, **options)

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import sys
+import time
 from importlib.util import find_spec
 from typing import Any
 
 import pytest
 
-from tests.conftest import Commands
-from tests.runners.survival import outcome
+from runners import launch
+from tests.conftest import Commands, documents
+from tests.runners.survival import events, leftovers, outcome
 
 RECIPE = ("method=informed", "method.rank=4", "sparsity=0.3,0.5")
 TWO_AT_A_TIME = {
@@ -64,6 +69,65 @@ def test_a_failed_point_is_told_by_the_sweep(commands, launcher):
     assert sorted(record.get("status") for record in records) == ["complete", "failed"], records
 
 
+LONG = (
+    *("method=router_tuning", "sparsity=0.2", "seed=0,1,2", "checkpoint_seconds=null"),
+    "budget.routers={steps:150,batch_size:2,seq_len:32,accumulate:1}",
+)
+WITHIN_S = 25
+"""A few seconds do on a machine with nothing else to run."""
+
+
+def running(commands: Commands) -> int:
+    """Points that are in their gradient stage."""
+    return sum(len(events(folder, "step")) > 8 for folder in commands.results.glob("*"))
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    """The words of three points that share nothing, and what they come to undisturbed."""
+    folder = tmp_path_factory.mktemp("three")
+    lines = (json.dumps({"text": document.text}) for document in documents(60))
+    (folder / "train.jsonl").write_text("\n".join(lines))
+    words = (*LONG, "data=files", f"data.dir={folder}")
+    commands = Commands(folder, folder / "results", folder / "cache")
+    done = commands.run("sweep", *words, "-m")
+    assert done.code == 0, done.stdout + done.stderr
+    return words, outcome(commands)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "number"),
+    [
+        ("joblib", signal.SIGTERM),
+        ("joblib", signal.SIGINT),
+        pytest.param("ray", signal.SIGTERM, marks=needs_ray),
+    ],
+)
+def test_a_signal_to_the_sweep_ends_its_points_with_a_checkpoint(commands, three, launcher, number):
+    """As a scheduler sends it, to the sweep's own process: nothing is lost, nobody is left."""
+    own, undisturbed = three
+    words = (*own, f"hydra/launcher={launcher}", *TWO_AT_A_TIME[launcher], "-m")
+    process = commands.start("sweep", *words)
+    while running(commands) < 2:
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(number)
+    assert process.wait(WITHIN_S) == 128 + number
+    statuses = [json.loads(f.read_bytes()) for f in commands.results.glob("*/status.json")]
+    assert [status["state"] for status in statuses] == ["interrupted"] * 2, "the third never began"
+    assert len(list(commands.cache.glob("stages/*/checkpoints/*.safetensors"))) == 2
+    for status in statuses:
+        with pytest.raises(ProcessLookupError):
+            os.kill(status["pid"], 0)
+
+    again = commands.run("sweep", *words)
+    assert again.code == 0, again.stderr
+    assert (again.stdout + again.stderr).count("goes on after step") == 2
+    assert outcome(commands) == undisturbed
+    assert leftovers(commands.cache) == []
+
+
 @pytest.mark.parametrize("word", ["hydra/launcher=slurm", "hydra/launcher=joblib,ray"])
 def test_an_unknown_launcher_is_one_line(commands, word):
     done = commands.run("sweep", "sparsity=0.3", word, "-m")
@@ -71,10 +135,22 @@ def test_an_unknown_launcher_is_one_line(commands, word):
     assert len(done.error_lines) == 1 and "known: basic, joblib" in done.error_lines[0]
 
 
-def test_a_launcher_that_is_not_installed_is_one_line(monkeypatch):
-    from runners import launch
-    from runners.errors import UserError
-
-    monkeypatch.setattr(launch, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install hydra-joblib-launcher"):
-        launch.prepare(["hydra/launcher=joblib", "-m"], "sweep")
+@pytest.mark.parametrize(
+    ("launcher", "package"),
+    [
+        ("joblib", "hydra-joblib-launcher"),
+        ("submitit_slurm", "hydra-submitit-launcher"),
+        ("ray", "ray"),
+    ],
+)
+def test_a_launcher_that_is_not_installed_is_one_line(monkeypatch, capsys, launcher, package):
+    """Exit code 2, before Hydra begins."""
+    module, _ = launch.LAUNCHERS[launcher]
+    monkeypatch.setattr(launch, "find_spec", lambda name: None if name == module else name)
+    words = ["sweep.py", "method=random", f"hydra/launcher={launcher}", "tracking=off", "-m"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as ended:
+        launch.launch(lambda: pytest.fail("Hydra has begun"), "sweep")
+    assert ended.value.code == 2
+    expected = f"error: hydra/launcher={launcher} needs {package}: pip install {package}\n"
+    assert capsys.readouterr().err == expected

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from runners.disk import full_disk, write_bytes_atomic, write_json_atomic
 from runners.errors import UserError
 from runners.plain import to_plain
+from runners.products import Products
 from runners.redact import is_secret, redact, redact_text
 from runners.store import RunFolder, fingerprint
 from tests.conftest import ROOT, compose_tiny
@@ -194,6 +195,19 @@ def test_a_failed_point_keeps_its_reason_and_is_not_complete(folder):
 def test_a_torn_or_foreign_record_is_not_complete(folder, text):
     folder.result_file.write_text(text, encoding="latin-1")
     assert not folder.is_complete()
+
+
+def test_a_file_system_without_locks_is_one_line(folder, tmp_path, monkeypatch):
+    """As NFS without its lock daemon answers."""
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(UserError, match=r"cannot lock .*No locks available.*results_dir="):
+        folder.lock().__enter__()
+    with pytest.raises(UserError, match=r"cannot lock .*No locks available.*cache_dir="):
+        Products(tmp_path).value("key", dict)
 
 
 HOLD = """

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from runners.interrupt import Interrupted, Stop
 from tests.conftest import ROOT, SHRUNK, Commands
 from tests.runners.nursery import Run, Step
 from tests.runners.survival import RECIPE, events, outcome
@@ -94,6 +95,16 @@ def test_a_second_interrupt_ends_at_once(nursery, tmp_path):
     if run.running():
         run.kill(signal.SIGINT)
     assert run.code(WITHIN_S) == 130, run.said
+
+
+def test_a_second_sigterm_does_not_disturb_the_end():
+    """The sweep passes it on, and a scheduler sends its own."""
+    stop = Stop()
+    with pytest.raises(Interrupted, match="143"):
+        stop.receive(signal.SIGTERM)
+    stop.receive(signal.SIGTERM)
+    with pytest.raises(Interrupted, match="130"):
+        stop.receive(signal.SIGINT)
 
 
 @pytest.mark.slow
