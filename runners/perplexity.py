@@ -17,6 +17,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from methods.engine.adapter import decoder
+from methods.engine.placement import input_device
 from runners.bootstrap import bootstrap_interval
 from runners.corpus import Document
 from runners.errors import UserError
@@ -215,7 +216,7 @@ def windows_of(ids: Sequence[int], document: int, *, context: int, stride: int) 
 @torch.no_grad()
 def window_nlls(model: PreTrainedModel, windows: Sequence[Window]) -> list[float]:
     """Sum of -log p over each window's targets, nats."""
-    device = next(model.parameters()).device
+    device = input_device(model)
     longest = max(len(window.inputs) for window in windows)
     ids_BT = torch.zeros(len(windows), longest, dtype=torch.long)
     mask_BT = torch.zeros(len(windows), longest, dtype=torch.long)

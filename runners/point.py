@@ -16,6 +16,7 @@ import torch
 from methods.base import Budget, Method, Stage
 from methods.engine.checkpoint import restore, save_pretrained
 from methods.engine.lora import Adapter, attach_lora, describe
+from methods.engine.placement import input_device
 from methods.parts.calibration import OutOfReach
 from runners import processes
 from runners.assets import cache_root
@@ -185,7 +186,7 @@ class Point:
             self.config["objective"],
             self.config["seed"],
             code_version(*STAGE_CODE),
-            str(next(self.base.model.parameters()).device.type),
+            str(input_device(self.base.model).type),
             torch.__version__,
         )
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from methods.engine.placement import input_device
 from runners.out_of_memory import Fitting
 
 Tokens = tuple[int, ...]
@@ -80,7 +81,7 @@ class SharedContexts:
     ) -> None:
         self.model, self.rows_per_pass = model, rows_per_pass
         self.max_length, self.softmax_dtype = max_length, softmax_dtype
-        self.device = next(model.parameters()).device
+        self.device = input_device(model)
         self.fitting = {single: Fitting(model) for single in (True, False)}
         """A part is of groups; those with several continuations are larger."""
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from methods.engine.placement import input_device
 from runners.bench import Bench
 from runners.corpus import pack_tokens
 from runners.draws import RandomDraw
@@ -36,7 +37,7 @@ def measure(point: Point, settings: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: too little text.
     """
-    device = next(point.base.model.parameters()).device
+    device = input_device(point.base.model)
     default = ROUNDS["cuda" if device.type == "cuda" else "cpu"]
     warmup = default[0] if settings["warmup"] is None else settings["warmup"]
     repeats = settings["repeats"] or default[1]

@@ -8,7 +8,7 @@ are, so `generate`, lm-eval and hooks keep working. Each unit is handed to an *e
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -25,6 +25,7 @@ from methods.engine.forward import ForwardState, read_inputs
 from methods.engine.kernels.choose import Kernels
 from methods.engine.lora import applied, suspended
 from methods.engine.norm import called, normed
+from methods.engine.placement import Placement, input_device, placed, settle, spread
 from methods.engine.unit import LayerInputs, Unit
 
 if TYPE_CHECKING:
@@ -107,7 +108,8 @@ class Routing:
 
     def reset_counters(self) -> None:
         """Start counting anew."""
-        self.counters = Counters(self.counters.shape, self.counters.dropped)
+        counted = self.counters
+        self.counters = Counters(counted.shape, counted.dropped, counted.home)
 
     @contextmanager
     def dense(self) -> Iterator[None]:
@@ -137,7 +139,8 @@ def routed(
 
     Raises:
         UnsupportedModel: no adapter for the family.
-        ValueError: unknown mode, a model that is already routed, a site outside the model.
+        ValueError: unknown mode, a model that is already routed, a site outside the model, fused
+            kernels asked for where `device_map` has placed the model.
     """
     from methods.engine.gathered import GatheredExecutor
     from methods.engine.masked import MaskedExecutor
@@ -157,7 +160,11 @@ def routed(
         raise ValueError(f"sites outside the model: {sorted(sites - known)}")
     fixed = method.fixed()
     dropped = frozenset(site for site, runs in fixed.items() if not runs)
-    routing = Routing(method=method, counters=Counters(shape, dropped), kernels=kernels)
+    home = None
+    if placed(model):
+        kernels = _without_fused(kernels)
+        home = input_device(model) if spread(model) else None
+    routing = Routing(method=method, counters=Counters(shape, dropped, home), kernels=kernels)
     executor, asked = executors[mode](routing), sites - fixed.keys()
     with (
         applied(method.adapter),
@@ -186,6 +193,13 @@ def routed(
             del model.routing
 
 
+def _without_fused(kernels: Kernels) -> Kernels:
+    """Fused kernels run on one device, over weights that are there."""
+    if kernels == "triton":
+        raise ValueError("kernels=triton needs the whole model on one GPU: leave device_map out")
+    return "torch"
+
+
 def _attending(routing: Routing, layer: int) -> Tensor | None:
     return None if routing.paused else routing.attending.get(layer)
 
@@ -203,9 +217,9 @@ def _end_count(routing: Routing) -> None:
 
 
 def attach(model: PreTrainedModel, method: Method) -> Method:
-    """Create the method's modules for this model and put them on its device."""
+    """Create the method's modules for this model and put them where its layers are."""
     method.setup(shape_of(model.config))
-    return method.to(next(model.parameters()).device)
+    return settle(model, method)
 
 
 @contextmanager
@@ -230,12 +244,15 @@ def swapped(
         lambda _, args, kwargs: read_inputs(state, args, kwargs), with_kwargs=True
     )
     before = [part.layer.__dict__.get("forward") for part in parts]
+    placement = Placement(parts) if placed(model) else None
     try:
         for index, part in enumerate(parts):
-            part.layer.forward = _layer_forward(
-                index, part, sites, executor, state, paused, dropped, norm
-            )
-        yield
+            forward = _layer_forward(index, part, sites, executor, state, paused, dropped, norm)
+            if placement is not None:
+                forward = placement.around(index, forward, state)
+            part.layer.forward = forward
+        with nullcontext() if placement is None else placement.lent():
+            yield
     finally:
         hook.remove()
         for part, forward in zip(parts, before, strict=True):
