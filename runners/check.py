@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from methods.engine.families import UnsupportedModel, require_family
-from runners import processes
+from runners import device_map, processes
 from runners.errors import UserError
 from runners.eval_texts import describe_text, missing_texts
 from runners.local_tasks import missing_files
@@ -50,6 +50,7 @@ def check_config(cfg: Mapping[str, Any]) -> None:
     folder = cfg["data"].get("dir")
     if folder is not None and not Path(folder).expanduser().is_dir():
         raise UserError(f"data.dir={folder} is not a folder")
+    device_map.check(cfg)
     _check_survival(cfg)
     check_tracking(cfg["tracking"])
     if "speed" in cfg:

@@ -130,9 +130,13 @@ class ModelProbe:
                 routing = routing_of(self.model)
                 routing.observer = observe
                 self._run_decoder(self.text.calibration, "calibration")
-                usage = routing.counters.read()
+                usage, home = routing.counters.read(), routing.counters.home
         finally:
             self.method.threshold.copy_(before)
+        if home is not None:
+            scores, weights, is_mlp = (
+                [part.to(home) for part in parts] for parts in (scores, weights, is_mlp)
+            )
         empty = torch.zeros(0)
         return RoutedScores(
             sparsity=usage.sparsity(),

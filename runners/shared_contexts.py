@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from methods.engine.placement import input_device
+from methods.engine.placement import input_device, spread
 from runners.out_of_memory import Fitting
 
 Tokens = tuple[int, ...]
@@ -141,7 +141,9 @@ class SharedContexts:
             context_ids, context_mask, logits_to_keep=1, use_cache=True, past_key_values=cache
         ).logits
         rows = [(owner, end) for owner, group in enumerate(groups) for end in group.continuations]
-        owners = torch.tensor([owner for owner, _ in rows], device=self.device)
+        # on the host, they choose from keys on several devices
+        place = "cpu" if spread(self.model) else self.device
+        owners = torch.tensor([owner for owner, _ in rows], device=place)
         logits = first[owners]
         if max(len(end) for _, end in rows) > 1:
             cache.batch_select_indices(owners)

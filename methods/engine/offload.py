@@ -133,7 +133,7 @@ def fetched_again(leases: Sequence[Lease]) -> AbstractContextManager[Any]:
         for lease in leases:
             for name, weight in lease.own.here.items():
                 if weight.untyped_storage().data_ptr() == place:
-                    view = kept.size(), kept.stride(), kept.storage_offset()
+                    view = kept.size(), kept.stride(), int(kept.storage_offset())
                     return partial(_view_again, lease, name, view)
         return kept
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,7 @@ def input_device(model: PreTrainedModel) -> torch.device:
     """Where token ids go: the device of the embeddings."""
     if not placed(model):
         return next(model.parameters()).device
-    return device_of(cast(nn.Module, model.get_input_embeddings()))
+    return device_of(model.get_input_embeddings())
 
 
 def layer_devices(model: PreTrainedModel) -> list[torch.device]:
