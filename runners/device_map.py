@@ -151,6 +151,10 @@ def layout(model: Any, wanted: Asked) -> dict[str, Place]:
         )
     found = _complete(model, wanted.places)
     _check_layers(found)
+    for one, other in model.all_tied_weights_keys.items():
+        ends = [name.rpartition(".")[0] for name in (one, other)]
+        if found[ends[0]] != found[ends[1]]:
+            raise UserError(f"device_map: {' and '.join(ends)} share a weight: give both one place")
     return found
 
 
