@@ -118,16 +118,17 @@ def settle(model: PreTrainedModel, method: M) -> M:
     if len(set(devices)) == 1:
         return method.to(devices[0])
     own = {site.key: devices[site.layer] for site in method.sites()}
-    for name, tensor in method.state_dict(keep_vars=True).items():
-        site = next((part for part in name.split(".") if part in own), None)
-        if site is not None:
-            tensor.data = tensor.data.to(own[site])
-        elif tensor.dim():
+    for name, tensor in method.state_dict().items():
+        # a number may stay on the host: it goes with tensors of every device
+        if tensor.dim() and not own.keys() & name.split("."):
             raise ValueError(
                 f"layers share {name.partition('.')[0]}, and lie on several devices: "
                 "give all layers one device, with some on cpu or disk if it is too small"
             )
-        # a number on the host goes with tensors of every device
+    for name, module in method.named_modules():
+        site = name.rpartition(".")[2]
+        if site in own:
+            module.to(own[site])
     return method
 
 
