@@ -120,7 +120,7 @@ def routed_view(routing: Routing, task_loss: Tensor, target: float) -> RoutedVie
     """Rates and side losses of the forward that just ran in training mode."""
     valid, decisions = routing.state.valid_BT, routing.decisions
     assert valid is not None
-    if routing.counters.home is not None:
+    if routing.counters.spread:
         decisions = together(decisions, task_loss.device)
         valid = valid.to(task_loss.device)
     units = len(routing.counters.shape.units())

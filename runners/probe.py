@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from methods.base import Decision, Method, RoutedScores, Shape, Site, UnitView
 from methods.engine.adapter import decoder, shape_of
 from methods.engine.observe import bypassed, observed, observed_routed, unit_gradients
-from methods.engine.placement import input_device
+from methods.engine.placement import input_device, spread
 from methods.engine.wrap import routed, routing_of
 from runners.losses import language_model_loss
 from runners.progress import progress
@@ -130,10 +130,11 @@ class ModelProbe:
                 routing = routing_of(self.model)
                 routing.observer = observe
                 self._run_decoder(self.text.calibration, "calibration")
-                usage, home = routing.counters.read(), routing.counters.home
+                usage = routing.counters.read()
         finally:
             self.method.threshold.copy_(before)
-        if home is not None:
+        if spread(self.model):
+            home = input_device(self.model)
             scores, weights, is_mlp = (
                 [part.to(home) for part in parts] for parts in (scores, weights, is_mlp)
             )

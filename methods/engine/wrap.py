@@ -23,7 +23,7 @@ from methods.engine.forward import ForwardState
 from methods.engine.kernels.choose import Kernels
 from methods.engine.lora import applied, suspended
 from methods.engine.norm import called, normed
-from methods.engine.placement import input_device, placed, settle, spread
+from methods.engine.placement import placed, settle, spread
 from methods.engine.swap import Executor, swapped
 from methods.engine.unit import Unit
 
@@ -101,7 +101,7 @@ class Routing:
     def reset_counters(self) -> None:
         """Start counting anew."""
         counted = self.counters
-        self.counters = Counters(counted.shape, counted.dropped, counted.home)
+        self.counters = Counters(counted.shape, counted.dropped, counted.spread)
 
     @contextmanager
     def dense(self) -> Iterator[None]:
@@ -152,11 +152,10 @@ def routed(
         raise ValueError(f"sites outside the model: {sorted(sites - known)}")
     fixed = method.fixed()
     dropped = frozenset(site for site, runs in fixed.items() if not runs)
-    home = None
     if placed(model):
         kernels = _without_fused(kernels)
-        home = input_device(model) if spread(model) else None
-    routing = Routing(method=method, counters=Counters(shape, dropped, home), kernels=kernels)
+    counters = Counters(shape, dropped, spread(model))
+    routing = Routing(method=method, counters=counters, kernels=kernels)
     executor, asked = executors[mode](routing), sites - fixed.keys()
     with (
         applied(method.adapter),
