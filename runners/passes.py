@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from methods.base import Method, RoutedView, Site, Stage, UnitView
 from methods.engine.adapter import decoder
 from methods.engine.observe import observed
-from methods.engine.placement import together
 from methods.engine.wrap import Routing, routed, routing_of
 from runners import ranks
 from runners.losses import distillation_loss, hidden_states, language_model_loss
@@ -108,8 +107,7 @@ class Passes:
         def visit(view: UnitView) -> None:
             nonlocal total
             with torch.enable_grad():
-                loss = stage.loss(view)  # type: ignore[misc, arg-type]
-                total = total + loss.to(total.device)
+                total = total + stage.loss(view)  # type: ignore[misc, arg-type]
 
         with torch.no_grad(), observed(self.model, visit):
             decoder(self.model)(input_ids=batch, use_cache=False)
@@ -118,17 +116,14 @@ class Passes:
 
 def routed_view(routing: Routing, task_loss: Tensor, target: float) -> RoutedView:
     """Rates and side losses of the forward that just ran in training mode."""
-    valid, decisions = routing.state.valid_BT, routing.decisions
+    valid = routing.state.valid_BT
     assert valid is not None
-    if routing.counters.spread:
-        decisions = together(decisions, task_loss.device)
-        valid = valid.to(task_loss.device)
     units = len(routing.counters.shape.units())
     rates: dict[Site, Tensor] = {}
     dropped = sum(len(site.units) for site in routing.counters.dropped)
     bypassed = torch.full((), float(dropped), device=task_loss.device)
     auxiliary = []
-    for site, decision in decisions.items():
+    for site, decision in routing.decisions.items():
         rate = (decision.gate_BT * valid).sum() / valid.sum()
         rates[site] = rate
         bypassed = bypassed + (1.0 - rate) * len(site.units)
@@ -141,7 +136,7 @@ def routed_view(routing: Routing, task_loss: Tensor, target: float) -> RoutedVie
         rates,
         side,
         target,
-        decisions=dict(decisions),
+        decisions=dict(routing.decisions),
         valid_BT=valid,
         anneal=routing.anneal,
     )

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from methods.base import Decision, Method
+from methods.base import Method
 from methods.engine.adapter import LayerParts, layers_of
 from methods.engine.forward import ForwardState
 from methods.engine.offload import device_named, fetched_again, hooks_of, leases_of, lent
@@ -130,14 +129,3 @@ def settle(model: PreTrainedModel, method: M) -> M:
         if site in own:
             module.to(own[site])
     return method
-
-
-def together(decisions: dict[Any, Decision], device: torch.device) -> dict[Any, Decision]:
-    """Decisions of layers on several devices, on one."""
-    return {
-        site: replace(
-            decision,
-            **{f.name: moved(getattr(decision, f.name), device) for f in fields(decision)},
-        )
-        for site, decision in decisions.items()
-    }
