@@ -117,9 +117,9 @@ def settle(model: PreTrainedModel, method: M) -> M:
     if len(set(devices)) == 1:
         return method.to(devices[0])
     own = {site.key: devices[site.layer] for site in method.sites()}
-    for name, tensor in method.state_dict().items():
-        # a number may stay on the host: it goes with tensors of every device
-        if tensor.dim() and not own.keys() & name.split("."):
+    for name, _ in method.named_parameters():
+        # what is no parameter stays on the host: a threshold goes with tensors of every device
+        if not own.keys() & name.split("."):
             raise ValueError(
                 f"layers share {name.partition('.')[0]}, and lie on several devices: "
                 "give all layers one device, with some on cpu or disk if it is too small"
