@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from runners import processes
+from runners.disk import disk_error
 from runners.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -140,8 +141,13 @@ def layout(model: Any, wanted: Asked) -> dict[str, Place]:
         UserError: a name that the model lacks, a part without a place, or a layer that would be
             computed on two devices.
     """
+    tied = [
+        (one.rpartition(".")[0], other.rpartition(".")[0])
+        for one, other in model.all_tied_weights_keys.items()
+    ]
     if isinstance(wanted.places, str):
-        return _complete(model, _inferred(model, wanted.places, wanted))
+        found = _complete(model, _inferred(model, wanted.places, wanted))
+        return found | {one: found[other] for one, other in tied}
     names = {name for name, _ in model.named_modules()}
     if unknown := sorted(set(wanted.places) - names):
         parts = ", ".join(name for name in _complete(model, {"": "cpu"}) if ".layers." not in name)
@@ -151,10 +157,9 @@ def layout(model: Any, wanted: Asked) -> dict[str, Place]:
         )
     found = _complete(model, wanted.places)
     _check_layers(found)
-    for one, other in model.all_tied_weights_keys.items():
-        ends = [name.rpartition(".")[0] for name in (one, other)]
-        if found[ends[0]] != found[ends[1]]:
-            raise UserError(f"device_map: {' and '.join(ends)} share a weight: give both one place")
+    for one, other in tied:
+        if found[one] != found[other]:
+            raise UserError(f"device_map: {one} and {other} share a weight: give both one place")
     return found
 
 
@@ -223,12 +228,19 @@ def dispatch(model: Any, places: dict[str, Place], folder: Path | None) -> Any:
 
 
 def disk_folder(places: Mapping[str, Place], root: Path) -> Path | None:
-    """An empty folder for weights that go to disk; None if none do."""
+    """An empty folder for weights that go to disk; None if none do.
+
+    Raises:
+        UserError: it cannot be made.
+    """
     if "disk" not in places.values():
         return None
     parent = root / "offload"
-    parent.mkdir(parents=True, exist_ok=True)
-    return Path(tempfile.mkdtemp(dir=parent))
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(dir=parent))
+    except OSError as error:
+        raise disk_error(parent, error) from error
 
 
 def remove_with(model: Any, folder: Path | None) -> None:

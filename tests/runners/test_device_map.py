@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from methods.base import Stage
 from methods.engine.offload import offloading
 from methods.engine.placement import placed
 from runners import device_map
@@ -18,6 +19,7 @@ from runners.check import check_config
 from runners.device_map import asked, layout
 from runners.errors import UserError
 from runners.launch import prepare
+from runners.point import check_gradients
 from runners.store import fingerprint
 from tests.conftest import Commands, compose_tiny
 from tests.runners.survival import RECIPE, outcome
@@ -132,6 +134,13 @@ def test_a_layer_may_be_split_between_cpu_and_disk():
     found = places({"": "cpu", "model.layers.1.mlp": "disk"})
     assert found["model.layers.1.mlp.down_proj"] == "disk"
     assert found["model.layers.1.self_attn.q_proj"] == "cpu"
+
+
+def test_training_by_gradient_over_several_gpus_is_refused():
+    stages = [Stage("start", fit=print), Stage("routers", loss=sum)]
+    with pytest.raises(UserError, match="method informed trains routers by gradient"):
+        check_gradients("informed", stages)
+    check_gradients("informed", stages[:1])
 
 
 @dataclass(frozen=True)
