@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import gc
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +30,11 @@ PARTS = {"model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"}
 LAYERS = {f"model.layers.{i}" for i in range(4)}
 
 
+composed = functools.cache(compose_tiny)
+
+
 def config(**changes):
-    return {**compose_tiny(), **changes}
+    return {**copy.deepcopy(composed()), **changes}
 
 
 REFUSED = [
@@ -165,7 +170,7 @@ def saved(tmp_path_factory):
     return Saved(folder)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_a_checkpoint_is_read_where_it_lies(saved, dtype, tmp_path):
     whole = saved.load(tmp_path, dtype=dtype)
     parted = saved.load(tmp_path, dtype=dtype, device_map={"": "cpu", "model.layers": "disk"})
