@@ -20,6 +20,7 @@ from methods.engine.clock import PartClock
 from methods.engine.counters import Usage
 from methods.engine.flops import flops_ratio
 from methods.engine.kernels.choose import Kernels
+from methods.engine.placement import input_device
 from methods.engine.traffic import dense_bytes, routed_bytes
 from methods.engine.wrap import Routing, routed, routing_of
 from runners.decoder import Decoder
@@ -57,7 +58,7 @@ class Bench:
         self.warmup, self.repeats = warmup, repeats
         self.kernels: Kernels = kernels
         self.graphs = graphs
-        self.device = next(model.parameters()).device
+        self.device = input_device(model)
 
     @torch.no_grad()
     def prefill(self, tokens: int, batch: int) -> dict[str, Any]:

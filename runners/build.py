@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra.utils import instantiate
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -21,8 +23,8 @@ from transformers import (
 from methods.base import Budget, Method, StageBudget
 from methods.engine.families import UnsupportedModel, require_family
 from methods.engine.wrap import attach
-from runners import sharded
-from runners.assets import embedded_model, random_model, tiny_model
+from runners import device_map, sharded
+from runners.assets import cache_root, embedded_model, random_model, tiny_model
 from runners.errors import UserError
 from runners.products import content_key
 from runners.provenance import hash_model
@@ -46,6 +48,7 @@ def load_base(cfg: Mapping[str, Any]) -> Base:
         UserError: it cannot be loaded, or its family has no adapter.
     """
     key = {k: cfg[k] for k in ("model", "dtype", "device", "cache_dir", "seed")}
+    key |= {k: cfg.get(k) for k in ("device_map", "max_memory")}
     if cfg["model"]["source"] not in RANDOM:
         key["seed"] = 0
     return _load_base(json.dumps(key, sort_keys=True))
@@ -71,39 +74,82 @@ def _load_base(key: str) -> Base:
     cfg = json.loads(key)
     source, device = cfg["model"], resolve_device(cfg["device"])
     dtype = resolve_dtype(cfg["dtype"], device)
+    wanted, root = device_map.asked(cfg), cache_root(cfg["cache_dir"])
     if source["source"] == "shape":
-        return _random_base(source, device, dtype, cfg["seed"])
+        drawn_on = device if wanted is None else torch.device("cpu")
+        drawn = _random_base(source, drawn_on, dtype, cfg["seed"])
+        return drawn if wanted is None else replace(drawn, model=_placed(drawn.model, wanted, root))
     if source["source"] == "tiny":
         model, tokenizer = tiny_model(family=source["path"], seed=cfg["seed"])
         model = model.to(dtype)
+        model = model if wanted is None else _placed(model, wanted, root)
     else:
         folder, options = source["path"], {}
         if source["source"] == "embedded":
-            cache = cfg["cache_dir"]
-            folder = embedded_model(source["path"], cache_dir=Path(cache) if cache else None)
+            folder = embedded_model(source["path"], cache_dir=root)
         else:
             options = {
                 "revision": source["revision"],
                 "trust_remote_code": source["trust_remote_code"],
             }
-        model, tokenizer = _from_transformers(str(folder), options, dtype)
+        places = None if wanted is None else _places(str(folder), options, dtype, wanted)
+        model, tokenizer = _from_transformers(str(folder), options, dtype, places, root)
     model = model.eval().requires_grad_(False)
     weights_hash = hash_model(model)
     if sharded.wanted():
         sharded.shard(model, device)
-    model = model.to(device)
+    if wanted is None:
+        model = model.to(device)
     return Base(model, tokenizer, weights_hash, source["name"], source["revision"])
 
 
 def _from_transformers(
-    path: str, options: dict[str, Any], dtype: torch.dtype
+    path: str,
+    options: dict[str, Any],
+    dtype: torch.dtype,
+    places: dict[str, device_map.Place] | None,
+    root: Path,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    try:
+    folder = None if places is None else device_map.disk_folder(places, root)
+    where = {} if places is None else {"device_map": places, "offload_folder": folder}
+    with _loading(path):
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, **options
+            path, dtype=dtype, use_safetensors=True, **options, **where
         )
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
         require_family(model.config.model_type)
+    device_map.remove_with(model, folder)
+    return model, tokenizer
+
+
+def _places(
+    path: str, options: dict[str, Any], dtype: torch.dtype, wanted: device_map.Asked
+) -> dict[str, device_map.Place]:
+    """Where the parts of a model will be, from its sizes alone."""
+    with _loading(path), torch.device("meta"):
+        config = AutoConfig.from_pretrained(path, **options)
+        require_family(config.model_type)
+        bare = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    places = device_map.layout(bare, wanted)
+    device_map.tell(places)
+    return places
+
+
+def _placed(model: PreTrainedModel, wanted: device_map.Asked, root: Path) -> PreTrainedModel:
+    """A model that was drawn on the host, in its places."""
+    places = device_map.layout(model, wanted)
+    device_map.tell(places)
+    folder = device_map.disk_folder(places, root)
+    device_map.remove_with(model, folder)
+    moved: PreTrainedModel = device_map.dispatch(model, places, folder)
+    return moved
+
+
+@contextmanager
+def _loading(path: str) -> Iterator[None]:
+    """What transformers raises, as one line."""
+    try:
+        yield
     except UnsupportedModel as error:
         raise UserError(f"model={path}: {error}") from error
     except (OSError, ValueError) as error:
@@ -112,7 +158,6 @@ def _from_transformers(
             f"cannot load model {path}: {reason} (without a network, give a local folder: "
             "model=./folder, or set HF_HOME to a filled cache)"
         ) from error
-    return model, tokenizer
 
 
 def resolve_device(name: str) -> torch.device:

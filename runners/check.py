@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from methods.engine.families import UnsupportedModel, require_family
-from runners import processes
+from runners import device_map, processes
 from runners.corpus import check_source
 from runners.errors import UserError
 from runners.eval_texts import describe_text, missing_texts
@@ -49,6 +49,7 @@ def check_config(cfg: Mapping[str, Any]) -> None:
         _check_saved(saved, cfg.get("base_model"))
     _check_budget(cfg["budget"])
     _check_data(cfg["data"])
+    device_map.check(cfg)
     _check_survival(cfg)
     check_tracking(cfg["tracking"])
     if "speed" in cfg:

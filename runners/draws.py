@@ -37,6 +37,6 @@ class RandomDraw:
         if key not in self.drawn:
             # all at once, so that no later pass pays for drawing
             size = (DRAWS, *valid_BT.shape)
-            draws = torch.rand(size, generator=self.generator, device=valid_BT.device)
-            self.drawn[key] = list((draws >= self.share).unbind())
+            draws = torch.rand(size, generator=self.generator, device=self.generator.device)
+            self.drawn[key] = list((draws >= self.share).to(valid_BT.device).unbind())
         return self.drawn[key][turn]

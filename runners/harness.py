@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from methods.engine.placement import input_device
 from runners.out_of_memory import Fitting
 from runners.perplexity import Window, window_nlls
 from runners.shared_contexts import Answer, SharedContexts
@@ -71,6 +72,7 @@ class HarnessModel(HFLM):
             batch_size=batch_size,
             **options,
         )
+        self._device = input_device(model)
         if share_contexts is None:
             share_contexts = next(model.parameters()).dtype == torch.float32
         self.share_contexts = share_contexts and self.batch_size != "auto"

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from methods.base import Method, Probe, Stage, StageBudget
 from methods.engine.lora import attach_lora
+from methods.engine.placement import input_device
 from runners import ranks
 from runners.batches import Batches
 from runners.interrupt import Stop, deferred
@@ -90,7 +91,7 @@ class Loop:
         self.model, self.method, self.probe, self.rows = model, method, probe, rows
         self.passes, self.seed = Passes(model, method, objective), seed
         self.on_step, self.on_start = on_step, on_start
-        self.device = next(model.parameters()).device
+        self.device = input_device(model)
 
     def run(self, stage: Stage, saved: Checkpoints | None = None) -> StageReport:
         """Run one stage; the method's modules are changed in place.

@@ -15,6 +15,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from methods.engine.adapter import decoder
+from methods.engine.offload import at_hand
+from methods.engine.placement import device_of
 
 CHUNK_TOKENS = 256
 """Tokens whose logits exist at a time: 0.13 GB in float32 at a vocabulary of 128k."""
@@ -72,7 +74,10 @@ def _head_loss(
     model: PreTrainedModel, hidden_ND: Tensor, targets: Tensor, loss: LogitsLoss
 ) -> Tensor:
     """Sum of `loss` over the head's logits at `hidden_ND`, differentiable in `hidden_ND` only."""
-    total: Tensor = _HeadLoss.apply(hidden_ND, targets, model.get_output_embeddings(), loss)
+    head = model.get_output_embeddings()
+    place = device_of(head)
+    with at_hand(head):
+        total: Tensor = _HeadLoss.apply(hidden_ND.to(place), targets.to(place), head, loss)
     return total
 
 

@@ -17,6 +17,8 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from methods.engine.adapter import decoder
+from methods.engine.offload import at_hand
+from methods.engine.placement import device_of, input_device
 from runners.bootstrap import bootstrap_interval
 from runners.corpus import Document
 from runners.errors import UserError
@@ -215,7 +217,7 @@ def windows_of(ids: Sequence[int], document: int, *, context: int, stride: int) 
 @torch.no_grad()
 def window_nlls(model: PreTrainedModel, windows: Sequence[Window]) -> list[float]:
     """Sum of -log p over each window's targets, nats."""
-    device = next(model.parameters()).device
+    device = input_device(model)
     longest = max(len(window.inputs) for window in windows)
     ids_BT = torch.zeros(len(windows), longest, dtype=torch.long)
     mask_BT = torch.zeros(len(windows), longest, dtype=torch.long)
@@ -230,16 +232,19 @@ def window_nlls(model: PreTrainedModel, windows: Sequence[Window]) -> list[float
     hidden_BTD = decoder(model)(input_ids=ids_BT.to(device), attention_mask=mask, use_cache=False)[
         0
     ]
-    targets = torch.tensor([t for window in windows for t in window.targets], device=device)
-    losses = _token_losses(model, hidden_BTD[scored_BT.to(device)], targets)
+    targets = torch.tensor([t for window in windows for t in window.targets])
+    losses = _token_losses(model, hidden_BTD[scored_BT.to(hidden_BTD.device)], targets)
     return [float(part.sum()) for part in losses.split([len(w.targets) for w in windows])]
 
 
 def _token_losses(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
     """-log p of each target, float64 [rows] on the host; logits are held in parts only."""
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    parts = [
-        functional.cross_entropy(head(h).float(), t, reduction="none").double().cpu()
-        for h, t in zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)
-    ]
+    place = device_of(head)
+    hidden, targets = hidden.to(place), targets.to(place)
+    with at_hand(head):
+        parts = [
+            functional.cross_entropy(head(h).float(), t, reduction="none").double().cpu()
+            for h, t in zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)
+        ]
     return torch.cat(parts)

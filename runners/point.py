@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from methods.base import Budget, Method, Stage
 from methods.engine.checkpoint import restore, save_pretrained
 from methods.engine.lora import Adapter, attach_lora, describe
+from methods.engine.placement import input_device, spread
 from methods.parts.calibration import OutOfReach
 from runners import processes
 from runners.assets import cache_root
@@ -78,6 +79,8 @@ class Point:
 
     def train(self) -> None:
         """Run every stage of the recipe, or load its product; then calibrate."""
+        if spread(self.base.model):
+            check_gradients(self.config["method"]["name"], recipe(self.method, self.budget))
         loop = Loop(
             self.base.model,
             self.method,
@@ -188,7 +191,7 @@ class Point:
             self.config["objective"],
             self.config["seed"],
             code_version(*STAGE_CODE),
-            str(next(self.base.model.parameters()).device.type),
+            str(input_device(self.base.model).type),
             torch.__version__,
         )
 
@@ -223,6 +226,20 @@ def check_reach(method: Method, name: str) -> None:
         raise UserError(
             f"method {name}: sparsity {method.sparsity:g} is out of reach: "
             f"it routes {method.reach():.3f} of all units of this model"
+        )
+
+
+def check_gradients(name: str, stages: Iterable[Stage]) -> None:
+    """Refuse to train with layers on several GPUs.
+
+    Raises:
+        UserError: a stage has a loss.
+    """
+    trained = [stage.name for stage in stages if stage.loss is not None]
+    if trained:
+        raise UserError(
+            f"method {name} trains {', '.join(trained)} by gradient, for which device_map must "
+            "compute all layers on one GPU (some may lie on cpu or disk)"
         )
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from methods.base import Decision, Method, RoutedScores, Shape, Site, UnitView
 from methods.engine.adapter import decoder, shape_of
 from methods.engine.observe import bypassed, observed, observed_routed, unit_gradients
+from methods.engine.placement import input_device, spread
 from methods.engine.wrap import routed, routing_of
 from runners.losses import language_model_loss
 from runners.progress import progress
@@ -132,6 +133,11 @@ class ModelProbe:
                 usage = routing.counters.read()
         finally:
             self.method.threshold.copy_(before)
+        if spread(self.model):
+            home = input_device(self.model)
+            scores, weights, is_mlp = (
+                [part.to(home) for part in parts] for parts in (scores, weights, is_mlp)
+            )
         empty = torch.zeros(0)
         return RoutedScores(
             sparsity=usage.sparsity(),
@@ -159,6 +165,6 @@ class ModelProbe:
 
     def _batches(self, rows: Tensor) -> list[Tensor]:
         size = max(1, self.batch_tokens // rows.shape[1])
-        device = next(self.model.parameters()).device
+        device = input_device(self.model)
         self._read[0] += rows.numel()
         return [rows[i : i + size].to(device) for i in range(0, len(rows), size)]

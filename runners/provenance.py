@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from methods.engine.offload import stored
 from runners import processes
 from runners.command import started_with
 
@@ -87,13 +88,17 @@ def device_name() -> str:
 def hash_model(model: nn.Module) -> str:
     """sha256 over name, shape, dtype and bytes of every parameter and buffer, in name order.
 
-    Tied weights count once. Tensors are read one at a time, so a model on an accelerator needs
-    host memory for its largest tensor only.
+    Tied weights count once. Tensors are read one at a time, so a model on an accelerator, or one
+    whose weights are offloaded, needs host memory for its largest tensor only. Where the weights
+    lie does not count.
     """
     digest = hashlib.sha256()
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, source in getattr(model, "all_tied_weights_keys", {}).items():
+        if source in tensors:  # offloaded, the two are no longer one object
+            tensors.pop(name, None)
     for name in sorted(tensors):
-        tensor = tensors[name]
+        tensor = stored(model, name, tensors[name])
         digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
         digest.update(_bytes_of(tensor))
     return digest.hexdigest()

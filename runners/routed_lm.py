@@ -20,6 +20,7 @@ from lm_eval.api.registry import register_model
 
 from methods.engine.checkpoint import BadCheckpoint, from_pretrained, read_settings
 from methods.engine.wrap import routed
+from runners import device_map as places
 from runners.build import Base, load_base
 from runners.check import CHOICES, check_sparsity
 from runners.corpus import load_documents
@@ -46,6 +47,7 @@ class RoutedLM(HarnessModel):
             embedded addresses of the 1990s.
         calibration_tokens, calibration_seq_len: how much of it is read, and the length of a row.
         dtype, device, batch_size: as in lm-eval; dtype auto is the project's choice.
+        device_map: for a base model larger than one device, as in `conf/score.yaml`.
         cache_dir: of the embedded model.
         options: as for `HarnessModel` and lm-eval's `hf`.
 
@@ -65,6 +67,7 @@ class RoutedLM(HarnessModel):
         calibration_seq_len: int = 512,
         dtype: str = "auto",
         device: str | None = None,
+        device_map: str | None = None,
         batch_size: int | str = 1,
         cache_dir: str | None = None,
         trust_remote_code: bool = False,
@@ -79,6 +82,7 @@ class RoutedLM(HarnessModel):
             base_model=base_model,
             dtype=dtype,
             device=device,
+            device_map=device_map,
             cache_dir=cache_dir,
             trust_remote_code=trust_remote_code,
         )
@@ -109,6 +113,7 @@ def base_of(
     base_model: str | None = None,
     dtype: str = "auto",
     device: str | None = None,
+    device_map: str | None = None,
     cache_dir: str | None = None,
     trust_remote_code: bool = False,
 ) -> Base:
@@ -126,15 +131,16 @@ def base_of(
         raise UserError(f"{folder} names no base model: give base_model=") from error
     if base_model is not None:
         model = {"name": base_model, "source": "pretrained", "path": base_model, "revision": None}
-    base = load_base(
-        {
-            "model": {**model, "trust_remote_code": trust_remote_code},
-            "dtype": dtype,
-            "device": device or "auto",
-            "cache_dir": cache_dir,
-            "seed": saved.get("seed", 0),
-        }
-    )
+    config = {
+        "model": {**model, "trust_remote_code": trust_remote_code},
+        "dtype": dtype,
+        "device": device or "auto",
+        "device_map": device_map,
+        "cache_dir": cache_dir,
+        "seed": saved.get("seed", 0),
+    }
+    places.check(config)
+    base = load_base(config)
     if saved.get("weights_sha256") != base.weights_hash:
         log.warning("%s was trained on other weights (or another dtype) than these", Path(folder))
     return base

@@ -26,6 +26,7 @@ from methods.base import Decision, Method, Site, UnitView
 from methods.engine.adapter import layers_of
 from methods.engine.checkpoint import BadCheckpoint, from_pretrained
 from methods.engine.observe import observed
+from methods.engine.placement import input_device
 from methods.engine.wrap import routed, routing_of
 from runners.build import Base, load_base
 from runners.corpus import Document, stream_documents
@@ -138,7 +139,7 @@ def routing_tables(base: Base, method: Method, rows: Sequence[tuple[str, list[in
 
 def _passes(model: PreTrainedModel, method: Method, ids: Sequence[int]) -> dict[str, Any]:
     """One row through the dense and the routed model."""
-    ids_1T = torch.tensor([list(ids)], device=next(model.parameters()).device)
+    ids_1T = torch.tensor([list(ids)], device=input_device(model))
     errors: dict[Site, tuple[Tensor, Tensor]] = {}
     sites = frozenset(method.sites())
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from methods.engine.placement import input_device, spread
 from runners.out_of_memory import Fitting
 
 Tokens = tuple[int, ...]
@@ -80,7 +81,7 @@ class SharedContexts:
     ) -> None:
         self.model, self.rows_per_pass = model, rows_per_pass
         self.max_length, self.softmax_dtype = max_length, softmax_dtype
-        self.device = next(model.parameters()).device
+        self.device = input_device(model)
         self.fitting = {single: Fitting(model) for single in (True, False)}
         """A part is of groups; those with several continuations are larger."""
 
@@ -140,7 +141,9 @@ class SharedContexts:
             context_ids, context_mask, logits_to_keep=1, use_cache=True, past_key_values=cache
         ).logits
         rows = [(owner, end) for owner, group in enumerate(groups) for end in group.continuations]
-        owners = torch.tensor([owner for owner, _ in rows], device=self.device)
+        # on the host, they choose from keys on several devices
+        place = "cpu" if spread(self.model) else self.device
+        owners = torch.tensor([owner for owner, _ in rows], device=place)
         logits = first[owners]
         if max(len(end) for _, end in rows) > 1:
             cache.batch_select_indices(owners)

@@ -34,7 +34,7 @@ FINGERPRINT_DIGITS = 16
 ITEMS_HASH = "items_sha256"
 NOT_IN_FINGERPRINT = frozenset(
     "results_dir cache_dir saved tracking force retry_failed checkpoint_seconds hydra log "
-    "log_level logging verbose progress speed".split()
+    "log_level logging verbose progress speed device_map max_memory".split()
 )
 """Top-level keys of the config that say where or how loudly, never what is computed."""
 

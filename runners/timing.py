@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from methods.engine.placement import input_device, placed
 from runners.bench import Bench
 from runners.corpus import Document, load_documents
 from runners.draws import RandomDraw
@@ -38,7 +40,7 @@ def measure(point: Point, settings: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: too little text.
     """
-    device = next(point.base.model.parameters()).device
+    device = input_device(point.base.model)
     default = ROUNDS["cuda" if device.type == "cuda" else "cpu"]
     warmup = default[0] if settings["warmup"] is None else settings["warmup"]
     repeats = settings["repeats"] or default[1]
@@ -50,7 +52,9 @@ def measure(point: Point, settings: Mapping[str, Any]) -> dict[str, Any]:
         warmup=warmup,
         repeats=repeats,
         kernels=settings["kernels"],
-        graphs=device.type == "cuda" if settings["graphs"] == "auto" else settings["graphs"],
+        graphs=_graphs(point.base.model, device)
+        if settings["graphs"] == "auto"
+        else settings["graphs"],
     )
     prefill = [
         _logged("prefill", bench.prefill(tokens, batch))
@@ -78,6 +82,11 @@ def measure(point: Point, settings: Mapping[str, Any]) -> dict[str, Any]:
         "speed": {"prefill": prefill, "decode": decode, "settings": how},
         "record": _record(point, prefill or decode),
     }
+
+
+def _graphs(model: PreTrainedModel, device: torch.device) -> bool:
+    """A graph replays on one device, over weights that are there."""
+    return device.type == "cuda" and not placed(model)
 
 
 def _record(point: Point, cases: list[dict[str, Any]]) -> dict[str, Any]:

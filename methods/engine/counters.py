@@ -17,13 +17,19 @@ class Counters:
 
     Args:
         dropped: sites that every token bypasses and that are never asked.
+        spread: layers are on several devices; what is noted is brought to that of the inputs.
 
     A decision costs a forward nothing but a list entry: the sums of all sites are formed together
     when the forward ends, and only `read` brings them to the host.
     """
 
-    def __init__(self, shape: Shape, dropped: frozenset[Site] = frozenset()) -> None:
-        self.shape, self.dropped = shape, dropped
+    def __init__(
+        self,
+        shape: Shape,
+        dropped: frozenset[Site] = frozenset(),
+        spread: bool = False,
+    ) -> None:
+        self.shape, self.dropped, self.spread = shape, dropped, spread
         self._tokens: Tensor | None = None
         """int64 [4], as `_sums` of all valid tokens: what the dense model executes."""
         self._sums: dict[tuple[Site, ...], Tensor] = {}
@@ -63,6 +69,8 @@ class Counters:
             return
         valid = self._valid_BT
         self._tokens = _plus(self._tokens, _sums(valid[None], self._keys_BT, valid)[0])
+        if self.spread:
+            self._open = [_moved(*noted, valid.device) for noted in self._open]
         if self._open:
             execute_UBT = torch.stack([execute for _, execute, _ in self._open])
             keys = [self._keys_BT if k is None else k for _, _, k in self._open]
@@ -98,6 +106,12 @@ def _sums(mask_UBT: Tensor, keys: Tensor, valid_BT: Tensor) -> Tensor:
     tokens = mask_UBT.sum((1, 2))
     context = (mask_UBT * keys).sum((1, 2))
     return torch.stack([tokens, context, (tokens > 0).long(), (tokens < valid_BT.sum()).long()], 1)
+
+
+def _moved(
+    site: Site, execute_BT: Tensor, keys_BT: Tensor | None, device: torch.device
+) -> tuple[Site, Tensor, Tensor | None]:
+    return site, execute_BT.to(device), None if keys_BT is None else keys_BT.to(device)
 
 
 def _count(sums: dict[Site, int], site: Site, more: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from methods.engine.padding import leading_padding, tokens_in, valid_and_positions
@@ -23,6 +24,15 @@ class ForwardState:
     _padding: tuple[Tensor | None, bool] | None = None
     threshold: float | None = None
     """The method's threshold on the host, read once a forward where a path needs it there."""
+
+    def move(self, device: torch.device) -> None:
+        """Bring what layers read to the device of the next one."""
+        if self.valid_BT is not None and self.valid_BT.device != device:
+            assert self.positions_BT is not None
+            self.valid_BT, self.positions_BT = (
+                self.valid_BT.to(device),
+                self.positions_BT.to(device),
+            )
 
     def padding(self) -> tuple[Tensor | None, bool]:
         """`leading_padding` of the mask; looked at once a forward, and only if a path asks."""

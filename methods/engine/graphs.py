@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
+from methods.engine.placement import placed
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -39,12 +41,12 @@ class DecodeGraph:
         cache: of `static_cache`, filled by a prefill; keeps room for `WARMUP_STEPS` more.
 
     Raises:
-        ValueError: no CUDA device.
+        ValueError: not on a CUDA device, or not all of it.
     """
 
     def __init__(self, model: PreTrainedModel, cache: StaticCache, *, batch: int) -> None:
-        if model.device.type != "cuda":
-            raise ValueError("a CUDA graph needs a model on CUDA; set speed.graphs=false")
+        if placed(model) or model.device.type != "cuda":
+            raise ValueError("a CUDA graph needs a whole model on CUDA; set speed.graphs=false")
         self.model, self.cache = model, cache
         self.ids_B1 = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
         start = int(cache.get_seq_length())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from methods.base import LoraSpec, Method
 from methods.engine.adapter import layers_of
 from methods.engine.families import require_family
+from methods.engine.offload import stand_ins
+from methods.engine.placement import placed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -163,7 +165,8 @@ def _wrap(model: PreTrainedModel, spec: LoraSpec) -> tuple[list[Place], Any]:
         target_modules=wanted,
         task_type="CAUSAL_LM",
     )
-    inject_adapter_in_model(config, model, adapter_name=NAME)
+    with stand_ins(model) if placed(model) else nullcontext():
+        inject_adapter_in_model(config, model, adapter_name=NAME)
     del model.peft_config
     places = []
     for name, module in list(model.named_modules()):

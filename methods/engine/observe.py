@@ -13,8 +13,9 @@ from methods.base import Decision, Method, Site, UnitView
 from methods.engine.adapter import shape_of
 from methods.engine.forecast_keys import projected_keys
 from methods.engine.forward import ForwardState
+from methods.engine.swap import swapped
 from methods.engine.unit import Unit
-from methods.engine.wrap import routed, routing_of, swapped
+from methods.engine.wrap import routed, routing_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

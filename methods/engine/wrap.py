@@ -10,34 +10,27 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from torch import Tensor
 
-from methods.base import Decision, Kind, Method, RouteContext, Site
-from methods.engine.adapter import LayerParts, decoder, layers_of, shape_of
+from methods.base import Decision, Method, RouteContext, Site
+from methods.engine.adapter import decoder, shape_of
 from methods.engine.clock import Clock, NoClock
 from methods.engine.counters import Counters
-from methods.engine.dropped import hold_place
 from methods.engine.forecast_keys import forecast_keys
-from methods.engine.forward import ForwardState, read_inputs
+from methods.engine.forward import ForwardState
 from methods.engine.kernels.choose import Kernels
 from methods.engine.lora import applied, suspended
 from methods.engine.norm import called, normed
-from methods.engine.unit import LayerInputs, Unit
+from methods.engine.placement import placed, settle, spread
+from methods.engine.swap import Executor, swapped
+from methods.engine.unit import Unit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Mode = Literal["masked", "gathered"]
-
-
-class Executor(Protocol):
-    """Turns a unit into the residual stream that leaves it."""
-
-    def __call__(self, unit: Unit) -> Tensor:
-        """Residual stream after the unit, [B, T, D]."""
 
 
 @dataclass
@@ -107,7 +100,8 @@ class Routing:
 
     def reset_counters(self) -> None:
         """Start counting anew."""
-        self.counters = Counters(self.counters.shape, self.counters.dropped)
+        counted = self.counters
+        self.counters = Counters(counted.shape, counted.dropped, counted.spread)
 
     @contextmanager
     def dense(self) -> Iterator[None]:
@@ -137,7 +131,8 @@ def routed(
 
     Raises:
         UnsupportedModel: no adapter for the family.
-        ValueError: unknown mode, a model that is already routed, a site outside the model.
+        ValueError: unknown mode, a model that is already routed, a site outside the model, fused
+            kernels asked for where `device_map` has placed the model.
     """
     from methods.engine.gathered import GatheredExecutor
     from methods.engine.masked import MaskedExecutor
@@ -157,7 +152,10 @@ def routed(
         raise ValueError(f"sites outside the model: {sorted(sites - known)}")
     fixed = method.fixed()
     dropped = frozenset(site for site, runs in fixed.items() if not runs)
-    routing = Routing(method=method, counters=Counters(shape, dropped), kernels=kernels)
+    if placed(model):
+        kernels = _without_fused(kernels)
+    counters = Counters(shape, dropped, spread(model))
+    routing = Routing(method=method, counters=counters, kernels=kernels)
     executor, asked = executors[mode](routing), sites - fixed.keys()
     with (
         applied(method.adapter),
@@ -186,6 +184,13 @@ def routed(
             del model.routing
 
 
+def _without_fused(kernels: Kernels) -> Kernels:
+    """Fused kernels run on one device, over weights that are there."""
+    if kernels == "triton":
+        raise ValueError("kernels=triton needs the whole model on one GPU: leave device_map out")
+    return "torch"
+
+
 def _attending(routing: Routing, layer: int) -> Tensor | None:
     return None if routing.paused else routing.attending.get(layer)
 
@@ -203,92 +208,9 @@ def _end_count(routing: Routing) -> None:
 
 
 def attach(model: PreTrainedModel, method: Method) -> Method:
-    """Create the method's modules for this model and put them on its device."""
+    """Create the method's modules for this model and put them where its layers are."""
     method.setup(shape_of(model.config))
-    return method.to(next(model.parameters()).device)
-
-
-@contextmanager
-def swapped(
-    model: PreTrainedModel,
-    sites: frozenset[Site],
-    executor: Executor,
-    state: ForwardState,
-    *,
-    paused: Callable[[], bool] = lambda: False,
-    dropped: frozenset[Site] = frozenset(),
-    norm: Callable[[Any, Tensor], Tensor] = called,
-) -> Iterator[None]:
-    """Send the units of `sites` through `executor`; the layers' forwards are put back on exit.
-
-    Args:
-        dropped: units that do not run at all.
-        norm: (module, residual stream) -> input of a unit.
-    """
-    parts = layers_of(model)
-    hook = decoder(model).register_forward_pre_hook(
-        lambda _, args, kwargs: read_inputs(state, args, kwargs), with_kwargs=True
-    )
-    before = [part.layer.__dict__.get("forward") for part in parts]
-    try:
-        for index, part in enumerate(parts):
-            part.layer.forward = _layer_forward(
-                index, part, sites, executor, state, paused, dropped, norm
-            )
-        yield
-    finally:
-        hook.remove()
-        for part, forward in zip(parts, before, strict=True):
-            part.layer.__dict__.pop("forward", None)
-            if forward is not None:
-                part.layer.forward = forward
-
-
-def _layer_forward(
-    index: int,
-    part: LayerParts,
-    sites: frozenset[Site],
-    executor: Executor,
-    state: ForwardState,
-    paused: Callable[[], bool],
-    dropped: frozenset[Site],
-    norm: Callable[[Any, Tensor], Tensor],
-) -> Callable[..., Tensor]:
-    """A pre-norm decoder layer in which routed units go through the executor."""
-    original = part.layer.forward
-    kinds: tuple[Kind, ...] = ("attention", "mlp")
-    if Site(index, "block") in sites | dropped:
-        kinds = ("block",)
-    holds = bool({Site(index, "block"), Site(index, "attention")} & dropped)
-    kinds = tuple(kind for kind in kinds if Site(index, kind) not in dropped)
-    window = getattr(part.attention, "sliding_window", None)
-    norms = {"mlp": part.mlp_norm, "attention": part.attention_norm, "block": part.attention_norm}
-    units = [(Site(index, kind), norms[kind]) for kind in kinds]
-
-    def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if paused():
-            return original(hidden_states, *args, **kwargs)
-        if args:
-            kwargs["attention_mask"] = args[0]
-        inputs = LayerInputs(
-            position_embeddings=kwargs.pop("position_embeddings"),
-            attention_mask=kwargs.pop("attention_mask", None),
-            past_key_values=kwargs.pop("past_key_values", None),
-            past=state.past,
-            window=window,
-            others=kwargs,
-        )
-        if holds:
-            hold_place(part.attention, hidden_states, inputs.past_key_values)
-        after = hidden_states
-        for site, module in units:
-            # what enters a layer may be held by who records hidden states, or by autograd
-            owned = after is not hidden_states and not torch.is_grad_enabled()
-            unit = Unit(site, part, after, norm(module, after), inputs, owned)
-            after = executor(unit) if site in sites else unit.run()
-        return after
-
-    return forward
+    return settle(model, method)
 
 
 def routing_of(model: PreTrainedModel) -> Routing:

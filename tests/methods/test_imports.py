@@ -63,7 +63,7 @@ def test_a_method_uses_base_and_parts(path):
 
 @pytest.mark.parametrize("path", ENGINE, ids=lambda path: path.stem)
 def test_the_engine_knows_no_method(path):
-    allowed = {"torch", "transformers", "safetensors", "peft"}
+    allowed = {"torch", "transformers", "safetensors", "peft", "accelerate"}
     assert outside(path, ("methods.base", "methods.engine"), allowed) == []
 
 
