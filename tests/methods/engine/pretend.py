@@ -64,22 +64,23 @@ def on_pretended(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     asked = kwargs.get("device")
     target = None if asked is None else torch.device(asked)
     places = {t.device for t in flat if isinstance(t, Tensor) and (t.dim() or t.device != HOST)}
-    moves = func.name().startswith(("aten::_to_copy", "aten::copy_", "aten::index.Tensor"))
-    if len(places) > 1 and not moves:
-        raise RuntimeError(f"{func.name()}: tensors on {', '.join(map(str, places))}")
-    place = target or (flat_place(flat, places))
+    first, name = first_place(flat, places), func.name()
+    moves = name.startswith(("aten::_to_copy", "aten::copy_"))
+    chooses = name.startswith("aten::index.Tensor") and places <= {first, HOST}
+    if len(places) > 1 and not (moves or chooses):
+        raise RuntimeError(f"{name}: tensors on {', '.join(map(str, places))}")
+    place = target or first
     host = [HOST if isinstance(v, torch.device) else unwrapped(v) for v in flat]
     args, kwargs = tree_unflatten(host, shape)
     out = func(*args, **kwargs)
-    name = func.name().rpartition(".")[0] if "." in func.name() else func.name()
-    if name.endswith("_") and isinstance(out, Tensor):
+    if name.partition(".")[0].endswith("_") and isinstance(out, Tensor):
         return flat[0]
     if place == HOST:
         return out
     return tree_map(lambda v: Pretend(v, place) if isinstance(v, Tensor) else v, out)
 
 
-def flat_place(flat: list[Any], places: set[torch.device]) -> torch.device:
+def first_place(flat: list[Any], places: set[torch.device]) -> torch.device:
     """Of the first tensor that has dimensions, or is on a GPU."""
     for value in flat:
         if isinstance(value, Tensor) and value.device in places:
