@@ -28,6 +28,10 @@ Kind = Literal["attention", "mlp", "block"]
 KVPolicy = Literal["keep", "evict", "forecast"]
 
 
+class OutOfReach(ValueError):
+    """The routed sites cannot bypass as much as asked."""
+
+
 class Site(NamedTuple):
     """One place where computation may be bypassed: a sublayer, or a whole block."""
 

@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 
-from methods.base import Budget, Method, Stage
+from methods.base import Budget, Method, OutOfReach, Stage
 from methods.engine.checkpoint import restore, save_pretrained
 from methods.engine.lora import Adapter, attach_lora, describe
 from methods.engine.placement import input_device, spread
-from methods.parts.calibration import OutOfReach
 from runners import processes
 from runners.assets import cache_root
 from runners.build import build_budget, build_method, load_base, method_options

@@ -8,13 +8,9 @@ import math
 import torch
 from torch import Tensor
 
-from methods.base import Probe, RoutedScores
+from methods.base import OutOfReach, Probe, RoutedScores
 
 log = logging.getLogger(__name__)
-
-
-class OutOfReach(ValueError):
-    """The routed sites cannot bypass as much as asked."""
 
 
 def weighted_quantile(values: Tensor, weights: Tensor, mass: float) -> float:
