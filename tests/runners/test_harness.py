@@ -155,7 +155,9 @@ def answers(done: dict, task: str) -> list[tuple[float, bool]]:
     ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
+)
 def test_dense_equals_the_stock_class(tiny_llama, tokenizer, tmp_path, dtype, monkeypatch):
     """Choices with and without examples, rolling and generation; bfloat16 to the bit."""
     write_data(tmp_path / "data")

@@ -59,6 +59,7 @@ def test_records_are_those_of_a_serial_sweep(commands, serial, launcher):
     assert set(map(tuple, map(sorted, ran.values()))) == {(False, True)}, ran
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", EVERY)
 def test_a_failed_point_is_told_by_the_sweep(commands, launcher):
     words = (f"hydra/launcher={launcher}", *TWO_AT_A_TIME[launcher])

@@ -61,6 +61,7 @@ def test_a_mistake_is_one_line(commands):
     assert len(done.error_lines) == 1, done.stderr
 
 
+@pytest.mark.slow
 def test_points_out_of_reach_and_repeated_ones_are_named(commands, tmp_path):
     file = tmp_path / "plan.json"
     done = commands.run("plan", "method=dense", "sparsity=0.3,0.5", "-m")

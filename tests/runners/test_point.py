@@ -70,11 +70,11 @@ def test_paths_and_tracking_share_products(trained, option):
         "seed=1",
         "method.rank=5",
         "method.train_lr=0.0077",
-        "budget.fit_tokens=480",
-        "objective=lm",
+        pytest.param("budget.fit_tokens=480", marks=pytest.mark.slow),
+        pytest.param("objective=lm", marks=pytest.mark.slow),
         "model.path=qwen2",
         "dtype=bfloat16",
-        "data.documents_limit=40",
+        pytest.param("data.documents_limit=40", marks=pytest.mark.slow),
     ],
 )
 def test_what_determines_a_product_makes_it_anew(trained, option):

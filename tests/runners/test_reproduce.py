@@ -12,6 +12,7 @@ from analysis import configs, frames
 from runners.command import started_with
 
 
+@pytest.mark.slow
 def test_the_stored_configuration_runs_to_the_same_record(commands):
     first = commands.run("sweep", "method=layer_skip", "sparsity=0.25")
     assert first.code == 0, first.stderr

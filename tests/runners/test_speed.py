@@ -25,7 +25,7 @@ def written(commands) -> dict:
     return read_sealed(file)
 
 
-@pytest.mark.parametrize("policy", ["keep", "evict"])
+@pytest.mark.parametrize("policy", [pytest.param("keep", marks=pytest.mark.slow), "evict"])
 def test_drawn_decisions_on_random_weights_need_no_training(commands, policy):
     words = ("speed.decisions=random", "speed.trained=false", "sparsity=0.5")
     method = ("method=informed", "method.rank=4", f"method.kv_policy={policy}")
@@ -62,6 +62,7 @@ def test_a_trained_point_keeps_its_quality_and_gains_speed(commands):
     assert again.code == 0 and "speed" in written(commands)
 
 
+@pytest.mark.slow
 def test_a_point_that_was_only_timed_is_still_to_be_evaluated(commands):
     point = ("method=greedy", "sparsity=0.3")
     assert commands.run("speed", *TIMED, *point).code == 0

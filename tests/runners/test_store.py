@@ -45,7 +45,7 @@ def changed(config, path, value):
 
 
 OUTPUTS = {"results_dir", "cache_dir", "tracking", "force", "hydra", "speed"}
-OUTPUTS |= {"retry_failed", "checkpoint_seconds"}
+OUTPUTS |= {"retry_failed", "checkpoint_seconds", "device_map", "max_memory"}
 
 
 @pytest.mark.parametrize("path", list(leaves(CONFIG)), ids=".".join)

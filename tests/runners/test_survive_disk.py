@@ -105,7 +105,8 @@ def test_a_disk_that_is_full_at_every_moment(nursery, calm, tmp_path):
     print(f"{number} sizes up to {kib} KiB were too small")
 
 
-@pytest.mark.parametrize("file_bytes", [pytest.param(1000, marks=pytest.mark.slow), 25_000])
+@pytest.mark.parametrize("file_bytes", [1000, 25_000])
+@pytest.mark.slow
 def test_files_that_may_not_grow(nursery, calm, tmp_path, file_bytes):
     """RLIMIT_FSIZE: EFBIG in the middle of a write."""
     first = nursery.run(Step(words(tmp_path), file_bytes=file_bytes))

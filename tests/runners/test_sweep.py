@@ -124,7 +124,7 @@ def test_bad_input_is_one_quick_line(commands, words, named):
     assert list(commands.folder.iterdir()) == []
 
 
-@pytest.mark.parametrize("key", ["results_dir", "cache_dir"])
+@pytest.mark.parametrize("key", ["results_dir", pytest.param("cache_dir", marks=pytest.mark.slow)])
 def test_a_folder_that_cannot_be_written_is_one_line(commands, tmp_path, key):
     (tmp_path / "file").touch()
     done = commands.run("sweep", "method=random", f"{key}={tmp_path / 'file'}")
@@ -198,7 +198,8 @@ def wait_for(condition, process, seconds=90):
         time.sleep(0.005)
 
 
-@pytest.mark.parametrize("moment", ["stage", pytest.param("evaluation", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["stage", "evaluation"])
 def test_killed_and_restarted_gives_the_same_numbers(tmp_path, moment):
     """Killed in the middle of training (after some stages), or with one point complete."""
     steps = "budget.routers={steps:40,batch_size:2,seq_len:32,accumulate:1}"
