@@ -73,6 +73,7 @@ def test_every_table_and_picture_names_it_a_bound(tmp_path):
     assert set(frames.measures(records).method) == names
 
 
+@pytest.mark.slow
 def test_the_record_says_so(commands):
     done = commands.run("sweep", "method=oracle", "method.rank=4", "sparsity=0.3")
     assert done.code == 0, done.stderr

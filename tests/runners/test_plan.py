@@ -26,6 +26,7 @@ def plan(commands: Commands, path, *words: str) -> dict:
     return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_plan_before_and_after_the_sweep(commands, tmp_path):
     before = plan(commands, tmp_path / "before.json", *RECIPE)
     assert not commands.results.exists()

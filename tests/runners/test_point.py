@@ -72,8 +72,8 @@ def test_paths_and_tracking_share_products(trained, option):
         "method.train_lr=0.0077",
         pytest.param("budget.fit_tokens=480", marks=pytest.mark.slow),
         pytest.param("objective=lm", marks=pytest.mark.slow),
-        "model.path=qwen2",
-        "dtype=bfloat16",
+        pytest.param("model.path=qwen2", marks=pytest.mark.slow),
+        pytest.param("dtype=bfloat16", marks=pytest.mark.slow),
         pytest.param("data.documents_limit=40", marks=pytest.mark.slow),
     ],
 )

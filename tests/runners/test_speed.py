@@ -49,6 +49,7 @@ def test_drawn_decisions_on_random_weights_need_no_training(commands, policy):
         assert (held["routed"] < held["dense"]) == (policy == "evict")
 
 
+@pytest.mark.slow
 def test_a_trained_point_keeps_its_quality_and_gains_speed(commands):
     point = ("method=informed", "method.rank=4", "sparsity=0.3")
     assert commands.run("sweep", *point).code == 0

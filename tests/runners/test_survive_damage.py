@@ -204,7 +204,8 @@ def test_every_file_of_a_finished_run(nursery, calm, tmp_path, how):
         assert str(file) in run.said
 
 
-@pytest.mark.parametrize("files", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("files", [1, 2])
 def test_checkpoints_and_log_of_a_killed_run(nursery, calm, stopped, tmp_path, files):
     """The one before is gone on from; where there is none, the stage begins again."""
     shutil.copytree(stopped, tmp_path, dirs_exist_ok=True)

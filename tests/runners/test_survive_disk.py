@@ -87,7 +87,8 @@ needs_mounts = pytest.mark.skipif(
 
 
 @needs_mounts
-@pytest.mark.parametrize("kib", [pytest.param(0, marks=pytest.mark.slow), 300])
+@pytest.mark.parametrize("kib", [0, 300])
+@pytest.mark.slow
 def test_a_full_disk(nursery, calm, tmp_path, kib):
     """Without any room (a page is the least), and with room for some stages."""
     assert fill(nursery, calm, tmp_path / "mount", kib or 4)
