@@ -8,13 +8,14 @@ import math
 import netrc
 import os
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from methods.engine.families import UnsupportedModel, require_family
 from runners import device_map, processes
-from runners.corpus import check_source
+from runners.corpus import Source
 from runners.errors import UserError
 from runners.eval_texts import describe_text, missing_texts
 from runners.local_tasks import missing_files
@@ -59,17 +60,17 @@ def check_config(cfg: Mapping[str, Any]) -> None:
 
 def _check_data(data: Mapping[str, Any]) -> None:
     """Numbers, and local files as far as their schemas; the hub is asked when the point begins."""
+    known = [field.name for field in fields(Source)]
+    if unknown := sorted(set(data) - set(known)):
+        raise UserError(f"unknown data.{unknown[0]}; known: {', '.join(known)}")
     for key, least in (("documents_limit", 1), ("shuffle_buffer", 0)):
         value = data.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise UserError(f"data.{key} must be a whole number, not {value!r}")
         if value is not None and value < least:
             raise UserError(f"data.{key} must be at least {least}, not {value}")
-    folder = data.get("dir")
-    if folder is not None and not Path(folder).expanduser().is_dir():
-        raise UserError(f"data.dir={folder} is not a folder")
-    if folder is not None:
-        check_source(**data)
+    if data.get("dir") is not None:
+        Source(**data).check()
 
 
 def check_tracking(tracking: Mapping[str, Any]) -> None:

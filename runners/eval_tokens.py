@@ -49,7 +49,7 @@ def _document_tokens(config: Mapping[str, Any], options: Mapping[str, Any]) -> f
         if limit is not None:
             documents = limit
         return float(documents * min(options["document_tokens"], most))
-    known = stream_documents(split="test", **{k: v for k, v in data.items() if k != "name"})
+    known = stream_documents(split="test", **data)
     size = BYTES_PER_TOKEN.get(config["model"]["source"], 4.0)
     lengths = (len(document.text) / size for document in itertools.islice(known, limit))
     return float(sum(min(length, most) for length in lengths))

@@ -112,17 +112,22 @@ def deferred() -> Iterator[Stop]:
 
 
 @contextmanager
-def noted() -> Iterator[list[int]]:
-    """Inside the block the signals that ask a run to end are listed, and nothing else happens."""
-    asked: list[int] = []
-    before = {
-        number: signal.signal(number, lambda number, _: asked.append(number)) for number in ASKING
-    }
+def handled(handler: Callable[[int, Any], Any]) -> Iterator[None]:
+    """Inside the block `handler` gets the signals that ask a run to end."""
+    before = {number: signal.signal(number, handler) for number in ASKING}
     try:
-        yield asked
+        yield
     finally:
         for number, own in before.items():
             signal.signal(number, own)
+
+
+@contextmanager
+def noted() -> Iterator[list[int]]:
+    """Inside the block the signals that ask a run to end are listed, and nothing else happens."""
+    asked: list[int] = []
+    with handled(lambda number, _: asked.append(number)):
+        yield asked
 
 
 def _foreign(handler: Callable[..., Any] | int | None) -> bool:

@@ -20,7 +20,7 @@ from methods.engine.placement import input_device, spread
 from runners import processes
 from runners.assets import cache_root
 from runners.build import build_budget, build_method, load_base, method_options
-from runners.corpus import SPLITS, check_source
+from runners.corpus import SPLITS, Source
 from runners.errors import UserError
 from runners.evaluation import evaluate, evaluation_key
 from runners.items import write_items
@@ -57,7 +57,7 @@ class Point:
     def __init__(self, config: dict[str, Any], folder: RunFolder, tracker: Safe) -> None:
         self.config, self.folder, self.tracker = config, folder, tracker
         torch.manual_seed(config["seed"])
-        check_source(**config["data"])
+        Source(**config["data"]).check()
         self.base = load_base(config)
         tokenizer = ReadOnce(self.base.tokenizer)
         self.documents = {split: read_split(config, split, tokenizer) for split in SPLITS}

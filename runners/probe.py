@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from methods.base import Decision, Method, RoutedScores, Shape, Site, UnitView
 from methods.engine.adapter import decoder, shape_of
 from methods.engine.observe import bypassed, observed, observed_routed, unit_gradients
-from methods.engine.placement import input_device, spread
+from methods.engine.placement import input_device
 from methods.engine.wrap import routed, routing_of
 from runners.losses import language_model_loss
 from runners.progress import progress
@@ -133,18 +133,17 @@ class ModelProbe:
                 usage = routing.counters.read()
         finally:
             self.method.threshold.copy_(before)
-        if spread(self.model):
-            home = input_device(self.model)
-            scores, weights, is_mlp = (
-                [part.to(home) for part in parts] for parts in (scores, weights, is_mlp)
-            )
-        empty = torch.zeros(0)
+        home = input_device(self.model)
+
+        def joined(parts: list[Tensor]) -> Tensor:
+            return torch.cat([part.to(home) for part in parts]) if parts else torch.zeros(0)
+
         return RoutedScores(
             sparsity=usage.sparsity(),
-            scores=torch.cat(scores) if scores else empty,
-            weights=torch.cat(weights) if weights else empty,
+            scores=joined(scores),
+            weights=joined(weights),
             total_weight=float(usage.tokens * len(self.shape.units())),
-            is_mlp=torch.cat(is_mlp) if is_mlp else empty.bool(),
+            is_mlp=joined(is_mlp).bool(),
         )
 
     @torch.no_grad()

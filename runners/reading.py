@@ -25,9 +25,8 @@ def read_split(config: Mapping[str, Any], split: str, tokenizer: Any) -> list[Do
     Raises:
         UserError: as `load_documents`.
     """
-    options = {key: value for key, value in config["data"].items() if key != "name"}
     enough = _enough(config, split, tokenizer)
-    return load_documents(split=split, seed=config["seed"], enough=enough, **options)
+    return load_documents(split=split, seed=config["seed"], enough=enough, **config["data"])
 
 
 def _enough(

@@ -54,8 +54,7 @@ def record_routing(config: Mapping[str, Any]) -> Path:
         raise UserError(str(error)) from error
     if not method.sites():
         raise UserError(f"saved={config['saved']} routes nowhere: there is nothing to inspect")
-    options = {key: value for key, value in config["data"].items() if key != "name"}
-    documents = stream_documents(split="test", **options)
+    documents = stream_documents(split="test", **config["data"])
     rows = token_rows(base, documents, tokens=config["tokens"], context=config["context"])
     if config["prompt"]:
         rows.append((PROMPT, base.tokenizer(str(config["prompt"]))["input_ids"]))

@@ -147,6 +147,5 @@ def _rows(point: Point, settings: Mapping[str, Any]) -> Tensor:
 
 def _documents(point: Point, tokens: int, seq_len: int, tokenizer: ReadOnce) -> list[Document]:
     """Test documents that hold the tokens."""
-    options = {key: value for key, value in point.config["data"].items() if key != "name"}
     enough = after_tokens(tokens, seq_len, tokenizer)
-    return load_documents(split="test", enough=enough, **options)
+    return load_documents(split="test", enough=enough, **point.config["data"])

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from runners.failures import own_folder, shared_folder
-from runners.interrupt import ASKING, Interrupted
+from runners.interrupt import Interrupted, handled
 
 log = logging.getLogger(__name__)
 
@@ -70,12 +70,8 @@ def passing_on() -> Iterator[None]:
     if not any(word.startswith("hydra/launcher=joblib") for word in sys.argv[1:]):
         yield
         return
-    before = {number: signal.signal(number, _end_all) for number in ASKING}
-    try:
+    with handled(_end_all):
         yield
-    finally:
-        for number, own in before.items():
-            signal.signal(number, own)
 
 
 def _end_all(number: int, frame: Any = None) -> None:

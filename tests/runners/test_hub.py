@@ -11,7 +11,7 @@ import pytest
 from pyarrow import parquet
 
 from runners import hub
-from runners.corpus import SPLITS, check_source, load_documents
+from runners.corpus import SPLITS, Source, load_documents
 from runners.errors import UserError
 
 
@@ -100,7 +100,7 @@ def test_mistakes_are_one_line_before_any_text_is_read(folder, name):
     options, complaint = MISTAKES[name]
     splits = dict.fromkeys(SPLITS, "train") | options.pop("splits", {})
     with pytest.raises(UserError, match=complaint) as caught:
-        check_source(**{"source": "hub", "path": str(folder), "splits": splits, **options})
+        Source(**{"source": "hub", "path": str(folder), "splits": splits, **options}).check()
     assert "\n" not in str(caught.value)
 
 
