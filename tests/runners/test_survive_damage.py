@@ -187,8 +187,9 @@ def again(nursery: Nursery, folder: Path, calm: Path) -> Run:
 
 
 def damage(file: Path, how: Damage, share: float = 0.5) -> None:
+    """At a share of its content; a newline at the end is none, and its loss no damage."""
     whole = file.read_bytes()
-    file.write_bytes(how(whole, int(share * (len(whole) - 1))))
+    file.write_bytes(how(whole, int(share * (len(whole.rstrip(b"\n")) - 1))))
 
 
 @pytest.mark.parametrize("how", [pytest.param(cut, marks=pytest.mark.slow), flip])

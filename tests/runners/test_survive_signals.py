@@ -129,6 +129,11 @@ def test_stopped_again_and_again_is_the_same_run(nursery, tmp_path):
     assert both[0] == both[1]
 
 
+def heed_interrupts() -> None:
+    """A shell's background job, as these tests may be, ignores SIGINT and hands that down."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_download_that_hangs(tmp_path, number, code):
@@ -139,7 +144,14 @@ def test_a_download_that_hangs(tmp_path, number, code):
         command = [sys.executable, str(ROOT / "runners/sweep.py"), *words(tmp_path, *more)]
         own = {"HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hub")}
         env = {**os.environ, "PYTHONPATH": str(ROOT), **own}
-        run = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+        run = subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env=env,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=heed_interrupts,
+        )
         hub.settimeout(120)
         connection, _ = hub.accept()
         began = time.monotonic()
