@@ -53,6 +53,7 @@ def outcome(commands: Commands) -> dict[str, Any]:
     for file in sorted(commands.results.glob("*/result.json")):
         folder = file.parent
         steps = [(e["stage"], e["step"], e["loss"]) for e in events(folder, "step")]
+        steps.sort(key=lambda step: step[0])  # a stage that is made again comes later in the log
         found[folder.name] = {
             "record": numbers(json.loads(file.read_bytes())),
             "items": pd.read_parquet(folder / "items.parquet").to_csv(),

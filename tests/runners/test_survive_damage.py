@@ -234,11 +234,15 @@ def test_each_file_at_many_places(nursery, calm, stopped, tmp_path):
         for how in (cut, flip)
         for share in (0.0, 0.3, 0.6, 0.9, 1.0)
     ]
+    spare = checkpoints(stopped)[0].name  # not opened while the newer one is whole
     for number, (start, name, how, share) in enumerate(cases):
         folder = tmp_path / str(number)
         shutil.copytree(start, folder)
+        if start == calm and name.parts[0] == "cache":
+            for record in folder.glob("results/*/result.json"):
+                record.unlink()  # a complete point asks the cache for nothing
         damage(folder / name, how, share)
         run = again(nursery, folder, calm)
-        assert name.name in run.said, (name, how, share)
+        assert (name.name in run.said) == (name.name != spare), (name, how, share, run.said)
         shutil.rmtree(folder)
     print(f"{len(cases)} damaged files")
