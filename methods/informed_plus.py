@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from methods.base import (
     Budget,
@@ -41,10 +41,10 @@ Part = Literal[
     "kind_shift",
     "allocation",
     "refit",
-    "router_training",
-    "forecaster_training",
+    "distillation",
     "controller",
 ]
+Train = Literal["forecasters", "end_to_end"]
 
 
 class InformedPlus(Method):
@@ -58,8 +58,9 @@ class InformedPlus(Method):
        least.
     3. Error-aware refit: forecasters again, on the stream that forecasts upstream have changed, and
        routers for the new forecasters.
-    4. End-to-end distillation of forecasters and routers: KL to the dense model's distributions,
-       straight-through sigmoid gates, a controller that holds the realised sparsity at the target.
+    4. Distillation of the forecasters in the routed model: KL to the dense model's distributions, a
+       controller that holds the realised sparsity at the target. The routers stay as they are:
+       trained along (`train=end_to_end`), they undo more than they bring.
 
     `experiment=ablation` leaves out one part at a time, at one budget.
 
@@ -68,14 +69,17 @@ class InformedPlus(Method):
             initialisation), no refit; `sensitivity`: of the routers' regression; `forecast_norm`:
             of their input; `kind_shift`: the MLP scores' shift; `allocation`: every unit gets the
             same rank; `refit`;
-            `router_training`, `forecaster_training`, both for no gradient stage; `controller`: the
-            threshold stays where calibration put it.
+            `distillation`, the gradient stage; `controller`: the threshold stays where calibration
+            put it.
         rank: of the forecasters, their mean over the units.
         branch: rank of a SiLU branch beside each linear map, zero until trained.
         targets: one budget-conditional training for these sparsities in turn; empty trains for the
             point's own.
+        train: what the distillation moves: `forecasters`, which need no unit that a token
+            bypasses, or `end_to_end`, the routers too, by straight-through sigmoid gates (always,
+            where they start at random).
         train_lr: share of a parameter's root mean square that a step may move it.
-        tau: temperature of the gates' gradient.
+        tau: temperature of the gates' gradient, `end_to_end` only.
         hold: gain of the threshold controller.
         penalty_weight: of |(1 - s) - mean execute rate|.
         lora: options of `LoraSpec` for a fine-tuning stage at the end; None for none.
@@ -94,6 +98,7 @@ class InformedPlus(Method):
         branch: int = 0,
         damping: float = 1e-3,
         targets: Sequence[float] = (),
+        train: Train = "forecasters",
         train_lr: float = 0.002,
         tau: float = 1.0,
         hold: float = 0.5,
@@ -106,6 +111,9 @@ class InformedPlus(Method):
         if unknown := sorted(set(without) - set(get_args(Part))):
             raise ValueError(f"no such part: {unknown}; known: {', '.join(get_args(Part))}")
         self.parts = frozenset(get_args(Part)) - frozenset(without)
+        if train not in get_args(Train):
+            raise ValueError(f"train must be forecasters or end_to_end, not {train!r}")
+        self.end_to_end = train == "end_to_end" or "closed_form" not in self.parts
         allocate = {"allocation", "closed_form"} <= self.parts
         self.forecasters = Forecasters(rank=rank, damping=damping, allocate=allocate, branch=branch)
         self.router_input = RouterInput(
@@ -164,12 +172,13 @@ class InformedPlus(Method):
                 yield Stage("refit", fit=self._refit, per_target=not self.targets)
         if self.keys is not None:
             yield self.keys.stage("keys", per_target=not self.targets)
-        if trained := self._trained():
+        if "distillation" in self.parts:
+            trained = [*self.forecasters.parameters()]
             yield Stage(
                 "distill",
                 loss=self._loss,
-                parameters=trained,
-                hard="router_training" not in self.parts,
+                parameters=trained + [*self.routers.parameters()] * self.end_to_end,
+                hard=not self.end_to_end,
                 budget=budget.routers,
                 lr=self.train_lr,
                 relative_lr=True,
@@ -211,14 +220,6 @@ class InformedPlus(Method):
         self._start_routers(probe)
         if "kind_shift" in self.parts:
             shift_kinds(probe, self.routers, self.threshold, middle(self.targets, self.sparsity))
-
-    def _trained(self) -> list[nn.Parameter]:
-        chosen: list[nn.Module] = []
-        if "router_training" in self.parts:
-            chosen.append(self.routers)
-        if "forecaster_training" in self.parts:
-            chosen.append(self.forecasters)
-        return [parameter for part in chosen for parameter in part.parameters()]
 
     def _loss(self, view: RoutedView) -> Tensor:
         penalty = sparsity_penalty(view.execute_rate, view.sparsity, weight=self.penalty_weight)

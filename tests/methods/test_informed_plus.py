@@ -28,10 +28,7 @@ def recipe(**options):
         (["refit"], ["forecasters", "router_start", "kind_shift", "distill"]),
         (["kind_shift"], ["forecasters", "router_start", "refit", "distill"]),
         (["closed_form"], ["distill"]),
-        (
-            ["router_training", "forecaster_training"],
-            ["forecasters", "router_start", "kind_shift", "refit"],
-        ),
+        (["distillation"], ["forecasters", "router_start", "kind_shift", "refit"]),
     ],
 )
 def test_parts_are_stages(without, names):
@@ -39,15 +36,18 @@ def test_parts_are_stages(without, names):
 
 
 def test_parts_change_the_distillation():
-    whole = dict(recipe())["distill"]
-    assert whole.hold > 0 and not whole.hard and whole.per_target
-    hard = dict(recipe(without=["router_training"]))["distill"]
-    assert hard.hard and 0 < len(hard.parameters) < len(whole.parameters)
+    usual = dict(recipe())["distill"]
+    assert usual.hold > 0 and usual.hard and usual.per_target
+    whole = dict(recipe(train="end_to_end"))["distill"]
+    assert not whole.hard and 0 < len(usual.parameters) < len(whole.parameters)
+    assert not dict(recipe(without=["closed_form"]))["distill"].hard, "routers start at random"
     assert dict(recipe(without=["controller"]))["distill"].hold == 0
     shared = dict(recipe(targets=[0.3, 0.5]))
     assert not shared["distill"].per_target and not shared["refit"].per_target
     with pytest.raises(ValueError, match="no such part"):
         InformedPlus(sparsity=0.5, without=["magic"])
+    with pytest.raises(ValueError, match="train must be"):
+        InformedPlus(sparsity=0.5, train="routers")
 
 
 def test_gate_is_hard_with_the_sigmoids_gradient(tiny_llama):
