@@ -19,6 +19,7 @@ from runners.assets import sha256_of
 from runners.disk import full_disk
 from runners.errors import UserError
 from runners.failures import note
+from runners.headline import drift, headline
 from runners.interrupt import Interrupted, listening
 from runners.launch import CONF
 from runners.store import RunFolder, fingerprint
@@ -198,16 +199,8 @@ def _finish(
     folder.complete(result)
     mirror(tracker, folder.path, result)
     log.info("%s: %s", describe(config), headline(result))
-
-
-def headline(result: Mapping[str, Any]) -> str:
-    """The figures of a record that a log line shows."""
-    parts = [f"realised {result['sparsity_realised']:.3f}"]
-    for name, entry in result["perplexity"].items():
-        parts.append(f"perplexity {name} {entry['value']:.2f} (dense {entry['dense']:.2f})")
-    for task, entry in result["accuracy"].items():
-        parts.append(f"{task} {entry['value']:.3f} (dense {entry['dense']:.3f})")
-    return ", ".join(parts)
+    if said := drift(result):
+        log.warning("%s: %s", describe(config), said)
 
 
 def with_saved(cfg: DictConfig) -> DictConfig:
