@@ -173,11 +173,13 @@ class InformedPlus(Method):
         if self.keys is not None:
             yield self.keys.stage("keys", per_target=not self.targets)
         if "distillation" in self.parts:
-            trained = [*self.forecasters.parameters()]
+            trained = list(self.forecasters.parameters())
+            if self.end_to_end:
+                trained += self.routers.parameters()
             yield Stage(
                 "distill",
                 loss=self._loss,
-                parameters=trained + [*self.routers.parameters()] * self.end_to_end,
+                parameters=trained,
                 hard=not self.end_to_end,
                 budget=budget.routers,
                 lr=self.train_lr,
