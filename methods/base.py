@@ -22,6 +22,7 @@ from methods.recipe import StageBudget as StageBudget
 from methods.recipe import middle as middle
 from methods.views import RoutedScores as RoutedScores
 from methods.views import RoutedView as RoutedView
+from methods.views import SwiGLU as SwiGLU
 from methods.views import UnitView as UnitView
 
 Kind = Literal["attention", "mlp", "block"]
@@ -130,6 +131,13 @@ class Probe(Protocol):
 
     def sensitivity(self) -> dict[Site, float]:
         """Root mean square, over tokens and dimensions, of d(LM loss)/d(unit output)."""
+
+    def swiglu(self, site: Site) -> SwiGLU:
+        """The weights of an MLP unit.
+
+        Raises:
+            ValueError: it is something else, or its projections are more than matrices.
+        """
 
     def sample(self, share: float = 0.25) -> Probe:
         """A probe of the same model on a share of its train and calibration text."""

@@ -58,7 +58,7 @@ class Informed(Method):
         router: `linear`, or the published `mlp` (D -> width -> ReLU -> 2).
         router_width: hidden width of `mlp`; 0 means D // 4.
         router_input: `post_norm` (paper) or `residual`, the stream before the norm.
-        router_features: further inputs, `forecast_norm` and `predicted_error`.
+        router_features: further inputs, of `forecast_norm`, `code_norm` and `predicted_error`.
         router_start: `recoverability` (regression of the forecast's error, no gradient) or
             `none` (the paper's random start).
         sensitivity: weight the regression by each unit's loss sensitivity.

@@ -36,8 +36,9 @@ from methods.parts.routers import Routers
 
 Part = Literal[
     "closed_form",
+    "neurons",
     "sensitivity",
-    "forecast_norm",
+    "code_norm",
     "kind_shift",
     "allocation",
     "refit",
@@ -50,12 +51,13 @@ Train = Literal["forecasters", "end_to_end"]
 class InformedPlus(Method):
     """Informed routing (arXiv 2510.13831) with what survived ablation; ours, not the paper's.
 
-    1. Forecasters in closed form: reduced-rank ridge regression of each unit's output.
+    1. Forecasters in closed form: a few of an MLP's own neurons, and the reduced-rank ridge
+       regression of what they leave of the unit's output.
     2. Recoverability routers: ridge regression of the log of the forecast's error, weighted by the
        unit's loss sensitivity, so that one global threshold spends the budget where it matters;
-       they also read log ||forecast||, which says more about an MLP's error than any linear map of
-       its input. MLP scores are then shifted against attention's to where the routed model loses
-       least.
+       they also read the log norm of the forecaster's bottleneck, which says more about an MLP's
+       error than a linear map of its input. MLP scores are then shifted against attention's to
+       where the routed model loses least.
     3. Error-aware refit: forecasters again, on the stream that forecasts upstream have changed, and
        routers for the new forecasters.
     4. Distillation of the forecasters in the routed model: KL to the dense model's distributions, a
@@ -66,13 +68,12 @@ class InformedPlus(Method):
 
     Args:
         without: parts to leave out. `closed_form`: random forecasters and routers (published
-            initialisation), no refit; `sensitivity`: of the routers' regression; `forecast_norm`:
-            of their input; `kind_shift`: the MLP scores' shift; `allocation`: every unit gets the
-            same rank; `refit`;
-            `distillation`, the gradient stage; `controller`: the threshold stays where calibration
-            put it.
+            initialisation), no refit; `neurons`: all forecasts are linear; `sensitivity`: of the
+            routers' regression; `code_norm`: of their input; `kind_shift`: the MLP scores'
+            shift; `allocation`: every unit gets the same rank; `refit`; `distillation`, the
+            gradient stage; `controller`: the threshold stays where calibration put it.
         rank: of the forecasters, their mean over the units.
-        branch: rank of a SiLU branch beside each linear map, zero until trained.
+        neurons: of each MLP's own, those that its forecaster keeps.
         targets: one budget-conditional training for these sparsities in turn; empty trains for the
             point's own.
         train: what the distillation moves: `forecasters`, which need no unit that a token
@@ -95,7 +96,7 @@ class InformedPlus(Method):
         sparsity: float,
         without: Sequence[Part] = (),
         rank: int = 128,
-        branch: int = 0,
+        neurons: int = 256,
         damping: float = 1e-3,
         targets: Sequence[float] = (),
         train: Train = "forecasters",
@@ -114,11 +115,14 @@ class InformedPlus(Method):
         if train not in get_args(Train):
             raise ValueError(f"train must be forecasters or end_to_end, not {train!r}")
         self.end_to_end = train == "end_to_end" or "closed_form" not in self.parts
+        if neurons < 0:
+            raise ValueError(f"neurons must be at least 0, not {neurons}")
         allocate = {"allocation", "closed_form"} <= self.parts
-        self.forecasters = Forecasters(rank=rank, damping=damping, allocate=allocate, branch=branch)
+        self.forecasters = Forecasters(rank=rank, damping=damping, allocate=allocate)
+        self.neurons = neurons if "neurons" in self.parts else 0
         self.router_input = RouterInput(
             source="post_norm",
-            features=("forecast_norm",) if "forecast_norm" in self.parts else (),
+            features=("code_norm",) if "code_norm" in self.parts else (),
             forecasters=self.forecasters,
         )
         self.routers = Routers(kind="linear", outputs=1)
@@ -135,7 +139,8 @@ class InformedPlus(Method):
     def setup(self, shape: Shape) -> None:
         super().setup(shape)
         self.routers.create(self.sites(), self.router_input.create(self.sites(), shape.width))
-        self.forecasters.create(self.sites(), shape.width)
+        neurons = min(self.neurons, shape.mlp_width)
+        self.forecasters.create(self.sites(), shape.width, neurons)
         if self.keys is not None:
             self.keys.create(self.sites(), shape)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
@@ -31,6 +31,17 @@ class UnitView:
     keys: Callable[[], Tensor] | None = None
     """Computes K and V of these tokens before rotation and key norm, [N, 2 * key-value heads *
     head size], under the dense forward at an attention unit."""
+    neurons: Callable[[], Tensor] | None = None
+    """Computes what an MLP's down projection reads of these tokens, silu(gate(x)) * up(x), [N, F],
+    under the dense forward at an MLP unit."""
+
+
+class SwiGLU(NamedTuple):
+    """Weights of an MLP down(silu(gate(x)) * up(x)) of F neurons, in the model's dtype."""
+
+    gate_FD: Tensor
+    up_FD: Tensor
+    down_DF: Tensor
 
 
 @dataclass

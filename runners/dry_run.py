@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx.experimental import _config as meta_rules
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
 
-from methods.base import Method, Probe, Shape, Site, Stage, UnitView
+from methods.base import Method, Probe, Shape, Site, Stage, SwiGLU, UnitView
 from methods.engine.adapter import decoder, shape_of
 from methods.engine.observe import unit_gradients
 from runners.loop import Loop
@@ -223,6 +224,15 @@ class _MetaProbe(_NoProbe):
 
         self.stream(routed)
 
+    def swiglu(self, site: Site) -> SwiGLU:
+        rows, width = self.shape.mlp_width, self.shape.width
+        gate, up = (torch.empty(rows, width, dtype=self.dtype) for _ in range(2))
+        return SwiGLU(gate, up, torch.empty(width, rows, dtype=self.dtype))
+
+    def _neurons(self, site: Site, x_ND: Tensor) -> Tensor:
+        gate, up, _ = self.swiglu(site)
+        return functional.silu(x_ND @ gate.T) * (x_ND @ up.T)
+
     def _view(self, site: Site) -> UnitView:
         x, y, residual = (
             torch.empty(self.tokens, self.shape.width, dtype=self.dtype) for _ in range(3)
@@ -230,6 +240,7 @@ class _MetaProbe(_NoProbe):
         view = UnitView(site, x, y, residual)
         width = 2 * self.shape.kv_heads * self.shape.head_dim
         view.keys = lambda: torch.empty(self.tokens, width, dtype=self.dtype)
+        view.neurons = lambda: self._neurons(site, x)
         return view
 
 

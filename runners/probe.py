@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from methods.base import Decision, Method, RoutedScores, Shape, Site, UnitView
-from methods.engine.adapter import decoder, shape_of
+from methods.base import Decision, Method, RoutedScores, Shape, Site, SwiGLU, UnitView
+from methods.engine.adapter import decoder, layers_of, shape_of
 from methods.engine.observe import bypassed, observed, observed_routed, unit_gradients
 from methods.engine.placement import input_device
+from methods.engine.swiglu import weights_of
 from methods.engine.wrap import routed, routing_of
+from runners.errors import UserError
 from runners.losses import language_model_loss
 from runners.progress import progress
 
@@ -94,6 +96,17 @@ class ModelProbe:
                 count += batch.numel()
         scale = count * self.shape.width
         return {site: float((total / scale).sqrt()) for site, total in sums.items()}
+
+    def swiglu(self, site: Site) -> SwiGLU:
+        """The weights of an MLP unit.
+
+        Raises:
+            UserError: it has no neurons that a forecaster could keep.
+        """
+        try:
+            return weights_of(layers_of(self.model)[site.layer].mlp)
+        except ValueError as error:
+            raise UserError(f"{site.key}: {error} (set method.neurons=0)") from error
 
     def sample(self, share: float = 0.25) -> ModelProbe:
         """The same on the first rows of the text; what it reads counts here. Once: then itself."""

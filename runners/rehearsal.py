@@ -13,7 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from methods.base import Budget, Method, RoutedScores, Shape, Site, Stage, StageBudget, UnitView
+from methods.base import (
+    Budget,
+    Method,
+    RoutedScores,
+    Shape,
+    Site,
+    Stage,
+    StageBudget,
+    SwiGLU,
+    UnitView,
+)
 from runners.assets import random_model
 from runners.build import build_method
 from runners.loop import Loop
@@ -91,6 +101,9 @@ class CountingProbe:
             self.reading.backward += self.budget.sensitivity_tokens
             self._measured.extend(self.shape.units())
         return self.inner.sensitivity()
+
+    def swiglu(self, site: Site) -> SwiGLU:
+        return self.inner.swiglu(site)
 
     def routed_scores(self, threshold: float) -> RoutedScores:
         self.reading.routed += self._calibration

@@ -14,6 +14,7 @@ from methods.engine.adapter import shape_of
 from methods.engine.forecast_keys import projected_keys
 from methods.engine.forward import ForwardState
 from methods.engine.swap import swapped
+from methods.engine.swiglu import neurons_of
 from methods.engine.unit import Unit
 from methods.engine.wrap import routed, routing_of
 
@@ -37,6 +38,8 @@ def observed(model: PreTrainedModel, visit: Callable[[UnitView], None]) -> Itera
         view = UnitView(unit.site, unit.x_BTD[keep], delta[keep], unit.residual_BTD[keep])
         if unit.attends:
             view.keys = lambda: projected_keys(unit.part.attention, view.x_ND)
+        else:
+            view.neurons = lambda: neurons_of(unit.part.mlp, view.x_ND)
         visit(view)
         return after
 

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from methods.base import SwiGLU
 from methods.engine.adapter import all_linear
+from methods.engine.offload import at_hand
 
 TURNED_ROWS = 1024
 """Up to here W @ x.T is faster than x @ W.T on a CPU: with few rows, the library splits the work
@@ -40,6 +42,41 @@ def swiglu(mlp: Any, x_ND: Tensor) -> Tensor:
     hidden = functional.silu(mlp.gate_proj(x_ND), inplace=True)
     down: Tensor = mlp.down_proj(hidden.mul_(mlp.up_proj(x_ND)))
     return down
+
+
+def neurons_of(mlp: Any, x_ND: Tensor) -> Tensor:
+    """What the down projection reads, [N, F].
+
+    Raises:
+        ValueError: the MLP is no SwiGLU.
+    """
+    _require_swiglu(mlp)
+    hidden: Tensor = functional.silu(mlp.gate_proj(x_ND)) * mlp.up_proj(x_ND)
+    return hidden
+
+
+def weights_of(mlp: Any) -> SwiGLU:
+    """The weights themselves where the model has them in place, copies where they are offloaded.
+
+    Raises:
+        ValueError: the MLP is no SwiGLU, or its projections are more than weights.
+    """
+    _require_swiglu(mlp)
+    parts = [getattr(mlp, name) for name in NAMES]
+    if not all_linear(parts) or any(part.bias is not None for part in parts):
+        raise ValueError(
+            "the projections of an MLP are more than matrices: no neuron of it can be kept"
+        )
+    held = []
+    for part in parts:
+        with at_hand(part):
+            held.append(part.weight.detach())
+    return SwiGLU(*held)
+
+
+def _require_swiglu(mlp: Any) -> None:
+    if not is_swiglu(mlp):
+        raise ValueError(f"{type(mlp).__name__} is no SwiGLU: no neuron of it can be kept")
 
 
 def _is_plain(mlp: Any) -> bool:

@@ -20,7 +20,8 @@ def fit_closed_form(
 ) -> None:
     """One dense pass, then one float64 solve per site.
 
-    Memory is 2 D² doubles a site.
+    Memory is 2 D² doubles a site. Where a forecaster keeps neurons, the regression is of what they
+    leave of the output.
 
     Args:
         allocate: spend the total rank where it avoids the most loss instead of equally: a
@@ -46,7 +47,8 @@ def dense_moments(probe: Probe, forecasters: Forecasters) -> dict[Site, Moments]
 
     def visit(view: UnitView) -> None:
         if view.site in forecasters:
-            _moments_at(moments, view).add(view.x_ND, view.y_ND)
+            left = forecasters.at(view.site).remainder(view.x_ND, view.y_ND)
+            _moments_at(moments, view).add(view.x_ND, left)
 
     probe.stream(visit)
     return moments
@@ -75,7 +77,8 @@ def refit_on_routed(
         if view.site in forecasters:
             weight = torch.ones_like(view.execute_N, dtype=torch.float32)
             weight[view.execute_N] = executed_weight
-            _moments_at(moments, view).add(view.x_ND, view.y_ND, weight)
+            left = forecasters.at(view.site).remainder(view.x_ND, view.y_ND)
+            _moments_at(moments, view).add(view.x_ND, left, weight)
 
     probe.stream_routed(visit)
     for site in list(moments):

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from methods.base import Probe, Site, Stage, StageBudget, UnitView
 from methods.parts.closed_form import fit_closed_form
+from methods.parts.neurons import Neurons, keep_neurons
 
 Activation = Literal["silu", "identity"]
 Fit = Literal["closed_form", "sgd"]
@@ -24,40 +25,39 @@ class Forecaster(nn.Module):
     informed routing (arXiv 2510.13831); with `identity` it is the closed form's linear map.
 
     Args:
-        branch: rank of a SiLU branch beside it, D -> branch -> D. It starts at zero, so that it
-            leaves a closed form as it is until a gradient stage trains it.
+        neurons: so many of an MLP's own run beside the two maps.
     """
 
     def __init__(
-        self, *, width: int, rank: int, activation: Activation = "silu", branch: int = 0
+        self, *, width: int, rank: int, activation: Activation = "silu", neurons: int = 0
     ) -> None:
         super().__init__()
         if activation not in ("silu", "identity"):
             raise ValueError(f"activation must be 'silu' or 'identity', not {activation!r}")
         if not 1 <= rank <= width:
             raise ValueError(f"forecaster rank must lie in 1..{width}, not {rank}")
-        self.rank, self.branch = rank, branch
+        self.rank = rank
         self.down = nn.Linear(width, rank)
         self.up = nn.Linear(rank, width)
         self.activation = nn.SiLU() if activation == "silu" else nn.Identity()
         for layer in (self.down, self.up):
             nn.init.normal_(layer.weight, std=1e-3)
             nn.init.zeros_(layer.bias)
-        if branch:
-            self.branch_down = nn.Linear(width, branch)
-            self.branch_up = nn.Linear(branch, width, bias=False)
-            nn.init.normal_(self.branch_down.weight, std=width**-0.5)
-            nn.init.zeros_(self.branch_down.bias)
-            nn.init.zeros_(self.branch_up.weight)
-        self.flops_per_token = 4.0 * width * (rank + branch)
+        self.neurons = Neurons(width, neurons) if neurons else None
+        self.code_flops_per_token = 2.0 * width * rank
+        self.flops_per_token = 2.0 * self.code_flops_per_token + 6.0 * width * neurons
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D], in the dtype of x."""
         inputs = x.float()
         estimate: Tensor = self.up(self.code(inputs))
-        if self.branch:
-            estimate = estimate + self.branch_up(functional.silu(self.branch_down(inputs)))
+        if self.neurons is not None:
+            estimate = estimate + self.neurons(inputs)
         return estimate.to(x.dtype)
+
+    def remainder(self, x_ND: Tensor, y_ND: Tensor) -> Tensor:
+        """What the neurons leave of the unit's output to the two maps, float32 [N, D]."""
+        return y_ND.float() if self.neurons is None else y_ND.float() - self.neurons(x_ND.float())
 
     def code(self, x: Tensor) -> Tensor:
         """The bottleneck, float32 [..., r]."""
@@ -86,7 +86,6 @@ class Forecasters(nn.Module):
         damping: ridge penalty relative to the mean input variance.
         lr: learning rate of `sgd`, cosine schedule (paper: 1e-3).
         allocate: closed form with the total rank spent where it avoids the most error.
-        branch: rank of a SiLU branch that starts at zero.
     """
 
     def __init__(
@@ -99,7 +98,6 @@ class Forecasters(nn.Module):
         damping: float = 1e-3,
         lr: float = 1e-3,
         allocate: bool = False,
-        branch: int = 0,
     ) -> None:
         super().__init__()
         if fit not in ("closed_form", "sgd"):
@@ -113,14 +111,18 @@ class Forecasters(nn.Module):
             raise ValueError("a closed-form forecaster is linear: activation must be 'identity'")
         if fit != "closed_form" and allocate:
             raise ValueError("ranks are allocated by the closed form")
-        self.rank, self.fit, self.activation, self.branch = rank, fit, activation, branch
+        self.rank, self.fit, self.activation = rank, fit, activation
         self.damping, self.lr, self.loss = damping, lr, loss
         self.allocate = allocate
         self.modules_by_site = nn.ModuleDict()
 
-    def create(self, sites: Sequence[Site], width: int) -> None:
-        """One forecaster for each site; [.., width] -> [.., width]."""
-        self.width = width
+    def create(self, sites: Sequence[Site], width: int, neurons: int = 0) -> None:
+        """One forecaster for each site; [.., width] -> [.., width].
+
+        Args:
+            neurons: that the forecaster of an MLP keeps of its own.
+        """
+        self.width, self.neurons = width, neurons
         for site in sites:
             self._put(site.key, self.rank)
 
@@ -147,6 +149,10 @@ class Forecasters(nn.Module):
         """Estimate of the unit's output at `site`."""
         return self.modules_by_site[site.key](x)
 
+    def code(self, site: Site, x: Tensor) -> Tensor:
+        """Bottleneck of the estimate, float32 [..., r]."""
+        return self.at(site).code(x)
+
     def flops_per_token(self, site: Site) -> float:
         """Analytic FLOPs of one estimate."""
         return self.at(site).flops_per_token
@@ -168,7 +174,9 @@ class Forecasters(nn.Module):
         )
 
     def solve(self, probe: Probe) -> None:
-        """Closed form from a dense pass over the fit text."""
+        """Closed form from a dense pass over the fit text, after the choice of neurons."""
+        kept = {site: self.at(site).neurons for site in probe.shape.units() if site in self}
+        keep_neurons(probe, {site: own for site, own in kept.items() if own is not None})
         fit_closed_form(probe, self, damping=self.damping, allocate=self.allocate)
 
     def explained_variance(self, probe: Probe) -> dict[str, float]:
@@ -179,11 +187,15 @@ class Forecasters(nn.Module):
 
     def _put(self, key: str, rank: int) -> None:
         made = Forecaster(
-            width=self.width, rank=rank, activation=self.activation, branch=self.branch
+            width=self.width,
+            rank=rank,
+            activation=self.activation,
+            neurons=self.neurons if key.endswith("mlp") else 0,
         )
         if key in self.modules_by_site:
-            old = next(self.modules_by_site[key].parameters())
-            made = made.to(old.device)
+            old = cast(Forecaster, self.modules_by_site[key])
+            made = made.to(old.up.weight.device)
+            made.neurons = old.neurons
         self.modules_by_site[key] = made
 
     def _regression_loss(self, view: UnitView) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from methods.parts.recoverability import fit_recoverability
 from methods.parts.routers import Routers
 
 Source = Literal["post_norm", "residual"]
-Feature = Literal["forecast_norm", "predicted_error"]
+Feature = Literal["forecast_norm", "code_norm", "predicted_error"]
 SMALL = 1e-6
 """Keeps the logarithm finite where a forecast is zero."""
 
@@ -26,6 +26,7 @@ class RouterInput(nn.Module):
         source: `post_norm`, the unit's normalised input (informed routing), or `residual`, the
             stream before the norm (SkipGPT).
         features: `forecast_norm`, log ||forecast||, for the price of a forecast for every token;
+            `code_norm`, the same of the forecaster's bottleneck, for the price of its first map;
             `predicted_error`, a ridge estimate of log(||output - forecast|| / ||residual||).
         forecasters: whose forecasts the features are about.
 
@@ -39,10 +40,9 @@ class RouterInput(nn.Module):
         super().__init__()
         if source not in ("post_norm", "residual"):
             raise ValueError(f"router_input must be 'post_norm' or 'residual', not {source!r}")
-        if unknown := sorted(set(features) - {"forecast_norm", "predicted_error"}):
-            raise ValueError(
-                f"router_features must be 'forecast_norm' or 'predicted_error', not {unknown}"
-            )
+        if unknown := sorted(set(features) - set(get_args(Feature))):
+            known = ", ".join(get_args(Feature))
+            raise ValueError(f"router_features must be among {known}, not {unknown}")
         if features and forecasters is None:
             raise ValueError("router_features are about forecasts: they need forecasters")
         self.source, self.features = source, tuple(features)
@@ -70,12 +70,14 @@ class RouterInput(nn.Module):
         forecasters = self._about[0]
         assert forecasters is not None
         for feature in self.features:
-            if feature == "forecast_norm":
-                norm = forecasters(site, x).float().norm(dim=-1, keepdim=True)
-                columns.append((norm + SMALL).log())
-            else:
+            if feature == "predicted_error":
                 assert self.errors is not None
                 columns.append(self.errors(site, x)[..., None])
+                continue
+            about = (
+                forecasters(site, x) if feature == "forecast_norm" else forecasters.code(site, x)
+            )
+            columns.append((about.float().norm(dim=-1, keepdim=True) + SMALL).log())
         return torch.cat(columns, dim=-1)
 
     def fit(self, probe: Probe, *, damping: float) -> None:
@@ -87,6 +89,9 @@ class RouterInput(nn.Module):
 
     def cost(self, site: Site) -> float:
         """Analytic FLOPs per token of the features."""
-        forecasters = self._about[0]
-        norm = "forecast_norm" in self.features and forecasters is not None
-        return self.flops_per_token + (forecasters.flops_per_token(site) if norm else 0.0)  # type: ignore[union-attr]
+        forecasters, flops = self._about[0], self.flops_per_token
+        if forecasters is not None and "forecast_norm" in self.features:
+            flops += forecasters.flops_per_token(site)
+        if forecasters is not None and "code_norm" in self.features:
+            flops += forecasters.at(site).code_flops_per_token
+        return flops

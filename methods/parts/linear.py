@@ -18,7 +18,7 @@ def linear_unit(routers: Routers, forecasters: Forecasters | None, site: Site) -
         return LinearUnit(*score)
     forecaster = forecasters.modules_by_site[site.key]
     assert isinstance(forecaster, Forecaster)
-    if forecaster.branch:
+    if forecaster.neurons is not None:
         return None
     return LinearUnit(
         *score,

@@ -17,7 +17,7 @@ from runners.probe import ModelProbe, ProbeText
 from tests.conftest import CONF, compose_tiny, token_rows
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
-SMALL = {"rank": 4, "router_width": 8}
+SMALL = {"rank": 4, "router_width": 8, "neurons": 6}
 
 
 def method_config(name: str, *overrides: str) -> dict[str, Any]:

@@ -46,6 +46,8 @@ def test_parts_change_the_distillation():
     assert not shared["distill"].per_target and not shared["refit"].per_target
     with pytest.raises(ValueError, match="no such part"):
         InformedPlus(sparsity=0.5, without=["magic"])
+    with pytest.raises(ValueError, match="neurons must be"):
+        InformedPlus(sparsity=0.5, neurons=-1)
     with pytest.raises(ValueError, match="train must be"):
         InformedPlus(sparsity=0.5, train="routers")
 

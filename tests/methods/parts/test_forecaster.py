@@ -165,17 +165,6 @@ def test_bad_options_are_one_clear_line(options, message):
         forecasters(**options)
 
 
-def test_a_branch_starts_at_zero_and_learns():
-    torch.manual_seed(0)
-    plain, branched = (Forecaster(width=12, rank=3, branch=b) for b in (0, 5))
-    branched.load_state_dict(plain.state_dict(), strict=False)
-    x = torch.randn(7, 12)
-    assert torch.equal(plain(x), branched(x))
-    branched(x).square().mean().backward()
-    assert branched.branch_up.weight.grad.abs().sum() > 0
-    assert branched.flops_per_token == 4.0 * 12 * 8
-
-
 @pytest.mark.parametrize("loss", ["smooth_l1", "mse", "cosine"])
 def test_regression_losses_by_hand(loss):
     forecasters = Forecasters(rank=3, fit="sgd", loss=loss)

@@ -46,19 +46,25 @@ def test_sources(forecasters):
 
 def test_features_are_the_forecasts_norm_and_its_regressed_error(forecasters):
     views = linear_views([SITE], tokens=400, batches=1, noise=0.3, rank=4, seed=1)
-    built, width = made_input(forecasters, features=["forecast_norm", "predicted_error"])
+    built, width = made_input(
+        forecasters, features=["forecast_norm", "code_norm", "predicted_error"]
+    )
     built.fit(MadeUp({"train": views}), damping=1e-3)
     x, residual = views[0].x_ND, views[0].residual_ND
     read = built(SITE, x, residual).detach()
-    assert width == read.shape[-1] == SHAPE.width + 2
-    assert torch.equal(read[:, :-2], x)
+    assert width == read.shape[-1] == SHAPE.width + 3
+    assert torch.equal(read[:, :-3], x)
     norm = forecasters(SITE, x).detach().norm(dim=-1)
-    assert torch.allclose(read[:, -2].exp(), norm, rtol=1e-3)
+    assert torch.allclose(read[:, -3].exp(), norm, rtol=1e-3)
+    down = forecasters.at(SITE).down
+    code = (x @ down.weight.T + down.bias).detach()
+    assert torch.allclose(read[:, -2].exp(), code.square().sum(-1).sqrt(), rtol=1e-3)
     truth = (log_error(views[0], forecasters) - residual.norm(dim=-1).log()).detach()
     correlation = torch.corrcoef(torch.stack([read[:, -1], truth]))[0, 1]
     assert correlation > 0.3
     assert float(read[:, -1].mean()) == pytest.approx(float(truth.mean()), abs=0.02)
-    assert built.cost(SITE) == 2.0 * SHAPE.width + forecasters.flops_per_token(SITE)
+    parts = 2.0 * SHAPE.width, forecasters.flops_per_token(SITE), 2.0 * down.weight.numel()
+    assert built.cost(SITE) == sum(parts)
 
 
 @pytest.mark.parametrize("options", [{"source": "embedding"}, {"features": ["colour"]}])
