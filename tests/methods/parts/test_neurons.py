@@ -13,6 +13,7 @@ from methods.informed_plus import InformedPlus
 from runners.errors import UserError
 from runners.probe import ModelProbe, ProbeText
 from tests.methods.conftest import small_ids, small_model
+from tests.methods.engine.test_placement import LAYERS, PLACES
 
 MLP = Site(1, "mlp")
 
@@ -66,6 +67,16 @@ def test_those_are_kept_whose_contributions_vary_most():
     assert torch.equal(own.gate.weight, mlp.gate_proj.weight[sorted(best)])
     assert torch.equal(own.up.weight, mlp.up_proj.weight[sorted(best)])
     assert torch.equal(own.down.weight, mlp.down_proj.weight[:, sorted(best)])
+
+
+@pytest.mark.parametrize("where", sorted(PLACES))
+def test_they_are_found_where_the_weights_are_offloaded(where, tmp_path):
+    here = solved(small_model(layers=LAYERS), neurons=5)
+    away = solved(PLACES[where](small_model(layers=LAYERS), tmp_path), neurons=5)
+    expected = here.forecasters.state_dict()
+    assert expected["modules_by_site.1_mlp.neurons.down.weight"].abs().sum() > 0
+    for name, found in away.forecasters.state_dict().items():
+        assert torch.allclose(found, expected[name], atol=1e-4), name
 
 
 def test_the_linear_map_forecasts_what_they_leave():
