@@ -114,6 +114,10 @@ class Finished:
         return self.stderr.splitlines()
 
 
+HANGS_S = 600
+"""After which a command counts as hanging; a busy machine runs the longest in a third of it."""
+
+
 class Commands:
     """Runs `runners/<script>.py` in an empty folder, as a user would."""
 
@@ -140,7 +144,7 @@ class Commands:
             env=self.environment(**env),
             capture_output=True,
             text=True,
-            timeout=180,
+            timeout=HANGS_S,
         )
         return Finished(done.returncode, done.stdout, done.stderr, time.perf_counter() - began)
 
