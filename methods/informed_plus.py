@@ -41,7 +41,6 @@ Part = Literal[
     "code_norm",
     "kind_shift",
     "allocation",
-    "refit",
     "distillation",
     "controller",
 ]
@@ -58,9 +57,7 @@ class InformedPlus(Method):
        they also read the log norm of the forecaster's bottleneck, which says more about an MLP's
        error than a linear map of its input. MLP scores are then shifted against attention's to
        where the routed model loses least.
-    3. Error-aware refit: forecasters again, on the stream that forecasts upstream have changed, and
-       routers for the new forecasters.
-    4. Distillation of the forecasters in the routed model: KL to the dense model's distributions, a
+    3. Distillation of the forecasters in the routed model: KL to the dense model's distributions, a
        controller that holds the realised sparsity at the target. The routers stay as they are:
        trained along (`train=end_to_end`), they undo more than they bring.
 
@@ -68,12 +65,14 @@ class InformedPlus(Method):
 
     Args:
         without: parts to leave out. `closed_form`: random forecasters and routers (published
-            initialisation), no refit; `neurons`: all forecasts are linear; `sensitivity`: of the
+            initialisation); `neurons`: all forecasts are linear; `sensitivity`: of the
             routers' regression; `code_norm`: of their input; `kind_shift`: the MLP scores'
-            shift; `allocation`: every unit gets the same rank; `refit`; `distillation`, the
+            shift; `allocation`: every unit gets the same rank; `distillation`, the
             gradient stage; `controller`: the threshold stays where calibration put it.
         rank: of the forecasters, their mean over the units.
         neurons: of each MLP's own, those that its forecaster keeps.
+        refit: before the distillation, solve forecasters again on the stream that forecasts
+            upstream have changed, and routers for them; it costs more than it brings.
         targets: one budget-conditional training for these sparsities in turn; empty trains for the
             point's own.
         train: what the distillation moves: `forecasters`, which need no unit that a token
@@ -98,6 +97,7 @@ class InformedPlus(Method):
         rank: int = 128,
         neurons: int = 256,
         damping: float = 1e-3,
+        refit: bool = False,
         targets: Sequence[float] = (),
         train: Train = "forecasters",
         train_lr: float = 0.002,
@@ -127,6 +127,7 @@ class InformedPlus(Method):
         )
         self.routers = Routers(kind="linear", outputs=1)
         self.damping, self.targets = damping, tuple(targets)
+        self.refit = refit
         self.train_lr, self.tau = train_lr, tau
         self.hold = hold if "controller" in self.parts else 0.0
         self.penalty_weight = penalty_weight
@@ -173,7 +174,7 @@ class InformedPlus(Method):
             yield Stage("router_start", fit=self._start_routers)
             if "kind_shift" in self.parts:
                 yield shift_stage(self.routers, self.threshold, self.targets, self.sparsity)
-            if "refit" in self.parts:
+            if self.refit:
                 yield Stage("refit", fit=self._refit, per_target=not self.targets)
         if self.keys is not None:
             yield self.keys.stage("keys", per_target=not self.targets)

@@ -24,11 +24,10 @@ def recipe(**options):
 @pytest.mark.parametrize(
     ("without", "names"),
     [
-        ([], ["forecasters", "router_start", "kind_shift", "refit", "distill"]),
-        (["refit"], ["forecasters", "router_start", "kind_shift", "distill"]),
-        (["kind_shift"], ["forecasters", "router_start", "refit", "distill"]),
+        ([], ["forecasters", "router_start", "kind_shift", "distill"]),
+        (["kind_shift"], ["forecasters", "router_start", "distill"]),
         (["closed_form"], ["distill"]),
-        (["distillation"], ["forecasters", "router_start", "kind_shift", "refit"]),
+        (["distillation"], ["forecasters", "router_start", "kind_shift"]),
     ],
 )
 def test_parts_are_stages(without, names):
@@ -42,7 +41,8 @@ def test_parts_change_the_distillation():
     assert not whole.hard and 0 < len(usual.parameters) < len(whole.parameters)
     assert not dict(recipe(without=["closed_form"]))["distill"].hard, "routers start at random"
     assert dict(recipe(without=["controller"]))["distill"].hold == 0
-    shared = dict(recipe(targets=[0.3, 0.5]))
+    shared = dict(recipe(targets=[0.3, 0.5], refit=True))
+    assert list(shared) == ["forecasters", "router_start", "kind_shift", "refit", "distill"]
     assert not shared["distill"].per_target and not shared["refit"].per_target
     with pytest.raises(ValueError, match="no such part"):
         InformedPlus(sparsity=0.5, without=["magic"])
