@@ -16,7 +16,10 @@ PATIENCE = 10.0
 
 
 def records(file: Path) -> Iterator[bytes]:
-    """Payloads in order; a record that spans blocks is joined."""
+    """Payloads in order; a record that spans blocks is joined.
+
+    One that the file's end cuts off is still being written, and left out as LevelDB's readers do.
+    """
     content, place, parts = file.read_bytes(), HEADER_BYTES, b""
     assert content[:4] == b":W&B"
     while place + HEADER_BYTES <= len(content):
@@ -25,6 +28,8 @@ def records(file: Path) -> Iterator[bytes]:
             continue
         _, length, kind = struct.unpack("<IHB", content[place : place + HEADER_BYTES])
         place += HEADER_BYTES
+        if place + length > len(content):
+            return
         data = content[place : place + length]
         place += length
         parts = data if kind in (FULL, FIRST) else parts + data
