@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,20 +40,18 @@ def swiglu(mlp: Any, x_ND: Tensor) -> Tensor:
     on_cpu = x_ND.device.type == "cpu" and x_ND.dtype == torch.float32
     if on_cpu and 1 < len(x_ND) <= TURNED_ROWS and _is_plain(mlp):
         return _turned(mlp, x_ND)
-    hidden = functional.silu(mlp.gate_proj(x_ND), inplace=True)
-    down: Tensor = mlp.down_proj(hidden.mul_(mlp.up_proj(x_ND)))
+    down: Tensor = mlp.down_proj(_hidden(mlp, x_ND))
     return down
 
 
 def neurons_of(mlp: Any, x_ND: Tensor) -> Tensor:
-    """What the down projection reads, [N, F].
+    """What the down projection reads of tokens, [N, F], without gradient.
 
     Raises:
         ValueError: the MLP is no SwiGLU.
     """
     _require_swiglu(mlp)
-    hidden: Tensor = functional.silu(mlp.gate_proj(x_ND)) * mlp.up_proj(x_ND)
-    return hidden
+    return _hidden(mlp, x_ND)
 
 
 def weights_of(mlp: Any) -> SwiGLU:
@@ -63,7 +62,7 @@ def weights_of(mlp: Any) -> SwiGLU:
     """
     _require_swiglu(mlp)
     parts = [getattr(mlp, name) for name in NAMES]
-    if not all_linear(parts) or any(part.bias is not None for part in parts):
+    if not _are_matrices(parts):
         raise ValueError(
             "the projections of an MLP are more than matrices: no neuron of it can be kept"
         )
@@ -82,9 +81,20 @@ def _require_swiglu(mlp: Any) -> None:
 def _is_plain(mlp: Any) -> bool:
     """True if the projections are weights only: no bias, no adapter, and nobody watches them."""
     parts = [getattr(mlp, name) for name in NAMES]
-    if not all_linear(parts) or any(part.bias is not None for part in parts):
+    if not _are_matrices(parts):
         return False
     return not any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+
+
+def _are_matrices(parts: Sequence[Any]) -> bool:
+    """True if the projections are weights only, without bias or adapter."""
+    return all_linear(parts) and all(part.bias is None for part in parts)
+
+
+def _hidden(mlp: Any, x_ND: Tensor) -> Tensor:
+    """What the down projection reads, without gradient: each intermediate is written once."""
+    hidden = functional.silu(mlp.gate_proj(x_ND), inplace=True)
+    return hidden.mul_(mlp.up_proj(x_ND))
 
 
 def _turned(mlp: Any, x_ND: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from methods.base import Probe, Site, Stage, StageBudget, UnitView
 from methods.parts.closed_form import fit_closed_form
-from methods.parts.neurons import Neurons, keep_neurons
+from methods.parts.neurons import keep_neurons, no_neurons
 
 Activation = Literal["silu", "identity"]
 Fit = Literal["closed_form", "sgd"]
@@ -43,7 +43,7 @@ class Forecaster(nn.Module):
         for layer in (self.down, self.up):
             nn.init.normal_(layer.weight, std=1e-3)
             nn.init.zeros_(layer.bias)
-        self.neurons = Neurons(width, neurons) if neurons else None
+        self.neurons = no_neurons(width, neurons) if neurons else None
         self.code_flops_per_token = 2.0 * width * rank
         self.flops_per_token = 2.0 * self.code_flops_per_token + 6.0 * width * neurons
 
@@ -148,10 +148,6 @@ class Forecasters(nn.Module):
     def forward(self, site: Site, x: Tensor) -> Tensor:
         """Estimate of the unit's output at `site`."""
         return self.modules_by_site[site.key](x)
-
-    def code(self, site: Site, x: Tensor) -> Tensor:
-        """Bottleneck of the estimate, float32 [..., r]."""
-        return self.at(site).code(x)
 
     def flops_per_token(self, site: Site) -> float:
         """Analytic FLOPs of one estimate."""

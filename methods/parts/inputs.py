@@ -66,19 +66,21 @@ class RouterInput(nn.Module):
         source = x if self.source == "post_norm" else residual
         if not self.features:
             return source
-        columns = [source.float()]
+        columns = [source.float(), *(self._feature(f, site, x) for f in self.features)]
+        return torch.cat(columns, dim=-1)
+
+    def _feature(self, feature: Feature, site: Site, x: Tensor) -> Tensor:
+        """One feature of tokens [..., D], float32 [..., 1]."""
+        if feature == "predicted_error":
+            assert self.errors is not None
+            error: Tensor = self.errors(site, x)
+            return error[..., None]
         forecasters = self._about[0]
         assert forecasters is not None
-        for feature in self.features:
-            if feature == "predicted_error":
-                assert self.errors is not None
-                columns.append(self.errors(site, x)[..., None])
-                continue
-            about = (
-                forecasters(site, x) if feature == "forecast_norm" else forecasters.code(site, x)
-            )
-            columns.append((about.float().norm(dim=-1, keepdim=True) + SMALL).log())
-        return torch.cat(columns, dim=-1)
+        norm_of = (
+            forecasters(site, x) if feature == "forecast_norm" else forecasters.at(site).code(x)
+        )
+        return (norm_of.float().norm(dim=-1, keepdim=True) + SMALL).log()
 
     def fit(self, probe: Probe, *, damping: float) -> None:
         """Regress the forecasts' error, where a feature asks for it."""
@@ -90,8 +92,10 @@ class RouterInput(nn.Module):
     def cost(self, site: Site) -> float:
         """Analytic FLOPs per token of the features."""
         forecasters, flops = self._about[0], self.flops_per_token
-        if forecasters is not None and "forecast_norm" in self.features:
+        if forecasters is None:
+            return flops
+        if "forecast_norm" in self.features:
             flops += forecasters.flops_per_token(site)
-        if forecasters is not None and "code_norm" in self.features:
+        if "code_norm" in self.features:
             flops += forecasters.at(site).code_flops_per_token
         return flops

@@ -6,34 +6,32 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from methods.base import Probe, Site, SwiGLU, UnitView
+from methods.parts.adapters import Adapter
 
 
-class Neurons(nn.Module):
-    """down(silu(gate(x)) * up(x)) with few columns; float32, zero until they are chosen."""
+def no_neurons(width: int, count: int) -> Adapter:
+    """Room for `count` neurons: an adapter of their shape that adds nothing until they are chosen.
 
-    def __init__(self, width: int, count: int) -> None:
-        super().__init__()
-        self.gate, self.up = (nn.Linear(width, count, bias=False) for _ in range(2))
-        self.down = nn.Linear(count, width, bias=False)
-        nn.init.zeros_(self.down.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
-        out: Tensor = self.down(functional.silu(self.gate(x)) * self.up(x))
-        return out
-
-    @torch.no_grad()
-    def copy_from(self, mlp: SwiGLU, index: Tensor) -> None:
-        """Take the neurons at `index`, int64 [count]."""
-        self.gate.weight.copy_(mlp.gate_FD[index])
-        self.up.weight.copy_(mlp.up_FD[index])
-        self.down.weight.copy_(mlp.down_DF[:, index])
+    Args:
+        width: D of the model.
+    """
+    room = Adapter(width=width, hidden=count, kind="swiglu")
+    nn.init.zeros_(room.up.weight)
+    return room
 
 
-def keep_neurons(probe: Probe, kept: Mapping[Site, Neurons]) -> None:
+@torch.no_grad()
+def copy_neurons(room: Adapter, mlp: SwiGLU, index: Tensor) -> None:
+    """Fill the adapter with the neurons at `index`, int64 [count]."""
+    assert room.gate is not None
+    room.gate.weight.copy_(mlp.gate_FD[index])
+    room.into.weight.copy_(mlp.up_FD[index])
+    room.up.weight.copy_(mlp.down_DF[:, index])
+
+
+def keep_neurons(probe: Probe, kept: Mapping[Site, Adapter]) -> None:
     """Copy into each of `kept` the neurons that a linear map of the input is worst without.
 
     Those whose contribution to the output varies most: the standard deviation of the activation
@@ -59,5 +57,5 @@ def keep_neurons(probe: Probe, kept: Mapping[Site, Neurons]) -> None:
     for site, (total, squares) in sums.items():
         variance = squares / count[site] - (total / count[site]).square()
         worth = variance.clamp_min(0.0).sqrt() * norms[site]
-        best = worth.topk(kept[site].gate.out_features).indices
-        kept[site].copy_from(probe.swiglu(site), best.sort().values)
+        best = worth.topk(kept[site].into.out_features).indices
+        copy_neurons(kept[site], probe.swiglu(site), best.sort().values)

@@ -65,8 +65,8 @@ def test_those_are_kept_whose_contributions_vary_most():
     best = sorted(range(48), key=lambda f: -spread[f])[:5]
     own = method.forecasters.at(MLP).neurons
     assert torch.equal(own.gate.weight, mlp.gate_proj.weight[sorted(best)])
-    assert torch.equal(own.up.weight, mlp.up_proj.weight[sorted(best)])
-    assert torch.equal(own.down.weight, mlp.down_proj.weight[:, sorted(best)])
+    assert torch.equal(own.into.weight, mlp.up_proj.weight[sorted(best)])
+    assert torch.equal(own.up.weight, mlp.down_proj.weight[:, sorted(best)])
 
 
 @pytest.mark.parametrize("where", sorted(PLACES))
@@ -74,7 +74,7 @@ def test_they_are_found_where_the_weights_are_offloaded(where, tmp_path):
     here = solved(small_model(layers=LAYERS), neurons=5)
     away = solved(PLACES[where](small_model(layers=LAYERS), tmp_path), neurons=5)
     expected = here.forecasters.state_dict()
-    assert expected["modules_by_site.1_mlp.neurons.down.weight"].abs().sum() > 0
+    assert expected["modules_by_site.1_mlp.neurons.up.weight"].abs().sum() > 0
     for name, found in away.forecasters.state_dict().items():
         assert torch.allclose(found, expected[name], atol=1e-4), name
 
@@ -86,7 +86,7 @@ def test_the_linear_map_forecasts_what_they_leave():
     x, y, _ = seen_at(model, probe_for(model, method), MLP)
     own = method.forecasters.at(MLP)
     gate = torch.nn.functional.silu(x @ own.neurons.gate.weight.T)
-    kept = (gate * (x @ own.neurons.up.weight.T)) @ own.neurons.down.weight.T
+    kept = (gate * (x @ own.neurons.into.weight.T)) @ own.neurons.up.weight.T
     error = y - kept - own.up(own.down(x))
     assert torch.allclose(error, y - method.forecasters(MLP, x), atol=1e-5)
     assert error.mean(0).abs().max() < 1e-4 * y.abs().max()
