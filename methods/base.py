@@ -277,15 +277,20 @@ class Method(nn.Module):
         """Recipe after `fit`; by default nothing to train."""
         return []
 
-    def calibrate(self, probe: Probe, sparsity: float) -> None:
+    def calibrate(self, probe: Probe, sparsity: float) -> float | None:
         """Set the threshold so that the routed model realises `sparsity` on calibration text.
 
         The search is on the routed model: decisions upstream change hidden states downstream,
         so quantiles of the dense model's scores would be biased.
+
+        Returns:
+            What it realised there; None if that was not measured.
         """
         from methods.parts.calibration import calibrate_threshold
 
-        self.threshold.fill_(calibrate_threshold(probe, sparsity))
+        found = calibrate_threshold(probe, sparsity)
+        self.threshold.fill_(found.threshold)
+        return found.sparsity
 
     def decide(self, scores_BT: Tensor) -> Decision:
         """The deterministic decision of evaluation: execute where the score is above."""

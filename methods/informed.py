@@ -215,10 +215,10 @@ class Informed(Method):
         if self.lora is not None:
             yield lora_stage(self.lora, budget.lora, lr=self.lora_lr, targets=self.targets)
 
-    def calibrate(self, probe: Probe, sparsity: float) -> None:
+    def calibrate(self, probe: Probe, sparsity: float) -> float | None:
         if self.balanced and sparsity > 0.0:
             balance_kinds(probe, self.mlp_offset, sparsity)
-        super().calibrate(probe, sparsity)
+        return super().calibrate(probe, sparsity)
 
     def cost(self, site: Site) -> SiteCost:
         route = self.routers.at(site).flops_per_token + self.router_input.cost(site)

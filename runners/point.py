@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from methods.base import Budget, Method, OutOfReach, Stage
+from methods.base import Budget, Method, OutOfReach, Probe, Stage
 from methods.engine.checkpoint import restore, save_pretrained
 from methods.engine.lora import Adapter, attach_lora, describe
 from methods.engine.placement import input_device, spread
@@ -148,7 +148,7 @@ class Point:
         record = merge_dense(scores, dense)
         record["stages"] = self.reports
         threshold = float(self.method.threshold)
-        on_calibration = self.probe.routed_scores(threshold).sparsity if routes else 0.0
+        on_calibration = self._on_calibration() if routes else 0.0
         record["realised"] = {
             **record["realised"],
             "calibration": on_calibration,
@@ -169,6 +169,13 @@ class Point:
             **provenance(),
         }
         return record
+
+    def _on_calibration(self) -> float:
+        """Sparsity realised on calibration text, as the calibration found it if it said so."""
+        said: float | None = self.reports[-1]["figures"].get("sparsity") if self.reports else None
+        if said is not None:
+            return said
+        return self.probe.routed_scores(float(self.method.threshold)).sparsity
 
     def stage_keys(self) -> Iterator[tuple[Stage, str]]:
         """Each stage of the recipe with the key of its product."""
@@ -210,9 +217,14 @@ def recipe(method: Method, budget: Budget) -> Iterator[Stage]:
     if type(method).fit is not Method.fit:
         yield Stage("fit", fit=method.fit)
     yield from method.stages(budget)
-    yield Stage(
-        "calibrate", fit=lambda probe: method.calibrate(probe, method.sparsity), per_target=True
-    )
+    realised: dict[str, float] = {}
+
+    def calibrate(probe: Probe) -> None:
+        found = method.calibrate(probe, method.sparsity)
+        if found is not None:
+            realised["sparsity"] = found
+
+    yield Stage("calibrate", fit=calibrate, report=lambda probe: realised, per_target=True)
 
 
 def check_reach(method: Method, name: str) -> None:

@@ -88,7 +88,7 @@ def shift_kinds(probe: Probe, routers: Routers, threshold: Tensor, sparsity: flo
 
     def loss(near: float | None = None) -> float:
         found = realising_threshold(part, sparsity, tolerance=2 * TOLERANCE, near=near)
-        threshold.fill_(found)
+        threshold.fill_(found.threshold)
         return part.routed_loss()
 
     best = loss()

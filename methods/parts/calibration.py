@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,13 @@ from torch import Tensor
 from methods.base import OutOfReach, Probe, RoutedScores
 
 log = logging.getLogger(__name__)
+
+
+class Found(NamedTuple):
+    """A threshold and the sparsity that the routed model realised with it."""
+
+    threshold: float
+    sparsity: float
 
 
 def weighted_quantile(values: Tensor, weights: Tensor, mass: float) -> float:
@@ -31,7 +39,7 @@ def weighted_quantile(values: Tensor, weights: Tensor, mass: float) -> float:
 
 def calibrate_threshold(
     probe: Probe, sparsity: float, *, tolerance: float = 0.002, max_passes: int = 16
-) -> float:
+) -> Found:
     """Bisection on the routed model, each guess taken from the scores that the last pass saw.
 
     The search begins on a share of the calibration text and ends on all of it, which seldom
@@ -47,12 +55,12 @@ def calibrate_threshold(
         OutOfReach: the routed sites cannot reach the target even if all are bypassed.
     """
     if sparsity == 0.0:
-        return -math.inf
+        return Found(-math.inf, 0.0)
     part = probe.sample()
-    guess = realising_threshold(part, sparsity, tolerance=4 * tolerance, max_passes=max_passes)
+    found = realising_threshold(part, sparsity, tolerance=4 * tolerance, max_passes=max_passes)
     if part is probe:
-        return guess
-    return _search(probe, sparsity, guess, tolerance=tolerance, max_passes=max_passes)
+        return found
+    return _search(probe, sparsity, found.threshold, tolerance=tolerance, max_passes=max_passes)
 
 
 def realising_threshold(
@@ -62,7 +70,7 @@ def realising_threshold(
     tolerance: float,
     near: float | None = None,
     max_passes: int = 16,
-) -> float:
+) -> Found:
     """The same search on all of the probe's calibration text from the start.
 
     Args:
@@ -86,17 +94,17 @@ def realising_threshold(
 
 def _search(
     probe: Probe, sparsity: float, guess: float, *, tolerance: float, max_passes: int
-) -> float:
+) -> Found:
     """The bracket [low, high] always encloses the answer; the quantile of the observed scores is
     tried where it falls inside, which needs 2 to 5 passes where plain halving needs about 12."""
     low, high = -math.inf, math.inf
-    best, best_error = guess, math.inf
+    best = Found(guess, math.inf)
     for passes in range(max_passes):
         seen = probe.routed_scores(guess)
         error = seen.sparsity - sparsity
         log.debug("pass %d: threshold %.6g realised %.4f", passes, guess, seen.sparsity)
-        if abs(error) < best_error:
-            best, best_error = guess, abs(error)
+        if abs(error) < abs(best.sparsity - sparsity):
+            best = Found(guess, seen.sparsity)
         if abs(error) <= tolerance:
             break
         low, high = (low, guess) if error > 0 else (guess, high)

@@ -48,6 +48,14 @@ def test_target_is_met_on_calibration_text(config, model, method):
     assert realised == pytest.approx(method.achievable(SPARSITY), abs=0.01)
 
 
+def test_calibration_says_what_a_pass_of_its_own_measures(config, model, method):
+    probe = probe_for(model, method)
+    said = method.calibrate(probe, SPARSITY)
+    if said is None:
+        pytest.skip("calibrates without a pass")
+    assert said == pytest.approx(probe.routed_scores(float(method.threshold)).sparsity, abs=1e-9)
+
+
 def test_routing_changes_the_output(config, model, method):
     if not method.sites():
         pytest.skip("routes nowhere")

@@ -134,7 +134,7 @@ def test_kind_shift_ends_where_a_further_step_loses_more(tiny_llama, wrong_by):
 
     def loss():
         part = probe.sample()
-        method.threshold.fill_(realising_threshold(part, 0.4, tolerance=0.004))
+        method.threshold.fill_(realising_threshold(part, 0.4, tolerance=0.004).threshold)
         return part.routed_loss()
 
     shifted(wrong_by)
