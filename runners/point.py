@@ -172,7 +172,7 @@ class Point:
 
     def _on_calibration(self) -> float:
         """Sparsity realised on calibration text, as the calibration found it if it said so."""
-        said: float | None = self.reports[-1]["figures"].get("sparsity") if self.reports else None
+        said: float | None = self.reports[-1]["figures"].get("realised") if self.reports else None
         if said is not None:
             return said
         return self.probe.routed_scores(float(self.method.threshold)).sparsity
@@ -217,14 +217,14 @@ def recipe(method: Method, budget: Budget) -> Iterator[Stage]:
     if type(method).fit is not Method.fit:
         yield Stage("fit", fit=method.fit)
     yield from method.stages(budget)
-    realised: dict[str, float] = {}
+    figures: dict[str, float] = {}
 
     def calibrate(probe: Probe) -> None:
         found = method.calibrate(probe, method.sparsity)
         if found is not None:
-            realised["sparsity"] = found
+            figures["realised"] = found
 
-    yield Stage("calibrate", fit=calibrate, report=lambda probe: realised, per_target=True)
+    yield Stage("calibrate", fit=calibrate, report=lambda probe: figures, per_target=True)
 
 
 def check_reach(method: Method, name: str) -> None:
