@@ -29,7 +29,8 @@ class SkipGPT(Method):
 
     Both routers of a layer read the un-normalised residual stream that enters the *layer*, so
     that both decisions are known before its attention runs. Router tuning with a frozen backbone,
-    then LoRA with frozen routers on the task loss alone.
+    then LoRA with frozen routers on the task loss alone. Scores are taken from a threshold that
+    realises the target before the first step, so that no step is spent on finding the rate.
 
     Args:
         router: `linear` (paper: D -> 2) or `mlp` (published code: D -> D/4 -> ReLU -> 2).
@@ -90,6 +91,7 @@ class SkipGPT(Method):
                 budget=budget.routers,
                 lr=self.router_lr,
                 per_target=True,
+                calibrate_first=True,
             )
         if self.lora is not None:
             yield lora_stage(self.lora, budget.lora, lr=self.lora_lr)
