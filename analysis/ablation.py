@@ -46,7 +46,7 @@ def ablation(part: pd.DataFrame) -> pd.DataFrame:
     """
     named = part.assign(without=[", ".join(parts) or WHOLE for parts in part["without"]])
     by = ["method", "name", "sparsity_target", "without"]
-    columns = ["sparsity_realised", "value", "low", "high", "dense", "training_s"]
+    columns = ["sparsity_realised", "flops_ratio", "value", "low", "high", "dense", "training_s"]
     rows = named.groupby(by)[columns].mean().reset_index()
     whole = rows[rows.without == WHOLE].set_index(by[:3])["value"]
     keys = pd.MultiIndex.from_frame(rows[by[:3]])
@@ -62,6 +62,7 @@ def formatted(rows: pd.DataFrame) -> pd.DataFrame:
             "target": [f"{v:.2f}" for v in rows["sparsity_target"]],
             "without": rows["without"],
             "realised": [f"{v:.3f}" for v in rows["sparsity_realised"]],
+            "FLOPs": [f"{v:.3f}" for v in rows["flops_ratio"]],
             "perplexity": [
                 f"{v:.2f} [{a:.2f}, {b:.2f}]"
                 for v, a, b in zip(rows["value"], rows["low"], rows["high"], strict=True)

@@ -210,6 +210,7 @@ def test_ablation_is_relative_to_the_whole_method(tmp_path):
     assert list(found["without"]) == ["all parts", "refit", "a, b"]
     assert list(found["ratio"]) == pytest.approx([1.0, 1.2, 2.0])
     assert set(found["training_s"]) == {100.0}
+    assert found["flops_ratio"].between(0.0, 1.0).all(), "a part that costs FLOPs must show it"
 
 
 def test_ablation_without_any_is_one_clear_line(store, tmp_path):
