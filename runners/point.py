@@ -75,6 +75,8 @@ class Point:
         writes = processes.leads()
         self.products = Products(cache_root(config["cache_dir"]) if writes else folder.path)
         self.reports: list[dict[str, Any]] = []
+        self.realised: float | None = None
+        """Sparsity on calibration text, where the calibration said it."""
 
     def train(self) -> None:
         """Run every stage of the recipe, or load its product; then calibrate."""
@@ -99,6 +101,7 @@ class Point:
             self._put_in_order(stage.name, report)
             self.folder.log({"event": "stage", **report})
             log.info("stage %s %s", stage.name, "from the cache" if report["cached"] else "done")
+        self.realised = self.reports[-1]["figures"].get("realised")
 
     def save(self) -> None:
         """Write what was added to the model to `routed/` of the point's folder."""
@@ -124,7 +127,7 @@ class Point:
             log.warning("%s was trained on other weights (or another dtype) than these", saved)
         if recalibrate:
             with within_reach():
-                self.method.calibrate(self.probe, self.method.sparsity)
+                self.realised = self.method.calibrate(self.probe, self.method.sparsity)
 
     def evaluate(self) -> dict[str, Any]:
         """The record's figures: quality with the dense model's beside it, sparsity, cost."""
@@ -148,10 +151,11 @@ class Point:
         record = merge_dense(scores, dense)
         record["stages"] = self.reports
         threshold = float(self.method.threshold)
-        on_calibration = self._on_calibration() if routes else 0.0
+        if self.realised is None:
+            self.realised = self.probe.routed_scores(threshold).sparsity if routes else 0.0
         record["realised"] = {
             **record["realised"],
-            "calibration": on_calibration,
+            "calibration": self.realised,
             "achievable": self.method.achievable(self.method.sparsity),
         }
         record["added_parameters"] = sum(p.numel() for p in self.method.parameters())
@@ -169,13 +173,6 @@ class Point:
             **provenance(),
         }
         return record
-
-    def _on_calibration(self) -> float:
-        """Sparsity realised on calibration text, as the calibration found it if it said so."""
-        said: float | None = self.reports[-1]["figures"].get("realised") if self.reports else None
-        if said is not None:
-            return said
-        return self.probe.routed_scores(float(self.method.threshold)).sparsity
 
     def stage_keys(self) -> Iterator[tuple[Stage, str]]:
         """Each stage of the recipe with the key of its product."""
