@@ -23,10 +23,8 @@ from methods.engine.rows import Rows, take
 if TYPE_CHECKING:
     from methods.engine.unit import LayerInputs
 
-BLOCK_QUERIES = 64
+BLOCK_QUERIES = 128
 """Queries that share a key prefix: small blocks waste few masked scores, large ones few calls."""
-GROUP_QUERIES = 256
-"""Queries whose mask is made at once."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +67,13 @@ def attend_rows(
     if not len(x_ND):
         return x_BTD.new_zeros(0, x_BTD.shape[-1])
     query_NHd = rotate(heads_of(attention, "q", x_ND), *angles)
-    out = torch.empty_like(query_NHd)
-    start = 0
+    found, start = [], 0
     for sequence in sequences:
         end = start + len(sequence.last_N)
-        _attend(query_NHd[start:end], sequence, attention.scaling, out[start:end])
+        found.append(_attend(query_NHd[start:end], sequence, attention.scaling))
         start = end
-    projected: Tensor = attention.o_proj(out.flatten(1))
+    out_NHd = found[0] if len(found) == 1 else torch.cat(found)
+    projected: Tensor = attention.o_proj(out_NHd.flatten(1))
     return projected
 
 
@@ -155,50 +153,50 @@ def _kept_sequences(
         )
 
 
-def _attend(query_NHd: Tensor, sequence: Sequence, scale: float, out_NHd: Tensor) -> None:
+def _attend(query_NHd: Tensor, sequence: Sequence, scale: float) -> Tensor:
     """Scaled dot products of one sequence, a block of queries against the keys up to its last."""
+    key, value = sequence.key_KSd, sequence.value_KSd
     if sequence.square:
-        out_NHd.copy_(_dot(query_NHd, sequence.key_KSd, sequence.value_KSd, None, scale, True))
-        return
+        return _dot(query_NHd, key, value, None, scale, True)
     ends = sequence.last_N.tolist()
-    heads, keys = query_NHd.shape[1], len(sequence.key_KSd)
-    # the queries of heads that share keys become rows of one product: no copies of the keys
-    split_NKGd = query_NHd.unflatten(1, (keys, heads // keys))
-    out_NKGd = out_NHd.unflatten(1, (keys, heads // keys))
-    for first in range(0, len(ends), GROUP_QUERIES):
-        group = slice(first, min(first + GROUP_QUERIES, len(ends)))
-        mask_NS = _group_mask(query_NHd, sequence, group, ends[group])
-        for start in range(first, group.stop, BLOCK_QUERIES):
-            part = slice(start, min(start + BLOCK_QUERIES, group.stop))
-            seen = ends[part.stop - 1] + 1
-            mask = None if mask_NS is None else mask_NS[start - first : part.stop - first, :seen]
-            rows_KMd = split_NKGd[part].transpose(0, 1).flatten(1, 2)
-            if mask is not None:
-                mask = mask.repeat_interleave(heads // keys, 0)
-            found = _dot(
-                rows_KMd.transpose(0, 1),
-                sequence.key_KSd[:, :seen],
-                sequence.value_KSd[:, :seen],
-                mask,
-                scale,
-                False,
-            )
-            out_NKGd[part] = found.unflatten(0, (-1, heads // keys)).transpose(1, 2)
+    mask_of = _causal(query_NHd, sequence, ends[-1] + 1)
+    found = []
+    for start in range(0, len(ends), BLOCK_QUERIES):
+        part = slice(start, min(start + BLOCK_QUERIES, len(ends)))
+        seen = ends[part.stop - 1] + 1
+        alike = sequence.mask is None and ends[start] + 1 == seen
+        mask_NS = None if alike else mask_of(part, seen)
+        found.append(_dot(query_NHd[part], key[:, :seen], value[:, :seen], mask_NS, scale, False))
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
-def _group_mask(like: Tensor, sequence: Sequence, group: slice, ends: list[int]) -> Tensor | None:
-    """What the queries of a group see of the keys up to their last, [queries, keys]."""
-    last_N, shared, seen = sequence.last_N[group], ends[0] + 1, ends[-1] + 1
+def _causal(like: Tensor, sequence: Sequence, keys: int) -> Callable[[slice, int], Tensor]:
+    """What some queries see of the first keys: their sequence's own mask, and nothing later.
+
+    Without an own mask it is additive, as the kernel takes it, and every row is the same edge
+    between zeros and minus infinities, moved to the query's last key.
+    """
     if sequence.mask is not None:
-        causal = torch.arange(seen, device=last_N.device) <= last_N[:, None]
-        return _both(causal, sequence.mask(group, seen))
-    if shared == seen:
-        return None
-    # additive, as the kernel takes it, and computed only where the queries differ
-    mask_NS = like.new_zeros(len(ends), seen)
-    later = torch.arange(shared, seen, device=last_N.device) > last_N[:, None]
-    mask_NS[:, shared:].masked_fill_(later, float("-inf"))
-    return mask_NS
+        return lambda part, seen: _own_mask(sequence, part, seen)
+    edge_2S = like.new_zeros(2 * keys)
+    edge_2S[keys:] = float("-inf")
+    first_N = keys - 1 - sequence.last_N
+
+    def rows_of(part: slice, seen: int) -> Tensor:
+        return edge_2S.unfold(0, seen, 1).index_select(0, first_N[part])
+
+    return rows_of
+
+
+def _own_mask(sequence: Sequence, part: slice, seen: int) -> Tensor:
+    """The sequence's own mask for some queries, and causal, [queries, keys]."""
+    assert sequence.mask is not None
+    mask_NS: Tensor = sequence.mask(part, seen)
+    last_N = sequence.last_N[part]
+    causal_NS = torch.arange(seen, device=last_N.device) <= last_N[:, None]
+    if mask_NS.dtype == torch.bool:
+        return causal_NS & mask_NS
+    return mask_NS.masked_fill(~causal_NS, torch.finfo(mask_NS.dtype).min)
 
 
 def _dot(
@@ -219,12 +217,6 @@ def _dot(
         enable_gqa=query_NHd.shape[1] != key_KSd.shape[0],
     )
     return out[0].transpose(0, 1)
-
-
-def _both(causal_NS: Tensor, mask_NS: Tensor) -> Tensor:
-    if mask_NS.dtype == torch.bool:
-        return causal_NS & mask_NS
-    return mask_NS.masked_fill(~causal_NS, torch.finfo(mask_NS.dtype).min)
 
 
 def heads_of(attention: Any, name: str, x: Tensor) -> Tensor:

@@ -99,16 +99,16 @@ def _hidden(mlp: Any, x_ND: Tensor) -> Tensor:
 
 def _turned(mlp: Any, x_ND: Tensor) -> Tensor:
     """The same with every product transposed, in chunks of rows."""
-    out = torch.empty_like(x_ND)
-    chunks = -(-len(x_ND) // CHUNK_ROWS)
-    rows = _aligned(-(-len(x_ND) // chunks))
-    for x, into in zip(x_ND.split(rows), out.split(rows), strict=True):
-        missing = _aligned(len(x)) - len(x)
-        x_DN = (functional.pad(x, (0, 0, 0, missing)) if missing else x).t()
-        hidden_FN = functional.silu(mlp.gate_proj.weight @ x_DN, inplace=True)
-        hidden_FN.mul_(mlp.up_proj.weight @ x_DN)
-        into.copy_((mlp.down_proj.weight @ hidden_FN)[:, : len(x)].t())
-    return out
+    missing = _aligned(len(x_ND)) - len(x_ND)
+    rows_ND = functional.pad(x_ND, (0, 0, 0, missing)) if missing else x_ND
+    out = torch.empty_like(rows_ND)
+    chunks = -(-len(rows_ND) // CHUNK_ROWS)
+    rows = _aligned(-(-len(rows_ND) // chunks))
+    for x, into in zip(rows_ND.split(rows), out.split(rows), strict=True):
+        hidden_FN = functional.silu(mlp.gate_proj.weight @ x.t(), inplace=True)
+        hidden_FN.mul_(mlp.up_proj.weight @ x.t())
+        torch.mm(hidden_FN.t(), mlp.down_proj.weight.t(), out=into)
+    return out[: len(x_ND)]
 
 
 def _aligned(rows: int) -> int:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from methods.base import Site
 from methods.engine.families import FAMILIES
-from methods.engine.gathered_attention import GROUP_QUERIES
+from methods.engine.gathered_attention import BLOCK_QUERIES
 from methods.engine.wrap import routed, routing_of
 from tests.methods.conftest import small_ids, small_model
 from tests.methods.engine.scripted import (
@@ -110,8 +110,8 @@ def in_chunks(model, method, ids, mask, cuts, mode):
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_many_query_blocks(family, policy):
-    """More queries than a group holds; Mistral's window hides the oldest keys."""
-    tokens = 3 * GROUP_QUERIES
+    """More queries than a block holds; Mistral's window hides the oldest keys."""
+    tokens = 3 * BLOCK_QUERIES
     model = windowed(family, 50)
     ids, sites = small_ids(2, tokens), all_sites(model, "unit")
     tables = random_tables(sites, rows=2, positions=tokens, execute=0.7)
