@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pandas as pd
 import pyarrow
 from pyarrow import parquet
@@ -21,6 +22,8 @@ SETTING = ["model", "data", "budget"]
 """Points that differ in one of these never share a picture."""
 SERIES = ["method", "variant"]
 """What makes a line in a picture."""
+VALUES = ["value", "low", "high"]
+"""A measure and its interval."""
 UPPER_BOUND = " (upper bound)"
 """Suffix of an oracle's name, in every table and picture."""
 Record = Mapping[str, Any]
@@ -194,17 +197,40 @@ def options(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def over_seeds(frame: pd.DataFrame) -> pd.DataFrame:
-    """Measures averaged over seeds; with several seeds `low` and `high` are mean -/+ std."""
+    """Measures averaged over seeds; with several seeds `low` and `high` are mean -/+ std.
+
+    Of perplexities the losses are averaged: `low` and `high` lie by one factor below and above.
+    """
     by = [*SETTING, *SERIES, "sparsity_target", "measure", "name"]
-    groups = frame.groupby(by, dropna=False, sort=True)
-    mean = groups[["sparsity_realised", "flops_ratio", "value", "low", "high", "dense", "chance"]]
-    merged = mean.mean()
+    groups = losses(frame).groupby(by, dropna=False, sort=True)
+    merged = groups[["sparsity_realised", "flops_ratio", *VALUES, "dense", "chance"]].mean()
     merged["seeds"] = groups["seed"].nunique()
     spread = groups["value"].std()
     several = merged["seeds"] > 1
     merged.loc[several, "low"] = (merged["value"] - spread)[several]
     merged.loc[several, "high"] = (merged["value"] + spread)[several]
-    return merged.reset_index()
+    return perplexities(merged.reset_index())
+
+
+def losses(frame: pd.DataFrame) -> pd.DataFrame:
+    """Measures with perplexities as nats per token, which is what may be averaged over seeds.
+
+    A mean of perplexities is that of the worst seed where seeds are orders apart.
+    """
+    return _mapped(frame, np.log)
+
+
+def perplexities(frame: pd.DataFrame) -> pd.DataFrame:
+    """What `losses` made nats, as perplexities again."""
+    return _mapped(frame, np.exp)
+
+
+def _mapped(frame: pd.DataFrame, to: Callable[[Any], Any]) -> pd.DataFrame:
+    changed = frame.copy()
+    rows = frame["measure"] == "perplexity"
+    columns = [name for name in VALUES if name in frame]
+    changed.loc[rows, columns] = to(frame.loc[rows, columns].astype(float))
+    return changed
 
 
 def by_setting(frame: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:

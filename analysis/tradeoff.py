@@ -14,7 +14,7 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogFormatterMathtext, LogLocator, NullFormatter
 
 from analysis import frames, style, tables
 from analysis.bands import with_bands
@@ -26,6 +26,8 @@ Looks = dict[str, dict[str, Any]]
 DrawPanel = Callable[[Axes, pd.DataFrame, str, Looks], None]
 AXES = {"sparsity_realised": "realised sparsity", "flops_ratio": "FLOPs (routed / dense)"}
 ROW_HEIGHT_IN = 2.0
+LONGEST_TICK = 1e7
+"""Perplexities beyond are labelled by their power of ten."""
 
 
 def main(paths: Paths) -> None:
@@ -140,7 +142,8 @@ def scale(panel: Axes, measure: str, name: str) -> None:
     low, high = panel.get_ylim()
     steps = (1.0,) if high / low > 100 else (1.0, 2.0, 5.0)
     panel.yaxis.set_major_locator(LogLocator(base=10, subs=steps))
-    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    plain = FuncFormatter(lambda value, _: f"{value:,.0f}")
+    panel.yaxis.set_major_formatter(plain if high < LONGEST_TICK else LogFormatterMathtext())
     panel.yaxis.set_minor_formatter(NullFormatter())
 
 

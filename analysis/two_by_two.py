@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 
+import numpy as np
 import pandas as pd
 
 from analysis import frames, tables
@@ -42,14 +43,14 @@ def main(paths: Paths) -> None:
 
 def cells(part: pd.DataFrame) -> pd.DataFrame:
     """One row per target and training, a column `<router>_<bypass>` of perplexity (seed mean)."""
-    keyed = part.assign(
+    keyed = frames.losses(part).assign(
         cell=part.method + "_" + part.bypass, train=part.train.fillna("none").astype(str)
     )
     wide = keyed.pivot_table(
         index=["name", "sparsity_target", "train"], columns="cell", values="value", aggfunc="mean"
     )
     order = [f"{router}_{bypass}" for router in ROUTERS for bypass in BYPASSES]
-    wide = wide.reindex(columns=order)
+    wide = wide.reindex(columns=order).apply(np.exp)
     dense = keyed.groupby(["name", "sparsity_target", "train"])["dense"].mean()
     return wide.assign(dense=dense).reset_index()
 
