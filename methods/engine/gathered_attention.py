@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from methods.engine.unit import LayerInputs
 
 BLOCK_QUERIES = 128
-"""Queries that share a key prefix: small blocks waste few masked scores, large ones few calls."""
+"""Most queries that share a key prefix: small blocks waste few masked scores, large few calls."""
 
 
 @dataclass(frozen=True)
@@ -161,13 +161,19 @@ def _attend(query_NHd: Tensor, sequence: Sequence, scale: float) -> Tensor:
     ends = sequence.last_N.tolist()
     mask_of = _causal(query_NHd, sequence, ends[-1] + 1)
     found = []
-    for start in range(0, len(ends), BLOCK_QUERIES):
-        part = slice(start, min(start + BLOCK_QUERIES, len(ends)))
+    for part in _blocks(len(ends)):
         seen = ends[part.stop - 1] + 1
-        alike = sequence.mask is None and ends[start] + 1 == seen
+        alike = sequence.mask is None and ends[part.start] + 1 == seen
         mask_NS = None if alike else mask_of(part, seen)
         found.append(_dot(query_NHd[part], key[:, :seen], value[:, :seen], mask_NS, scale, False))
     return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _blocks(queries: int) -> Iterator[slice]:
+    """Blocks of about the same number of queries: a rest of a few would cost a call of its own."""
+    size = -(-queries // -(-queries // BLOCK_QUERIES))
+    for start in range(0, queries, size):
+        yield slice(start, min(start + size, queries))
 
 
 def _causal(like: Tensor, sequence: Sequence, keys: int) -> Callable[[slice, int], Tensor]:
