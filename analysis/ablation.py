@@ -45,9 +45,9 @@ def ablation(part: pd.DataFrame) -> pd.DataFrame:
     Figures are means over seeds.
     """
     named = part.assign(without=[", ".join(parts) or WHOLE for parts in part["without"]])
-    by = ["method", "name", "sparsity_target", "without", "measure"]
+    by = ["method", "name", "sparsity_target", "without"]
     columns = ["sparsity_realised", "flops_ratio", "value", "low", "high", "dense", "training_s"]
-    rows = frames.perplexities(frames.losses(named).groupby(by)[columns].mean().reset_index())
+    rows = frames.seed_means(named, by, columns)
     whole = rows[rows.without == WHOLE].set_index(by[:3])["value"]
     keys = pd.MultiIndex.from_frame(rows[by[:3]])
     rows["ratio"] = rows["value"] / whole.reindex(keys).to_numpy()

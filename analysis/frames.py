@@ -212,6 +212,16 @@ def over_seeds(frame: pd.DataFrame) -> pd.DataFrame:
     return perplexities(merged.reset_index())
 
 
+def seed_means(frame: pd.DataFrame, by: Sequence[str], columns: Sequence[str]) -> pd.DataFrame:
+    """Means of columns over the seeds of each group; of perplexities the losses are averaged.
+
+    Returns:
+        `by`, `measure` and `columns`.
+    """
+    means = losses(frame).groupby([*by, "measure"])[list(columns)].mean()
+    return perplexities(means.reset_index())
+
+
 def losses(frame: pd.DataFrame) -> pd.DataFrame:
     """Measures with perplexities as nats per token, which is what may be averaged over seeds.
 

@@ -46,9 +46,9 @@ def save(part: pd.DataFrame, title: str, stem: Path) -> list[Path]:
 def averaged(part: pd.DataFrame) -> pd.DataFrame:
     """Means over seeds, one row per line, text and target."""
     named = frames.with_lines(part)
-    by = ["line", "kv_policy", "name", "sparsity_target", "measure"]
+    by = ["line", "kv_policy", "name", "sparsity_target"]
     columns = ["sparsity_realised", "kv_bytes_ratio", "value", "dense"]
-    return frames.perplexities(frames.losses(named).groupby(by)[columns].mean().reset_index())
+    return frames.seed_means(named, by, columns)
 
 
 def draw(rows: pd.DataFrame, title: str) -> Figure:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 
-import numpy as np
 import pandas as pd
 
 from analysis import frames, tables
@@ -43,16 +42,14 @@ def main(paths: Paths) -> None:
 
 def cells(part: pd.DataFrame) -> pd.DataFrame:
     """One row per target and training, a column `<router>_<bypass>` of perplexity (seed mean)."""
-    keyed = frames.losses(part).assign(
+    keyed = part.assign(
         cell=part.method + "_" + part.bypass, train=part.train.fillna("none").astype(str)
     )
-    wide = keyed.pivot_table(
-        index=["name", "sparsity_target", "train"], columns="cell", values="value", aggfunc="mean"
-    )
+    row = ["name", "sparsity_target", "train"]
+    means = frames.seed_means(keyed, [*row, "cell"], ["value", "dense"])
     order = [f"{router}_{bypass}" for router in ROUTERS for bypass in BYPASSES]
-    wide = wide.reindex(columns=order).apply(np.exp)
-    dense = keyed.groupby(["name", "sparsity_target", "train"])["dense"].mean()
-    return wide.assign(dense=dense).reset_index()
+    wide = means.pivot(index=row, columns="cell", values="value").reindex(columns=order)
+    return wide.assign(dense=means.groupby(row)["dense"].mean()).reset_index()
 
 
 def formatted(grid: pd.DataFrame) -> pd.DataFrame:

@@ -67,10 +67,11 @@ def attend_rows(
     if not len(x_ND):
         return x_BTD.new_zeros(0, x_BTD.shape[-1])
     query_NHd = rotate(heads_of(attention, "q", x_ND), *angles)
-    found, start = [], 0
+    found: list[Tensor] = []
+    start = 0
     for sequence in sequences:
         end = start + len(sequence.last_N)
-        found.append(_attend(query_NHd[start:end], sequence, attention.scaling))
+        found += _attend(query_NHd[start:end], sequence, attention.scaling)
         start = end
     out_NHd = found[0] if len(found) == 1 else torch.cat(found)
     projected: Tensor = attention.o_proj(out_NHd.flatten(1))
@@ -153,20 +154,18 @@ def _kept_sequences(
         )
 
 
-def _attend(query_NHd: Tensor, sequence: Sequence, scale: float) -> Tensor:
+def _attend(query_NHd: Tensor, sequence: Sequence, scale: float) -> Iterator[Tensor]:
     """Scaled dot products of one sequence, a block of queries against the keys up to its last."""
     key, value = sequence.key_KSd, sequence.value_KSd
     if sequence.square:
-        return _dot(query_NHd, key, value, None, scale, True)
+        yield _dot(query_NHd, key, value, None, scale, True)
+        return
     ends = sequence.last_N.tolist()
-    mask_of = _causal(query_NHd, sequence, ends[-1] + 1)
-    found = []
+    mask_of = _mask_of(query_NHd, sequence, ends[-1] + 1)
     for part in _blocks(len(ends)):
         seen = ends[part.stop - 1] + 1
-        alike = sequence.mask is None and ends[part.start] + 1 == seen
-        mask_NS = None if alike else mask_of(part, seen)
-        found.append(_dot(query_NHd[part], key[:, :seen], value[:, :seen], mask_NS, scale, False))
-    return found[0] if len(found) == 1 else torch.cat(found)
+        mask_NS = mask_of(part, seen)
+        yield _dot(query_NHd[part], key[:, :seen], value[:, :seen], mask_NS, scale, False)
 
 
 def _blocks(queries: int) -> Iterator[slice]:
@@ -176,7 +175,7 @@ def _blocks(queries: int) -> Iterator[slice]:
         yield slice(start, min(start + size, queries))
 
 
-def _causal(like: Tensor, sequence: Sequence, keys: int) -> Callable[[slice, int], Tensor]:
+def _mask_of(like: Tensor, sequence: Sequence, keys: int) -> Callable[[slice, int], Tensor | None]:
     """What some queries see of the first keys: their sequence's own mask, and nothing later.
 
     Without an own mask it is additive, as the kernel takes it, and every row is the same edge
@@ -184,6 +183,8 @@ def _causal(like: Tensor, sequence: Sequence, keys: int) -> Callable[[slice, int
     """
     if sequence.mask is not None:
         return lambda part, seen: _own_mask(sequence, part, seen)
+    if len(sequence.last_N) == 1:
+        return lambda part, seen: None  # the keys end where its sight does
     edge_2S = like.new_zeros(2 * keys)
     edge_2S[keys:] = float("-inf")
     first_N = keys - 1 - sequence.last_N
