@@ -152,6 +152,12 @@ class Bench:
             routing.clock = clock
             return _with_rest(clock, timed(forward, self.device))
 
+    @property
+    def compiled_loops(self) -> bool:
+        """Whether row-wise work runs as compiled loops."""
+        with self._routed() as routing:
+            return routing.ops.compiled
+
     @contextmanager
     def _routed(self) -> Iterator[Routing]:
         with routed(self.model, self.method, "gathered", kernels=self.kernels):

@@ -73,6 +73,7 @@ def measure(point: Point, settings: Mapping[str, Any]) -> dict[str, Any]:
         "repeats": repeats,
         "graphs": bench.graphs,
         "kernels": settings["kernels"],
+        "compiled_loops": bench.compiled_loops,
         "attention": point.base.model.config._attn_implementation,
         "dtype": str(point.base.model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),

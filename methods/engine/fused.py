@@ -16,7 +16,7 @@ from torch import Tensor
 
 from methods.base import LinearUnit
 from methods.engine.adapter import all_linear
-from methods.engine.gathered_attention import keys_of_all, rotate, split_heads
+from methods.engine.gathered_attention import keys_of_all, split_heads
 from methods.engine.kernels.attend_rows import attend
 from methods.engine.kernels.choose import Kernels
 from methods.engine.kernels.linear_rows import linear_rows, linear_rows_add
@@ -29,6 +29,7 @@ from methods.engine.kernels.route import (
     route_and_forecast,
 )
 from methods.engine.masked import scaled
+from methods.engine.rotary import angles_of
 from methods.engine.swiglu import is_swiglu
 from methods.engine.unit import Unit
 from methods.engine.wrap import Routing
@@ -110,8 +111,8 @@ class FusedExecutor:
     def _attention(self, unit: Unit, residual_ND: Tensor, rows: Partition) -> None:
         attention: Any = unit.part.attention
         inputs = unit.inputs
-        key, value = keys_of_all(attention, unit.x_BTD, inputs)
-        batch, tokens = unit.x_BTD.shape[:2]
+        key, value = keys_of_all(attention, unit.x_BTD, inputs, self.routing.ops)
+        tokens = unit.x_BTD.shape[1]
         query = linear_rows(
             _flat(unit.x_BTD),
             rows.index_N,
@@ -120,16 +121,13 @@ class FusedExecutor:
             attention.q_proj.bias,
             kernels=self.kernels,
         )
-        angles = [
-            angle.expand(batch, -1, -1).reshape(batch * tokens, -1)[rows.index_N].unsqueeze(1)
-            for angle in inputs.position_embeddings
-        ]
+        angles = angles_of(inputs.position_embeddings).at(rows.index_N)
         past = inputs.past
         if not isinstance(past, Tensor):
             # a sliding window has dropped keys before the first
             past = min(past, key.shape[2] - tokens)
         out_NHd = attend(
-            rotate(split_heads(attention, "q", query), *angles),
+            self.routing.ops.rotate(split_heads(attention, "q", query), angles),
             rows.index_N,
             rows.counts_B,
             rows.starts_B,

@@ -9,10 +9,10 @@ from methods.base import Decision, LinearUnit
 from methods.engine.evict import KeptKeys
 from methods.engine.fused import FusedExecutor
 from methods.engine.kernels.choose import use_triton
-from methods.engine.linear_sites import LinearSites, estimate
+from methods.engine.linear_sites import LinearSites
 from methods.engine.masked import MaskedExecutor, scaled
 from methods.engine.one_token import OneToken
-from methods.engine.rows import Rows, bypassed_index, executed_rows, put, rank_BT, take
+from methods.engine.rows import Rows, rank_BT, take
 from methods.engine.unit import Unit
 from methods.engine.wrap import Routing
 
@@ -59,21 +59,23 @@ class GatheredExecutor:
             keys_BT = _keys_in_sight(unit, execute) if evicts else None
             routing.counters.add(unit.site, execute, keys_BT)
         with routing.clock.part("rows"):
-            rows = executed_rows(execute)
+            rows, bypassed = routing.ops.split(execute, _valid(routing))
         if len(rows.index_N) == execute.numel() and not evicts:
             with routing.clock.part(unit.site.kind):
                 return executed(unit, decision)
         if unit.after_BTD is not None:
             return self.masked.blend(unit, decision, unit.after_BTD)
-        return self._add(unit, rows, decision, linear)
+        return self._add(unit, rows, bypassed, decision, linear)
 
-    def _add(self, unit: Unit, rows: Rows, decision: Decision, linear: LinearUnit | None) -> Tensor:
-        method, valid_BT, clock = (
-            self.routing.method,
-            self.routing.state.valid_BT,
-            self.routing.clock,
-        )
-        assert valid_BT is not None
+    def _add(
+        self,
+        unit: Unit,
+        rows: Rows,
+        bypassed: Tensor,
+        decision: Decision,
+        linear: LinearUnit | None,
+    ) -> Tensor:
+        method, ops, clock = self.routing.method, self.routing.ops, self.routing.clock
         with clock.part(unit.site.kind):
             delta_ND = unit.run_rows(rows, method.kv_policy)
         with clock.part("scatter"):
@@ -81,18 +83,18 @@ class GatheredExecutor:
             owned = unit.owned and linear is not None
             after = unit.residual_BTD if owned else unit.residual_BTD.clone()
             if len(delta_ND):
-                put(after, rows.index_N, scaled_rows(delta_ND, rows.index_N, decision))
-            bypassed = bypassed_index(decision.execute_BT, valid_BT)
-        if len(bypassed):
-            with clock.part("forecast"):
-                x_MD = take(unit.x_BTD, bypassed)
-                if linear is None:
-                    forecast = method.approximate(unit.site, x_MD[None])
-                else:
-                    forecast = estimate(linear, x_MD)
-                if forecast is not None:
-                    forecast_MD = forecast.view(len(bypassed), -1)
-                    put(after, bypassed, scaled_rows(forecast_MD, bypassed, decision))
+                ops.add(after, rows.index_N, scaled_rows(delta_ND, rows.index_N, decision))
+        if not len(bypassed):
+            return after
+        with clock.part("forecast"):
+            if linear is not None:
+                ops.forecast(linear, unit.x_BTD, after, bypassed)
+                return after
+            x_MD = take(unit.x_BTD, bypassed)
+            forecast = method.approximate(unit.site, x_MD[None])
+            if forecast is not None:
+                forecast_MD = forecast.view(len(bypassed), -1)
+                ops.add(after, bypassed, scaled_rows(forecast_MD, bypassed, decision))
         return after
 
 
@@ -107,6 +109,11 @@ def scaled_rows(delta_ND: Tensor, index_N: Tensor, decision: Decision) -> Tensor
     if decision.scale_BT is None:
         return delta_ND
     return delta_ND * take(decision.scale_BT[..., None], index_N)
+
+
+def _valid(routing: Routing) -> Tensor:
+    assert routing.state.valid_BT is not None
+    return routing.state.valid_BT
 
 
 def _keys_in_sight(unit: Unit, execute_BT: Tensor) -> Tensor:

@@ -18,6 +18,8 @@ from torch.nn import functional
 
 from methods.base import KVPolicy
 from methods.engine.evict import KeptKeys, layer_of
+from methods.engine.host.row_ops import RowOps
+from methods.engine.rotary import Angles, angles_of
 from methods.engine.rows import Rows, take
 
 if TYPE_CHECKING:
@@ -43,7 +45,12 @@ class Sequence:
 
 
 def attend_rows(
-    attention: Any, x_BTD: Tensor, rows: Rows, inputs: LayerInputs, kv_policy: KVPolicy
+    attention: Any,
+    x_BTD: Tensor,
+    rows: Rows,
+    inputs: LayerInputs,
+    kv_policy: KVPolicy,
+    ops: RowOps,
 ) -> Tensor:
     """Output of the attention module for `rows`, [N, D], in their order.
 
@@ -59,14 +66,14 @@ def attend_rows(
     if mask is not None and mask.dim() != 4:
         raise ValueError("mode=gathered needs attn_implementation sdpa or eager")
     x_ND = take(x_BTD, rows.index_N)
-    angles = _angles(inputs, rows, len(x_BTD))
+    angles = angles_of(inputs.position_embeddings).at(rows.index_N)
     if kv_policy != "evict":
-        sequences = _kept_by_all(attention, x_BTD, rows, inputs)
+        sequences = _kept_by_all(attention, x_BTD, rows, inputs, ops)
     else:
-        sequences = _kept_by_executed(attention, x_ND, rows, inputs, angles)
+        sequences = _kept_by_executed(attention, x_ND, rows, inputs, angles, ops)
     if not len(x_ND):
         return x_BTD.new_zeros(0, x_BTD.shape[-1])
-    query_NHd = rotate(heads_of(attention, "q", x_ND), *angles)
+    query_NHd = ops.rotate(heads_of(attention, "q", x_ND), angles)
     found: list[Tensor] = []
     start = 0
     for sequence in sequences:
@@ -79,19 +86,21 @@ def attend_rows(
 
 
 def _kept_by_all(
-    attention: Any, x_BTD: Tensor, rows: Rows, inputs: LayerInputs
+    attention: Any, x_BTD: Tensor, rows: Rows, inputs: LayerInputs, ops: RowOps
 ) -> Iterator[Sequence]:
     """Policy `keep`: keys of every token, the cache's first; they enter it whatever follows."""
-    key, value = keys_of_all(attention, x_BTD, inputs)
+    key, value = keys_of_all(attention, x_BTD, inputs, ops)
     # a window has dropped keys before the first, a static cache has empty slots after the last
     first = min(int(inputs.past), key.shape[2] - rows.tokens)
     return _split_by_sequence(key, value, first, rows, inputs.attention_mask)
 
 
-def keys_of_all(attention: Any, x_BTD: Tensor, inputs: LayerInputs) -> tuple[Tensor, Tensor]:
+def keys_of_all(
+    attention: Any, x_BTD: Tensor, inputs: LayerInputs, ops: RowOps
+) -> tuple[Tensor, Tensor]:
     """Keys and values of every token, after those of the cache, which they enter: [B, K, S, d]."""
-    cos, sin = (angle.unsqueeze(2) for angle in inputs.position_embeddings)
-    key = rotate(heads_of(attention, "k", x_BTD), cos, sin).transpose(1, 2)
+    angles = angles_of(inputs.position_embeddings)
+    key = ops.rotate(heads_of(attention, "k", x_BTD), angles).transpose(1, 2)
     value = heads_of(attention, "v", x_BTD).transpose(1, 2)
     if inputs.past_key_values is not None:
         key, value = inputs.past_key_values.update(key, value, attention.layer_idx)
@@ -115,7 +124,8 @@ def _kept_by_executed(
     x_ND: Tensor,
     rows: Rows,
     inputs: LayerInputs,
-    angles: tuple[Tensor, Tensor],
+    angles: Angles,
+    ops: RowOps,
 ) -> Iterator[Sequence]:
     """Policy `evict`: keys of executed tokens only; a query sees those up to its own."""
     cache = inputs.past_key_values
@@ -123,7 +133,7 @@ def _kept_by_executed(
     if not len(x_ND):
         kept.skip(rows)
         return iter(())
-    key = rotate(heads_of(attention, "k", x_ND), *angles)
+    key = ops.rotate(heads_of(attention, "k", x_ND), angles)
     before = kept.append(key, heads_of(attention, "v", x_ND), rows)
     return _kept_sequences(kept, before, rows, inputs.window)
 
@@ -237,21 +247,3 @@ def split_heads(attention: Any, name: str, projected: Tensor) -> Tensor:
     heads: Tensor = projected.view(*projected.shape[:-1], number, attention.head_dim)
     norm = getattr(attention, f"{name}_norm", None)
     return heads if norm is None else norm(heads)
-
-
-def _angles(inputs: LayerInputs, rows: Rows, batch: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of the gathered tokens, [N, 1, d]."""
-    shared = len(inputs.position_embeddings[0]) == 1
-    index_N = rows.index_N % rows.tokens if shared and batch > 1 else rows.index_N
-    cos, sin = (take(angle, index_N).unsqueeze(1) for angle in inputs.position_embeddings)
-    return cos, sin
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding, halves paired (Su et al., arXiv 2104.09864)."""
-    half = x.shape[-1] // 2
-    a, b = x[..., :half], x[..., half:]
-    out = x * cos
-    out[..., :half].addcmul_(b, sin[..., :half], value=-1)
-    out[..., half:].addcmul_(a, sin[..., half:])
-    return out

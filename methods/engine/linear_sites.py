@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-from torch.nn import functional
 
 from methods.base import Decision, LinearUnit, Site
+from methods.engine.low_rank import turned
 from methods.engine.unit import Unit
 from methods.engine.wrap import Routing
 
@@ -27,7 +26,8 @@ class LinearSites:
         if self.routing.watched or torch.is_grad_enabled():
             return None
         if site not in self._units:
-            self._units[site] = self.routing.method.linear(site)
+            found = self.routing.method.linear(site)
+            self._units[site] = turned(found) if found and self.routing.ops.compiled else found
         return self._units[site]
 
     def decide(self, unit: Unit) -> Decision:
@@ -37,19 +37,3 @@ class LinearSites:
         scores_BT = torch.matmul(unit.x_BTD.float(), linear.score_D).add_(linear.offset)
         execute_BT = self.routing.settle(unit, scores_BT > self.routing.method.threshold)
         return Decision(execute_BT, execute_BT.float(), scores_BT)
-
-
-def estimate(linear: LinearUnit, x: Tensor) -> Tensor | None:
-    """What bypassed tokens get, float32: [N, D] -> [N, D] or [D] -> [D]; None means nothing."""
-    if linear.down_rD is None or linear.up_Dr is None:
-        return None
-    hidden = _product(linear.down_rD, linear.down_bias_r, x.float())
-    if linear.silu:
-        hidden = functional.silu(hidden, inplace=True)
-    return _product(linear.up_Dr, linear.bias_D, hidden)
-
-
-def _product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    if x.dim() == 1 and bias is not None:
-        return torch.addmv(bias, weight, x)
-    return functional.linear(x, weight, bias)

@@ -21,7 +21,7 @@ def normed(norm: Any, x: Tensor) -> Tensor:
     the intermediates of the module: on a CPU it writes the activations five times where two do,
     and for one token it takes six operations where three do.
     """
-    if not _is_plain(norm, x):
+    if not is_plain_rms(norm, x):
         return called(norm, x)
     if x.device.type == "cpu" and x.numel() == x.shape[-1]:
         flat = x.reshape(-1)
@@ -32,7 +32,7 @@ def normed(norm: Any, x: Tensor) -> Tensor:
     return (x * scale).mul_(norm.weight)
 
 
-def _is_plain(norm: Any, x: Tensor) -> bool:
+def is_plain_rms(norm: Any, x: Tensor) -> bool:
     """True for x / rms(x) * weight in float32, by the attributes that the known families use."""
     if x.dtype != torch.float32 or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False

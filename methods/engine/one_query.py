@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from methods.engine.adapter import all_linear
-from methods.engine.gathered_attention import rotate
+from methods.engine.rotary import rotate
 from methods.engine.swiglu import NAMES, is_swiglu
 from methods.engine.unit import LayerInputs
 

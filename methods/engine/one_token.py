@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from methods.base import LinearUnit, Site
-from methods.engine.linear_sites import LinearSites, estimate
-from methods.engine.norm import normed
+from methods.engine.linear_sites import LinearSites
+from methods.engine.low_rank import estimate
 from methods.engine.one_query import OneMlp, OneQuery, Rotation
 from methods.engine.unit import Unit
 from methods.engine.wrap import Routing
@@ -59,7 +59,7 @@ class OneToken:
                 if known.attention is not None:
                     after_D = known.attention(x_D, after_D, inputs)
                 if site.kind == "block":
-                    x_D = normed(unit.part.mlp_norm, after_D)
+                    x_D = routing.ops.norm(unit.part.mlp_norm, after_D)
                 if known.mlp is not None:
                     after_D = known.mlp(x_D, after_D)
             return after_D.view(1, 1, -1)

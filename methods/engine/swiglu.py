@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from methods.base import SwiGLU
 from methods.engine.adapter import all_linear
+from methods.engine.host.row_ops import RowOps
 from methods.engine.offload import at_hand
 
 TURNED_ROWS = 1024
@@ -28,7 +29,7 @@ def is_swiglu(mlp: Any) -> bool:
     return silu and all(hasattr(mlp, name) for name in NAMES)
 
 
-def swiglu(mlp: Any, x_ND: Tensor) -> Tensor:
+def swiglu(mlp: Any, x_ND: Tensor, ops: RowOps) -> Tensor:
     """The MLP on gathered rows, [N, D], with its intermediates in place where nothing needs them.
 
     At thousands of rows the intermediates are larger than the caches; writing each once instead
@@ -39,8 +40,8 @@ def swiglu(mlp: Any, x_ND: Tensor) -> Tensor:
         return delta
     on_cpu = x_ND.device.type == "cpu" and x_ND.dtype == torch.float32
     if on_cpu and 1 < len(x_ND) <= TURNED_ROWS and _is_plain(mlp):
-        return _turned(mlp, x_ND)
-    down: Tensor = mlp.down_proj(_hidden(mlp, x_ND))
+        return _turned(mlp, x_ND, ops)
+    down: Tensor = mlp.down_proj(_hidden(mlp, x_ND, ops))
     return down
 
 
@@ -51,7 +52,7 @@ def neurons_of(mlp: Any, x_ND: Tensor) -> Tensor:
         ValueError: the MLP is no SwiGLU.
     """
     _require_swiglu(mlp)
-    return _hidden(mlp, x_ND)
+    return _hidden(mlp, x_ND, RowOps())
 
 
 def weights_of(mlp: Any) -> SwiGLU:
@@ -91,13 +92,12 @@ def _are_matrices(parts: Sequence[Any]) -> bool:
     return all_linear(parts) and all(part.bias is None for part in parts)
 
 
-def _hidden(mlp: Any, x_ND: Tensor) -> Tensor:
+def _hidden(mlp: Any, x_ND: Tensor, ops: RowOps) -> Tensor:
     """What the down projection reads, without gradient: each intermediate is written once."""
-    hidden = functional.silu(mlp.gate_proj(x_ND), inplace=True)
-    return hidden.mul_(mlp.up_proj(x_ND))
+    return ops.silu_mul(mlp.gate_proj(x_ND), mlp.up_proj(x_ND))
 
 
-def _turned(mlp: Any, x_ND: Tensor) -> Tensor:
+def _turned(mlp: Any, x_ND: Tensor, ops: RowOps) -> Tensor:
     """The same with every product transposed, in chunks of rows."""
     missing = _aligned(len(x_ND)) - len(x_ND)
     rows_ND = functional.pad(x_ND, (0, 0, 0, missing)) if missing else x_ND
@@ -105,8 +105,7 @@ def _turned(mlp: Any, x_ND: Tensor) -> Tensor:
     chunks = -(-len(rows_ND) // CHUNK_ROWS)
     rows = _aligned(-(-len(rows_ND) // chunks))
     for x, into in zip(rows_ND.split(rows), out.split(rows), strict=True):
-        hidden_FN = functional.silu(mlp.gate_proj.weight @ x.t(), inplace=True)
-        hidden_FN.mul_(mlp.up_proj.weight @ x.t())
+        hidden_FN = ops.silu_mul(mlp.gate_proj.weight @ x.t(), mlp.up_proj.weight @ x.t())
         torch.mm(hidden_FN.t(), mlp.down_proj.weight.t(), out=into)
     return out[: len(x_ND)]
 

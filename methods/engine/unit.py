@@ -11,7 +11,7 @@ from torch import Tensor
 from methods.base import KVPolicy, Site
 from methods.engine.adapter import LayerParts
 from methods.engine.gathered_attention import attend_rows
-from methods.engine.norm import normed
+from methods.engine.host.row_ops import RowOps
 from methods.engine.rows import Rows, take
 from methods.engine.swiglu import swiglu
 
@@ -47,6 +47,7 @@ class Unit:
     x_BTD: Tensor
     """The unit's normalised input."""
     inputs: LayerInputs
+    ops: RowOps
     owned: bool = False
     """True if nobody else holds the residual stream: it may be overwritten."""
     after_BTD: Tensor | None = None
@@ -99,13 +100,15 @@ class Unit:
         """
         if not self.attends:
             return self._mlp_fast(take(self.x_BTD, rows.index_N))
-        attended = attend_rows(self.part.attention, self.x_BTD, rows, self.inputs, kv_policy)
+        attended = attend_rows(
+            self.part.attention, self.x_BTD, rows, self.inputs, kv_policy, self.ops
+        )
         if self.site.kind == "attention":
             return attended
         middle = take(self.residual_BTD, rows.index_N) + attended
-        return attended + self._mlp_fast(normed(self.part.mlp_norm, middle))
+        return attended + self._mlp_fast(self.ops.norm(self.part.mlp_norm, middle))
 
     def _mlp_fast(self, x: Tensor) -> Tensor:
         if not x.numel():
             return x
-        return swiglu(self.part.mlp, x.flatten(0, -2)).view_as(x)
+        return swiglu(self.part.mlp, x.flatten(0, -2), self.ops).view_as(x)

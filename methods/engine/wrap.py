@@ -20,9 +20,10 @@ from methods.engine.clock import Clock, NoClock
 from methods.engine.counters import Counters
 from methods.engine.forecast_keys import forecast_keys
 from methods.engine.forward import ForwardState
+from methods.engine.host.choose import row_ops
+from methods.engine.host.row_ops import RowOps
 from methods.engine.kernels.choose import Kernels
 from methods.engine.lora import applied, suspended
-from methods.engine.norm import called, normed
 from methods.engine.placement import placed, settle, spread
 from methods.engine.swap import Executor, swapped
 from methods.engine.unit import Unit
@@ -50,7 +51,9 @@ class Routing:
     observer: Callable[[Site, Decision, Tensor], None] | None = None
     """Called with (site, decision, valid_BT) after each decision."""
     kernels: Kernels = "auto"
-    """Fused Triton kernels: on CUDA (auto), always (triton), never (torch)."""
+    """Fused Triton kernels on CUDA and compiled loops on a CPU (auto), one of them or none."""
+    ops: RowOps = field(default_factory=RowOps)
+    """Row-wise work of the gathered path."""
     clock: Clock = field(default_factory=NoClock)
     """Told what the gathered path is about to do."""
     draw: Callable[[Site, Tensor], Tensor] | None = None
@@ -124,7 +127,8 @@ def routed(
         model: a causal LM of a supported family, weights untouched.
         method: already set up for the model's shape (`attach` does that).
         mode: `masked` computes every token and blends; `gathered` computes what is executed.
-        kernels: of `gathered`; `auto` takes fused Triton kernels on CUDA, PyTorch elsewhere.
+        kernels: of `gathered`; `auto` takes fused Triton kernels on CUDA, and loops compiled by the
+            C compiler that is there on a CPU, else PyTorch.
 
     Yields:
         The same model object, with `model.routing` (a `Routing`) set.
@@ -152,10 +156,11 @@ def routed(
         raise ValueError(f"sites outside the model: {sorted(sites - known)}")
     fixed = method.fixed()
     dropped = frozenset(site for site, runs in fixed.items() if not runs)
+    ops = row_ops(kernels, model) if mode == "gathered" else None
     if placed(model):
         kernels = _without_fused(kernels)
     counters = Counters(shape, dropped, spread(model))
-    routing = Routing(method=method, counters=counters, kernels=kernels)
+    routing = Routing(method=method, counters=counters, kernels=kernels, ops=ops or RowOps())
     executor, asked = executors[mode](routing), sites - fixed.keys()
     with (
         applied(method.adapter),
@@ -167,7 +172,7 @@ def routed(
             routing.state,
             paused=lambda: routing.paused,
             dropped=dropped,
-            norm=normed if mode == "gathered" else called,
+            ops=ops,
         ),
     ):
         stack = decoder(model)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
-Kernels = Literal["auto", "triton", "torch"]
+Kernels = Literal["auto", "compiled", "triton", "torch"]
+SETTINGS = get_args(Kernels)
 
 
 def interpreting() -> bool:
@@ -26,9 +27,9 @@ def use_triton(setting: Kernels, tensor: Tensor) -> bool:
     Raises:
         ValueError: unknown setting, or `triton` where no kernel can run.
     """
-    if setting not in ("auto", "triton", "torch"):
-        raise ValueError(f"kernels must be auto, triton or torch, not {setting!r}")
-    if setting == "torch" or (setting == "auto" and not tensor.is_cuda):
+    if setting not in SETTINGS:
+        raise ValueError(f"kernels must be one of {', '.join(SETTINGS)}, not {setting!r}")
+    if setting in ("torch", "compiled") or (setting == "auto" and not tensor.is_cuda):
         return False
     installed = importlib.util.find_spec("triton") is not None
     possible = installed and (tensor.is_cuda or interpreting())

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from methods.engine import wrap
+from methods.engine.host.compiled import CompiledRowOps
+from methods.engine.host.row_ops import RowOps
 from methods.engine.traffic import dense_bytes, routed_bytes
 from methods.engine.wrap import routed, routing_of
 from tests.methods.conftest import small_ids, small_model
@@ -38,7 +39,8 @@ def touched_bytes(model, run):
 @torch.no_grad()
 def test_decode_bytes_equal_what_is_touched(rows, policy, monkeypatch):
     # one token's norm reads its weight without calling its module, where no hook sees it
-    monkeypatch.setattr(wrap, "normed", lambda norm, x: norm(x))
+    monkeypatch.setattr(RowOps, "norm", lambda _, norm, x: norm(x))
+    monkeypatch.setattr(CompiledRowOps, "norm", RowOps.norm)
     model, context, steps = small_model("qwen3"), 6, 4
     tables = random_tables(all_sites(model, "unit"), rows=rows, execute=0.4)
     method = Scripted(tables, kv_policy=policy)

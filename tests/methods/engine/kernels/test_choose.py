@@ -44,7 +44,7 @@ def test_triton_off_cuda_needs_the_interpreter(monkeypatch):
 
 
 def test_unknown_setting():
-    with pytest.raises(ValueError, match="auto, triton or torch"):
+    with pytest.raises(ValueError, match="auto, compiled, triton, torch"):
         use_triton("cuda", torch.zeros(1))
 
 

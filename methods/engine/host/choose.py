@@ -1,0 +1,46 @@
+"""Whether row-wise work runs as compiled loops."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from methods.engine.host.build import reason_without
+from methods.engine.host.compiled import CompiledRowOps
+from methods.engine.host.row_ops import RowOps
+from methods.engine.kernels.choose import Kernels
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def row_ops(setting: Kernels, model: PreTrainedModel) -> RowOps:
+    """The operations for a model.
+
+    Args:
+        setting: `auto` takes compiled loops for float32 on a CPU, if they can be compiled.
+
+    Raises:
+        ValueError: `compiled`, and they cannot.
+    """
+    if setting == "compiled":
+        require_compiled()
+        return CompiledRowOps()
+    # weights that are offloaded to disk have the device meta until they are asked for
+    on_host = any(weight.device.type in ("cpu", "meta") for weight in model.parameters())
+    wanted = setting == "auto" and on_host and model.dtype == torch.float32
+    if wanted and reason_without() is None:
+        return CompiledRowOps()
+    return RowOps()
+
+
+def require_compiled() -> None:
+    """Nothing, or one line on what is missing.
+
+    Raises:
+        ValueError: no loops can be compiled here.
+    """
+    reason = reason_without()
+    if reason is not None:
+        raise ValueError(f"kernels=compiled: {reason}; kernels=auto runs without")

@@ -1,0 +1,61 @@
+"""Row-wise work between the matrix products of a gathered forward, in PyTorch.
+
+`CompiledRowOps` does the same on a CPU in one pass over memory each, to float tolerance.
+
+Shapes: B sequences, T tokens, N gathered rows, D width, r rank, F MLP width, d head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional
+
+from methods.base import LinearUnit
+from methods.engine.low_rank import estimate
+from methods.engine.norm import normed
+from methods.engine.rotary import Angles, rotate
+from methods.engine.rows import Rows, bypassed_index, executed_rows, put, take
+
+
+class RowOps:
+    """The operations, each a method."""
+
+    compiled = False
+
+    def norm(self, module: Any, x: Tensor) -> Tensor:
+        """The norm of a layer on [..., D]."""
+        return normed(module, x)
+
+    def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
+        """silu(gate) * up, written to `gate`."""
+        return functional.silu(gate, inplace=True).mul_(up)
+
+    def rotate(self, x: Tensor, angles: Angles) -> Tensor:
+        """Rotary embedding of [..., heads, d], rows in the order of the leading axes."""
+        if angles.place_N is None:
+            rows = x.view(-1, len(angles.cos_Pd), *x.shape[-2:])
+            cos, sin = angles.cos_Pd, angles.sin_Pd
+        else:
+            rows = x.view(-1, *x.shape[-2:])
+            cos, sin = (
+                angle.index_select(0, angles.place_N) for angle in (angles.cos_Pd, angles.sin_Pd)
+            )
+        return rotate(rows, cos.unsqueeze(1), sin.unsqueeze(1)).view_as(x)
+
+    def split(self, execute_BT: Tensor, valid_BT: Tensor) -> tuple[Rows, Tensor]:
+        """Executed tokens, and the places b * T + t of bypassed ones, int64."""
+        return executed_rows(execute_BT), bypassed_index(execute_BT, valid_BT)
+
+    def add(self, into_BTD: Tensor, index_N: Tensor, delta_ND: Tensor) -> None:
+        """into[index] += delta."""
+        put(into_BTD, index_N, delta_ND)
+
+    def forecast(
+        self, linear: LinearUnit, x_BTD: Tensor, into_BTD: Tensor, index_N: Tensor
+    ) -> None:
+        """into[index] += the linear estimate of x[index], if the site makes one."""
+        found = estimate(linear, take(x_BTD, index_N))
+        if found is not None:
+            self.add(into_BTD, index_N, found)

@@ -1,0 +1,229 @@
+"""Compiled loops against the PyTorch operations that they stand for."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from methods.base import LinearUnit
+from methods.engine.host import build
+from methods.engine.host.build import reason_without
+from methods.engine.host.compiled import CompiledRowOps
+from methods.engine.host.row_ops import RowOps
+from methods.engine.low_rank import turned
+from methods.engine.rotary import Angles
+from methods.engine.wrap import routed, routing_of
+from tests.methods.conftest import small_ids, small_model
+from tests.methods.engine.scripted import Scripted, all_sites, random_maps, random_tables
+
+pytestmark = pytest.mark.skipif(reason_without() is not None, reason="no C compiler")
+
+PLAIN = RowOps()
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def ops():
+    return CompiledRowOps()
+
+
+def refuse(*_, **__):
+    raise AssertionError("the PyTorch operation ran")
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """The operations, without the PyTorch ones to fall back to."""
+    for name in ("norm", "silu_mul", "rotate", "split", "add", "forecast"):
+        monkeypatch.setattr(RowOps, name, refuse)
+    return CompiledRowOps()
+
+
+def same(found, expected, tolerance=1e-5):
+    torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 100])
+@pytest.mark.parametrize("width", [1, 15, 576])
+def test_norm(rows, width, alone):
+    module = LlamaRMSNorm(width, eps=1e-5)
+    module.weight.data = torch.randn(width)
+    x = 10 * torch.randn(2, rows, width)
+    same(alone.norm(module, x), module(x))
+
+
+def test_silu_mul_over_the_whole_range(alone):
+    gate = torch.cat([torch.linspace(-100, 100, 4001), torch.tensor([0.0, -0.0, 3e38, -3e38])])
+    up = torch.randn(len(gate))
+    # of the double: at -3e38 float32 has no answer to compare with
+    expected = (torch.nn.functional.silu(gate.double()) * up).float()
+    found = alone.silu_mul(gate.clone(), up)
+    same(found[:-1], expected[:-1])
+    assert found.isfinite().all()
+    broken = alone.silu_mul(torch.tensor([float("nan"), 1.0]), torch.ones(2))
+    assert broken.isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize(("batch", "shared"), [(1, True), (3, True), (3, False)])
+@pytest.mark.parametrize("gathered", [False, True])
+def test_rotate(batch, shared, gathered, ops):
+    tokens, heads, size = 11, 3, 8
+    angle = torch.randn(1 if shared else batch, tokens, size).flatten(0, 1)
+    angles = Angles(angle.cos(), angle.sin())
+    x = torch.randn(batch, tokens, heads, size)
+    if gathered:
+        index = torch.randperm(batch * tokens)[:9].sort().values
+        x, angles = x.flatten(0, 1)[index], angles.at(index)
+    assert not torch.equal(ops.rotate(x, angles), x)
+    same(ops.rotate(x, angles), PLAIN.rotate(x, angles))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(1, 4), st.integers(1, 20), st.sampled_from([0.0, 0.5, 1.0]), st.integers(0, 99))
+def test_split(batch, tokens, share, seed):
+    generator = torch.Generator().manual_seed(seed)
+    execute, valid = (torch.rand(batch, tokens, generator=generator) < p for p in (share, 0.8))
+    rows, bypassed = CompiledRowOps().split(execute & valid, valid)
+    expected, others = PLAIN.split(execute & valid, valid)
+    assert rows.index_N.tolist() == expected.index_N.tolist()
+    assert (rows.counts, rows.tokens) == (expected.counts, expected.tokens)
+    assert bypassed.tolist() == others.tolist()
+
+
+def test_add(alone):
+    into, index = torch.randn(2, 30, 5), torch.arange(0, 60, 3)
+    delta = torch.randn(len(index), 5)
+    expected = into.flatten(0, 1).index_add(0, index, delta).view_as(into)
+    alone.add(into, index, delta)
+    same(into, expected)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    count=st.integers(0, 40),
+    width=st.sampled_from([16, 80, 576]),
+    rank=st.sampled_from([16, 64, 96, 512]),
+    biases=st.booleans(),
+    silu=st.booleans(),
+)
+def test_forecast(count, width, rank, biases, silu):
+    linear = maps(width, rank, biases, silu)
+    x, into = torch.randn(1, 50, width), torch.randn(1, 50, width)
+    index = torch.randperm(50)[:count].sort().values
+    expected = into.clone()
+    PLAIN.forecast(linear, x, expected, index)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RowOps, "forecast", refuse)
+        CompiledRowOps().forecast(linear, x, into, index)
+    same(into, expected, 1e-4)
+
+
+def maps(width, rank, biases=True, silu=False):
+    return turned(
+        LinearUnit(
+            torch.randn(width),
+            torch.tensor(0.0),
+            torch.randn(rank, width) / width**0.5,
+            torch.randn(rank) if biases else None,
+            torch.randn(width, rank) / rank**0.5,
+            torch.randn(width) if biases else None,
+            silu,
+        )
+    )
+
+
+@pytest.mark.parametrize(("width", "rank"), [(20, 16), (16, 8), (16, 1024)])
+def test_shapes_that_no_loop_covers(width, rank, ops):
+    linear, x = maps(width, rank), torch.randn(1, 9, width)
+    found, expected = torch.zeros(1, 9, width), torch.zeros(1, 9, width)
+    index = torch.arange(0, 9, 2)
+    ops.forecast(linear, x, found, index)
+    PLAIN.forecast(linear, x, expected, index)
+    same(found, expected)
+    assert found.any()
+
+
+def test_other_dtypes_layouts_and_gradients_take_the_pytorch_way(ops):
+    module = LlamaRMSNorm(16)
+    x = torch.randn(4, 16)
+    same(ops.norm(module, x.bfloat16()), module(x.bfloat16()))
+    same(ops.norm(module, x.t().contiguous().t()), module(x))
+    same(ops.norm(nn.LayerNorm(16), x), nn.LayerNorm(16)(x))
+    with torch.enable_grad():
+        y = x.clone().requires_grad_()
+        ops.norm(module, y).sum().backward()
+        assert y.grad is not None
+    wide = torch.randn(8, 8)
+    same(ops.silu_mul(wide.t().clone().t(), wide), PLAIN.silu_mul(wide.clone(), wide))
+
+
+@pytest.mark.parametrize("policy", ["keep", "evict"])
+@pytest.mark.parametrize("kernels", ["compiled", "torch"])
+def test_a_routed_model_equals_the_masked_one(kernels, policy):
+    model, ids = small_model(), small_ids(3, 40)
+    sites = all_sites(model, "unit")
+    tables = random_tables(sites, rows=3, positions=40, execute=0.5)
+    method = Scripted(tables, random_maps(sites, 32), kv_policy=policy)
+    with routed(model, method, "masked"):
+        expected = model(input_ids=ids).logits
+    with routed(model, method, "gathered", kernels=kernels):
+        assert routing_of(model).ops.compiled == (kernels == "compiled")
+        same(model(input_ids=ids).logits, expected, 2e-4)
+
+
+class TestBuilding:
+    @pytest.fixture(autouse=True)
+    def _fresh(self, monkeypatch, tmp_path):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        self.clear()
+        yield
+        monkeypatch.undo()
+        self.clear()
+
+    @staticmethod
+    def clear():
+        build.library.cache_clear()
+        build.reason_without.cache_clear()
+
+    def test_once_a_machine(self, tmp_path):
+        build.library()
+        (built,) = (tmp_path / "cache" / "routebench" / "loops").iterdir()
+        stamp = built.stat().st_mtime_ns
+        self.clear()
+        build.library()
+        assert built.stat().st_mtime_ns == stamp
+
+    def test_without_a_place_to_keep_it(self, monkeypatch, tmp_path):
+        blocked = tmp_path / "file"
+        blocked.write_text("")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
+        assert build.library().partition is not None
+
+    def test_without_a_compiler_pytorch_runs(self, monkeypatch):
+        monkeypatch.setenv("PATH", "")
+        monkeypatch.delenv("CC", raising=False)
+        model = small_model()
+        method = Scripted(random_tables(all_sites(model, "unit"), rows=1))
+        with routed(model, method, "gathered"):
+            assert not routing_of(model).ops.compiled
+        wrong = pytest.raises(ValueError, match="kernels=compiled: no C compiler")
+        with wrong, routed(model, method, "gathered", kernels="compiled"):
+            pass
+
+    def test_a_compiler_that_fails(self, monkeypatch, tmp_path):
+        broken = tmp_path / "cc"
+        broken.write_text("#!/bin/sh\necho 'fatal: no OpenMP' >&2\nexit 1\n")
+        broken.chmod(0o755)
+        monkeypatch.setenv("CC", str(broken))
+        assert "no OpenMP" in build.reason_without()
+        folder = tmp_path / "cache" / "routebench" / "loops"
+        assert list(folder.iterdir()) == []
