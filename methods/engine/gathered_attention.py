@@ -78,7 +78,7 @@ def attend_rows(
     start = 0
     for sequence in sequences:
         end = start + len(sequence.last_N)
-        found += _attend(query_NHd[start:end], sequence, attention.scaling)
+        found += _attend(query_NHd[start:end], sequence, attention.scaling, ops)
         start = end
     out_NHd = found[0] if len(found) == 1 else torch.cat(found)
     projected: Tensor = attention.o_proj(out_NHd.flatten(1))
@@ -164,9 +164,14 @@ def _kept_sequences(
         )
 
 
-def _attend(query_NHd: Tensor, sequence: Sequence, scale: float) -> Iterator[Tensor]:
+def _attend(query_NHd: Tensor, sequence: Sequence, scale: float, ops: RowOps) -> Iterator[Tensor]:
     """Scaled dot products of one sequence, a block of queries against the keys up to its last."""
     key, value = sequence.key_KSd, sequence.value_KSd
+    if sequence.mask is None:
+        done = ops.attend(query_NHd, key, value, sequence.last_N, scale)
+        if done is not None:
+            yield done
+            return
     if sequence.square:
         yield _dot(query_NHd, key, value, None, scale, True)
         return

@@ -16,7 +16,8 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).resolve().parent
-SOURCES = ("rows.c", "forecast.c")
+SOURCES = ("rows.c", "forecast.c", "attend.c")
+HEADER = "loops.h"
 # sums may be reordered as vectors need it; infinities and NaN stay what they are
 FLAGS = (
     "-O3 -march=native -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math "
@@ -29,6 +30,13 @@ SIGNATURES = {
     "rotate": (None, [POINTER, POINTER, POINTER, POINTER, INT, POINTER, INT, INT, INT]),
     "add_rows": (None, [POINTER, POINTER, POINTER, INT, INT]),
     "partition": (None, [POINTER, POINTER, POINTER, POINTER, POINTER, INT, INT]),
+    "attend": (
+        None,
+        [
+            *(POINTER, POINTER, INT, INT, POINTER, INT, INT, POINTER),
+            *(FLOAT, POINTER, POINTER, INT, INT, INT, INT),
+        ],
+    ),
     "forecast": (
         None,
         [POINTER, POINTER, POINTER, INT, INT, INT, POINTER, POINTER, POINTER, POINTER, INT],
@@ -36,6 +44,9 @@ SIGNATURES = {
 }
 MAX_RANK = 512
 """Of `forecast.c`; beyond it a matrix product of the library is as fast."""
+MAX_HEAD = 256
+PANEL = 64
+"""Both of `attend.c`."""
 
 
 class NoCompiler(RuntimeError):
@@ -112,7 +123,7 @@ def _compiled(compiler: str, path: Path) -> Path:
 def _key(compiler: str) -> str:
     """Changes with the source, the flags, the compiler and what the processor can do."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
-    parts = [(FOLDER / name).read_bytes() for name in SOURCES]
+    parts = [(FOLDER / name).read_bytes() for name in (*SOURCES, HEADER)]
     parts += [version, " ".join(FLAGS).encode(), platform.machine().encode(), _features()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor
 
 from methods.base import LinearUnit
-from methods.engine.host.build import MAX_RANK, library
+from methods.engine.host.build import MAX_HEAD, MAX_RANK, PANEL, library
 from methods.engine.host.row_ops import RowOps
 from methods.engine.norm import is_plain_rms
 from methods.engine.rotary import Angles
 from methods.engine.rows import Rows
 
 LANES = 16
-"""Widths and ranks of the forecast loop are a multiple of this."""
+"""Widths and ranks of the forecast, and heads in attention, are a multiple of this."""
+FEW_QUERIES = 8
+"""Fewer do not pay for the keys that the attention loop copies."""
 
 
 class CompiledRowOps(RowOps):
@@ -103,6 +105,34 @@ class CompiledRowOps(RowOps):
             into_BTD.data_ptr(), index_N.data_ptr(), delta_ND.data_ptr(), *delta_ND.shape
         )
 
+    def attend(
+        self, query_NHd: Tensor, key_KSd: Tensor, value_KSd: Tensor, last_N: Tensor, scale: float
+    ) -> Tensor | None:
+        """Block by block without a mask; keys are copied once, by columns."""
+        size = query_NHd.shape[-1]
+        fits = size % LANES == 0 and size <= MAX_HEAD and len(last_N) >= FEW_QUERIES
+        lie = key_KSd.stride(2) == value_KSd.stride(2) == 1
+        if not (fits and lie and _plain(query_NHd, key_KSd, value_KSd)):
+            return None
+        query_NHd = query_NHd.contiguous()
+        out = torch.empty_like(query_NHd)
+        turned = out.new_empty(key_KSd.shape[0], -(-key_KSd.shape[1] // PANEL) * PANEL, size)
+        self.loops.attend(
+            query_NHd.data_ptr(),
+            key_KSd.data_ptr(),
+            *key_KSd.stride()[:2],
+            value_KSd.data_ptr(),
+            *value_KSd.stride()[:2],
+            last_N.data_ptr(),
+            scale,
+            turned.data_ptr(),
+            out.data_ptr(),
+            *query_NHd.shape[:2],
+            key_KSd.shape[0],
+            size,
+        )
+        return out
+
     def forecast(
         self, linear: LinearUnit, x_BTD: Tensor, into_BTD: Tensor, index_N: Tensor
     ) -> None:
@@ -135,11 +165,13 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _covered(*tensors: Tensor) -> bool:
-    """True if loops may read and write these through their addresses."""
+def _plain(*tensors: Tensor) -> bool:
+    """True for float32 on the host that nobody differentiates."""
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return False
-    return all(
-        tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous()
-        for tensor in tensors
-    )
+    return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+
+
+def _covered(*tensors: Tensor) -> bool:
+    """True if loops may read and write these from their first address on."""
+    return _plain(*tensors) and all(tensor.is_contiguous() for tensor in tensors)

@@ -52,6 +52,15 @@ class RowOps:
         """into[index] += delta."""
         put(into_BTD, index_N, delta_ND)
 
+    def attend(
+        self, query_NHd: Tensor, key_KSd: Tensor, value_KSd: Tensor, last_N: Tensor, scale: float
+    ) -> Tensor | None:
+        """Attention of queries that see keys 0 .. last each, rising; [N, H, d].
+
+        None leaves it to the library's kernel, which wants a mask.
+        """
+        return None
+
     def forecast(
         self, linear: LinearUnit, x_BTD: Tensor, into_BTD: Tensor, index_N: Tensor
     ) -> None:

@@ -3,25 +3,9 @@
    Every function is the counterpart of a method of `methods.engine.host.row_ops.RowOps`, which says
    what it computes; matrices are row-major, without gaps. `index` holds rows in rising order. */
 
-#include <math.h>
-#include <stdint.h>
+#include "loops.h"
 
 #define FEW_ROWS 8 /* up to here waking the other threads costs more than they save */
-
-/* e^x to 2 units in the last place: 2^n times a polynomial of the rest (Cephes, expf). */
-static inline float exponential(float x) {
-    x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
-    float n = nearbyintf(x * 1.44269504f);
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    union { int32_t bits; float value; } power = {((int32_t)n + 127) << 23};
-    return (p * r * r + r + 1.0f) * power.value;
-}
 
 /* out = x / sqrt(mean(x^2) + eps) * weight, a row at a time. */
 void rms_norm(const float *x, const float *weight, float eps, float *out, int64_t rows,
@@ -40,11 +24,6 @@ void rms_norm(const float *x, const float *weight, float eps, float *out, int64_
 void silu_mul(float *restrict gate, const float *restrict up, int64_t count) {
 #pragma omp parallel for simd schedule(static)
     for (int64_t i = 0; i < count; i++) gate[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
-}
-
-/* h = silu(h), on the calling thread. */
-void silu(float *h, int64_t count) {
-    for (int64_t i = 0; i < count; i++) h[i] = h[i] / (1.0f + exponential(-h[i]));
 }
 
 /* Rotary embedding of x [rows, heads, size]; row i has the angles of `place[i]`, or of i % period. */

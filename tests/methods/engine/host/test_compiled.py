@@ -109,6 +109,48 @@ def test_add(alone):
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
+    keys=st.sampled_from([8, 63, 64, 65, 300, 700]),
+    queries=st.integers(8, 60),
+    heads=st.sampled_from([(1, 1), (3, 1), (9, 3), (4, 4)]),
+    size=st.sampled_from([16, 64, 80, 256]),
+    layout=st.sampled_from(["cache", "projection"]),
+    seed=st.integers(0, 99),
+)
+def test_attend(keys, queries, heads, size, layout, seed):
+    """Any rising bounds, two queries at one key included, at scores of every size."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def made(*shape):
+        return 3 * torch.randn(*shape, generator=generator)
+
+    number, shared = heads
+    last = torch.randint(0, keys, (queries,), generator=generator).sort().values
+    query = made(queries, number, size)
+    if layout == "cache":
+        key, value = (made(shared, keys + 9, size)[:, :keys] for _ in range(2))
+    else:
+        key, value = (made(keys, shared, size).transpose(0, 1) for _ in range(2))
+    found = CompiledRowOps().attend(query, key, value, last, 0.2)
+    groups = query.double().view(queries, shared, -1, size)
+    scores = torch.einsum("nkgd,ksd->nkgs", groups, key.double()) * 0.2
+    scores = scores.masked_fill(torch.arange(keys) > last[:, None, None, None], float("-inf"))
+    expected = torch.einsum("nkgs,ksd->nkgd", scores.softmax(-1), value.double())
+    assert found is not None
+    same(found, expected.reshape(queries, number, size).float(), 2e-4)
+
+
+def test_attention_that_no_loop_covers(ops):
+    def asked(queries=9, size=16, dtype=torch.float32):
+        query, key = (torch.randn(n, m, size, dtype=dtype) for n, m in ((queries, 2), (2, 20)))
+        return ops.attend(query, key, key, torch.arange(queries), 1.0)
+
+    assert asked() is not None
+    assert asked(queries=1) is None and asked(size=24) is None and asked(size=272) is None
+    assert asked(dtype=torch.bfloat16) is None
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
     count=st.integers(0, 40),
     width=st.sampled_from([16, 80, 576]),
     rank=st.sampled_from([16, 64, 96, 512]),

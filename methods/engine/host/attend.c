@@ -1,0 +1,115 @@
+/* Causal attention of gathered queries, each up to its own last key: scores live in a block that
+   stays in the cache, softmax is taken as blocks come (Dao et al., arXiv 2205.14135, algorithm 1).
+   No mask is made and no key is read that no query of a tile sees. Counterpart of
+   `RowOps.attend`. */
+
+#include "loops.h"
+
+#define BLOCK 256    /* keys whose scores are held at a time */
+#define PANEL 64     /* keys that lie together once turned */
+#define MAX_SIZE 256 /* of a head */
+
+typedef struct {
+    const float *q[TILE];
+    int64_t seen[TILE]; /* keys that the row sees */
+    float max[TILE], sum[TILE];
+    float scores[TILE * BLOCK], out[TILE * MAX_SIZE];
+} Tile;
+
+/* One panel of keys by columns, [size, PANEL]; zeros where there are no keys. */
+static void turn(const float *key, int64_t row, int64_t keys, int64_t size, float *turned) {
+    for (int64_t c = 0; c < size; c++)
+        for (int64_t s = 0; s < PANEL; s++) turned[c * PANEL + s] = s < keys ? key[s * row + c] : 0;
+}
+
+/* Scores of the block's keys become weights relative to the row's new maximum. */
+static void soften(Tile *t, int r, int64_t begin, int64_t columns, int64_t size, float scale) {
+    float *s = t->scores + r * BLOCK, *out = t->out + r * MAX_SIZE;
+    int64_t seen = t->seen[r] - begin;
+    seen = seen < 0 ? 0 : (seen < columns ? seen : columns);
+    float top = t->max[r], sum = 0.0f;
+#pragma omp simd reduction(max : top)
+    for (int64_t j = 0; j < seen; j++) top = s[j] * scale > top ? s[j] * scale : top;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < seen; j++) {
+        s[j] = exponential(s[j] * scale - top);
+        sum += s[j];
+    }
+    for (int64_t j = seen; j < columns; j++) s[j] = 0.0f;
+    float kept = begin ? exponential(t->max[r] - top) : 0.0f;
+    t->sum[r] = t->sum[r] * kept + sum;
+    t->max[r] = top;
+    for (int64_t c = 0; c < size; c++) out[c] *= kept;
+}
+
+/* One tile over the keys that any of its rows sees. */
+static void attend_tile(Tile *t, const float *turned, const float *value, int64_t row, int64_t keys,
+                        int64_t size, float scale) {
+    const float *weights[TILE];
+    vec sum[TILE * WIDE];
+    int64_t vecs;
+    for (int r = 0; r < TILE; r++) weights[r] = t->scores + r * BLOCK;
+    for (int64_t begin = 0; begin < keys; begin += BLOCK) {
+        int64_t columns = keys - begin < BLOCK ? keys - begin : BLOCK;
+        for (int64_t j = 0; j < columns; j += WIDE * LANES) {
+            const float *columns_at = turned + (begin + j) / PANEL * size * PANEL + j % PANEL;
+            for (int i = 0; i < TILE * WIDE; i++) sum[i] = (vec){0};
+            wide_product(t->q, size, columns_at, PANEL, sum);
+            for (int i = 0; i < TILE * WIDE; i++)
+                *(vec *)(t->scores + i / WIDE * BLOCK + j + i % WIDE * LANES) = sum[i];
+        }
+        for (int r = 0; r < TILE; r++) soften(t, r, begin, columns, size, scale);
+        for (int64_t j = 0; j < size; j += vecs * LANES) {
+            vecs = panel(j, size);
+            for (int64_t i = 0; i < TILE * vecs; i++)
+                sum[i] = *(vec *)(t->out + i / vecs * MAX_SIZE + j + i % vecs * LANES);
+            product(weights, columns, value + begin * row + j, row, vecs, sum);
+            for (int64_t i = 0; i < TILE * vecs; i++)
+                *(vec *)(t->out + i / vecs * MAX_SIZE + j + i % vecs * LANES) = sum[i];
+        }
+    }
+}
+
+/* out [count, heads, size] of queries alike. Keys and values of key-value head g begin at
+   g * key_head; their rows are key_row apart. Query i sees keys 0 .. last[i], rising. `turned` is
+   scratch, [kv_heads, panels, size, PANEL] for the keys up to last[count - 1]. `size` is a multiple
+   of 16 and at most MAX_SIZE. */
+void attend(const float *q, const float *key, int64_t key_head, int64_t key_row,
+            const float *value, int64_t value_head, int64_t value_row, const int64_t *last,
+            float scale, float *turned, float *out, int64_t count, int64_t heads, int64_t kv_heads,
+            int64_t size) {
+    int64_t keys = last[count - 1] + 1, group = heads / kv_heads, rows = count * group;
+    int64_t tiles = (rows + TILE - 1) / TILE, panels = (keys + PANEL - 1) / PANEL;
+#pragma omp parallel
+    {
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < kv_heads * panels; n++) {
+            int64_t from = n % panels * PANEL;
+            turn(key + n / panels * key_head + from * key_row, key_row, keys - from, size,
+                 turned + n * size * PANEL);
+        }
+        /* the last tiles of a head see the most keys: they are taken first */
+#pragma omp for schedule(dynamic, 4)
+        for (int64_t n = 0; n < kv_heads * tiles; n++) {
+            int64_t g = n / tiles, first = (tiles - 1 - n % tiles) * TILE, most = 0;
+            int64_t real = rows - first < TILE ? rows - first : TILE;
+            Tile t;
+            for (int r = 0; r < TILE; r++) { /* a short tile repeats its first row */
+                int64_t m = first + (r < real ? r : 0);
+                t.q[r] = q + (m / group * heads + g * group + m % group) * size;
+                t.seen[r] = last[m / group] + 1;
+                t.max[r] = -1e30f;
+                t.sum[r] = 0.0f;
+                most = t.seen[r] > most ? t.seen[r] : most;
+                for (int64_t c = 0; c < size; c++) t.out[r * MAX_SIZE + c] = 0.0f;
+            }
+            attend_tile(&t, turned + g * panels * size * PANEL, value + g * value_head, value_row,
+                        most, size, scale);
+            for (int64_t r = 0; r < real; r++) {
+                int64_t m = first + r;
+                float *to = out + (m / group * heads + g * group + m % group) * size;
+                for (int64_t c = 0; c < size; c++) to[c] = t.out[r * MAX_SIZE + c] / t.sum[r];
+            }
+        }
+    }
+}
