@@ -80,21 +80,26 @@ class GatheredExecutor:
             delta_ND = unit.run_rows(rows, method.kv_policy)
         with clock.part("scatter"):
             # a method that was asked may hold the stream; one that was not cannot
-            owned = unit.owned and linear is not None
-            after = unit.residual_BTD if owned else unit.residual_BTD.clone()
+            residual = after = unit.residual_BTD
+            if not unit.owned or linear is None:
+                written = len(delta_ND) + len(bypassed) == rows.tokens * len(residual)
+                forecasts = linear is not None and linear.down_rD is not None
+                after = ops.room(residual, filled=written and forecasts)
             if len(delta_ND):
-                ops.add(after, rows.index_N, scaled_rows(delta_ND, rows.index_N, decision))
+                delta_ND = scaled_rows(delta_ND, rows.index_N, decision)
+                ops.add(residual, after, rows.index_N, delta_ND)
         if not len(bypassed):
             return after
         with clock.part("forecast"):
             if linear is not None:
-                ops.forecast(linear, unit.x_BTD, after, bypassed)
+                ops.forecast(linear, unit.x_BTD, residual, after, bypassed)
                 return after
             x_MD = take(unit.x_BTD, bypassed)
             forecast = method.approximate(unit.site, x_MD[None])
             if forecast is not None:
                 forecast_MD = forecast.view(len(bypassed), -1)
-                ops.add(after, bypassed, scaled_rows(forecast_MD, bypassed, decision))
+                delta_ND = scaled_rows(forecast_MD, bypassed, decision)
+                ops.add(residual, after, bypassed, delta_ND)
         return after
 
 

@@ -53,19 +53,16 @@ static void attend_tile(Tile *t, const float *turned, const float *value, int64_
         int64_t columns = keys - begin < BLOCK ? keys - begin : BLOCK;
         for (int64_t j = 0; j < columns; j += WIDE * LANES) {
             const float *columns_at = turned + (begin + j) / PANEL * size * PANEL + j % PANEL;
-            for (int i = 0; i < TILE * WIDE; i++) sum[i] = (vec){0};
+            clear(sum);
             wide_product(t->q, size, columns_at, PANEL, sum);
-            for (int i = 0; i < TILE * WIDE; i++)
-                *(vec *)(t->scores + i / WIDE * BLOCK + j + i % WIDE * LANES) = sum[i];
+            store(sum, WIDE, t->scores + j, BLOCK);
         }
         for (int r = 0; r < TILE; r++) soften(t, r, begin, columns, size, scale);
         for (int64_t j = 0; j < size; j += vecs * LANES) {
             vecs = panel(j, size);
-            for (int64_t i = 0; i < TILE * vecs; i++)
-                sum[i] = *(vec *)(t->out + i / vecs * MAX_SIZE + j + i % vecs * LANES);
+            load(t->out + j, MAX_SIZE, vecs, sum);
             product(weights, columns, value + begin * row + j, row, vecs, sum);
-            for (int64_t i = 0; i < TILE * vecs; i++)
-                *(vec *)(t->out + i / vecs * MAX_SIZE + j + i % vecs * LANES) = sum[i];
+            store(sum, vecs, t->out + j, MAX_SIZE);
         }
     }
 }

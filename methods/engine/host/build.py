@@ -28,7 +28,7 @@ SIGNATURES = {
     "rms_norm": (None, [POINTER, POINTER, FLOAT, POINTER, INT, INT]),
     "silu_mul": (None, [POINTER, POINTER, INT]),
     "rotate": (None, [POINTER, POINTER, POINTER, POINTER, INT, POINTER, INT, INT, INT]),
-    "add_rows": (None, [POINTER, POINTER, POINTER, INT, INT]),
+    "add_rows": (None, [POINTER, POINTER, POINTER, POINTER, INT, INT]),
     "partition": (None, [POINTER, POINTER, POINTER, POINTER, POINTER, INT, INT]),
     "attend": (
         None,
@@ -39,7 +39,10 @@ SIGNATURES = {
     ),
     "forecast": (
         None,
-        [POINTER, POINTER, POINTER, INT, INT, INT, POINTER, POINTER, POINTER, POINTER, INT],
+        [
+            *(POINTER, POINTER, POINTER, POINTER, INT, INT, INT),
+            *(POINTER, POINTER, POINTER, POINTER, INT),
+        ],
     ),
 }
 MAX_RANK = 512

@@ -76,33 +76,47 @@ class CompiledRowOps(RowOps):
 
     def split(self, execute_BT: Tensor, valid_BT: Tensor) -> tuple[Rows, Tensor]:
         """One pass over the two masks."""
-        on_host = execute_BT.device.type == valid_BT.device.type == "cpu"
-        if not on_host or execute_BT.dtype != torch.bool or valid_BT.dtype != torch.bool:
+        if not (execute_BT.is_cpu and valid_BT.is_cpu and execute_BT.dtype is torch.bool):
             return super().split(execute_BT, valid_BT)
         execute_BT, valid_BT = execute_BT.contiguous(), valid_BT.contiguous()
         batch, tokens = execute_BT.shape
-        places = torch.empty(2, batch * tokens, dtype=torch.int64)
-        executed, bypassed = places.unbind()
-        numbers = torch.empty(batch + 1, dtype=torch.int64)
+        size = batch * tokens
+        # executed places, bypassed places, and the numbers of both
+        found = torch.empty(2 * size + batch + 1, dtype=torch.int64)
+        at = found.data_ptr()
         self.loops.partition(
             execute_BT.data_ptr(),
             valid_BT.data_ptr(),
-            executed.data_ptr(),
-            bypassed.data_ptr(),
-            numbers.data_ptr(),
+            at,
+            at + 8 * size,
+            at + 16 * size,
             batch,
             tokens,
         )
-        *counts, others = numbers.tolist()
-        return Rows(executed[: sum(counts)], counts, tokens), bypassed[:others]
+        *counts, others = found[2 * size :].tolist()
+        rows = Rows(found[: sum(counts)], counts, tokens)
+        return rows, found[size : size + others]
 
-    def add(self, into_BTD: Tensor, index_N: Tensor, delta_ND: Tensor) -> None:
+    def room(self, residual_BTD: Tensor, filled: bool) -> Tensor:
+        """Nothing is copied where every row is written anyway."""
+        if not filled or not _covered(residual_BTD):
+            return super().room(residual_BTD, filled)
+        return torch.empty_like(residual_BTD)
+
+    def add(
+        self, residual_BTD: Tensor, into_BTD: Tensor, index_N: Tensor, delta_ND: Tensor
+    ) -> None:
         """Rows in parallel, without the check of indices."""
-        if not _covered(into_BTD, delta_ND):
-            super().add(into_BTD, index_N, delta_ND)
+        if not _covered(residual_BTD, into_BTD):
+            super().add(residual_BTD, into_BTD, index_N, delta_ND)
             return
+        delta_ND = delta_ND.to(torch.float32).contiguous()
         self.loops.add_rows(
-            into_BTD.data_ptr(), index_N.data_ptr(), delta_ND.data_ptr(), *delta_ND.shape
+            residual_BTD.data_ptr(),
+            into_BTD.data_ptr(),
+            index_N.data_ptr(),
+            delta_ND.data_ptr(),
+            *delta_ND.shape,
         )
 
     def attend(
@@ -134,7 +148,12 @@ class CompiledRowOps(RowOps):
         return out
 
     def forecast(
-        self, linear: LinearUnit, x_BTD: Tensor, into_BTD: Tensor, index_N: Tensor
+        self,
+        linear: LinearUnit,
+        x_BTD: Tensor,
+        residual_BTD: Tensor,
+        into_BTD: Tensor,
+        index_N: Tensor,
     ) -> None:
         """Tiles of rows through both maps; PyTorch gathers, keeps intermediates and scatters."""
         down, up = linear.down_rD, linear.up_Dr
@@ -143,11 +162,12 @@ class CompiledRowOps(RowOps):
         rank, width = down.shape
         fits = rank % LANES == 0 and width % LANES == 0 and rank <= MAX_RANK
         biases = [bias for bias in (linear.down_bias_r, linear.bias_D) if bias is not None]
-        if not fits or not _covered(x_BTD, into_BTD, down.t(), up.t(), *biases):
-            super().forecast(linear, x_BTD, into_BTD, index_N)
+        if not fits or not _covered(x_BTD, residual_BTD, into_BTD, down.t(), up.t(), *biases):
+            super().forecast(linear, x_BTD, residual_BTD, into_BTD, index_N)
             return
         self.loops.forecast(
             x_BTD.data_ptr(),
+            residual_BTD.data_ptr(),
             into_BTD.data_ptr(),
             index_N.data_ptr(),
             len(index_N),
@@ -167,11 +187,15 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 def _plain(*tensors: Tensor) -> bool:
     """True for float32 on the host that nobody differentiates."""
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return False
-    return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+    differentiates = torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor.dtype is not torch.float32 or not tensor.is_cpu:
+            return False
+        if differentiates and tensor.requires_grad:
+            return False
+    return True
 
 
 def _covered(*tensors: Tensor) -> bool:
     """True if loops may read and write these from their first address on."""
-    return _plain(*tensors) and all(tensor.is_contiguous() for tensor in tensors)
+    return _plain(*tensors) and all(map(Tensor.is_contiguous, tensors))

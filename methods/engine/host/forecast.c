@@ -11,14 +11,14 @@ static void silu(float *h, int64_t count) {
 
 /* Every row of a tile's sums starts as the bias, or as zeros. */
 static inline void start(const float *bias, int64_t vecs, vec *sum) {
-    for (int64_t i = 0; i < TILE * vecs; i++)
-        sum[i] = bias ? *(const vec *)(bias + i % vecs * LANES) : (vec){0};
+    if (bias) load(bias, 0, vecs, sum);
+    else clear(sum);
 }
 
-/* into[index] += up(act(down(x[index]))); `down` is [width, rank], `up` [rank, width], both a
+/* into[index] = residual[index] + up(act(down(x[index]))); `down` is [width, rank], `up` [rank, width], both a
    multiple of 16 and rank at most MAX_RANK; biases may be null. */
-void forecast(const float *x, float *into, const int64_t *index, int64_t count, int64_t width,
-              int64_t rank, const float *down, const float *down_bias, const float *up,
+void forecast(const float *x, const float *residual, float *into, const int64_t *index,
+              int64_t count, int64_t width, int64_t rank, const float *down, const float *down_bias, const float *up,
               const float *bias, int64_t with_silu) {
 #pragma omp parallel for schedule(static) if (count > TILE)
     for (int64_t first = 0; first < count; first += TILE) {
@@ -34,16 +34,18 @@ void forecast(const float *x, float *into, const int64_t *index, int64_t count, 
             vecs = panel(j, rank);
             start(down_bias ? down_bias + j : 0, vecs, sum);
             product(in, width, down + j, rank, vecs, sum);
-            for (int64_t i = 0; i < TILE * vecs; i++)
-                *(vec *)(hidden + i / vecs * rank + j + i % vecs * LANES) = sum[i];
+            store(sum, vecs, hidden + j, rank);
         }
         if (with_silu) silu(hidden, TILE * rank);
         for (int64_t j = 0; j < width; j += vecs * LANES) {
             vecs = panel(j, width);
             start(bias ? bias + j : 0, vecs, sum);
             product(middle, rank, up + j, width, vecs, sum);
-            for (int64_t i = 0; i < rows * vecs; i++)
-                *(vec *)(into + index[first + i / vecs] * width + j + i % vecs * LANES) += sum[i];
+            for (int64_t r = 0; r < rows; r++)
+                for (int64_t v = 0; v < vecs; v++) {
+                    int64_t at = index[first + r] * width + j + v * LANES;
+                    *(vec *)(into + at) = *(const vec *)(residual + at) + sum[r * vecs + v];
+                }
         }
     }
 }

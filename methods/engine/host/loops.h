@@ -51,6 +51,22 @@ static inline void product(const float *const *a, int64_t inner, const float *w,
     else narrow_product(a, inner, w, stride, sum);
 }
 
+/* A tile's sums from and to memory, rows `stride` floats apart. */
+static inline void load(const float *from, int64_t stride, int64_t vecs, vec *sum) {
+    for (int64_t r = 0; r < TILE; r++)
+        for (int64_t v = 0; v < vecs; v++)
+            sum[r * vecs + v] = *(const vec *)(from + r * stride + v * LANES);
+}
+
+static inline void store(const vec *sum, int64_t vecs, float *to, int64_t stride) {
+    for (int64_t r = 0; r < TILE; r++)
+        for (int64_t v = 0; v < vecs; v++) *(vec *)(to + r * stride + v * LANES) = sum[r * vecs + v];
+}
+
+static inline void clear(vec *sum) {
+    for (int i = 0; i < TILE * WIDE; i++) sum[i] = (vec){0};
+}
+
 /* e^x to 2 units in the last place: 2^n times a polynomial of the rest (Cephes, expf). */
 static inline float exponential(float x) {
     x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);

@@ -48,8 +48,18 @@ class RowOps:
         """Executed tokens, and the places b * T + t of bypassed ones, int64."""
         return executed_rows(execute_BT), bypassed_index(execute_BT, valid_BT)
 
-    def add(self, into_BTD: Tensor, index_N: Tensor, delta_ND: Tensor) -> None:
-        """into[index] += delta."""
+    def room(self, residual_BTD: Tensor, filled: bool) -> Tensor:
+        """Where the next residual stream is made, before `add` and `forecast`.
+
+        Args:
+            filled: these two will write every row.
+        """
+        return residual_BTD.clone()
+
+    def add(
+        self, residual_BTD: Tensor, into_BTD: Tensor, index_N: Tensor, delta_ND: Tensor
+    ) -> None:
+        """into[index] = residual[index] + delta; `into` is from `room`, or the residual itself."""
         put(into_BTD, index_N, delta_ND)
 
     def attend(
@@ -62,9 +72,14 @@ class RowOps:
         return None
 
     def forecast(
-        self, linear: LinearUnit, x_BTD: Tensor, into_BTD: Tensor, index_N: Tensor
+        self,
+        linear: LinearUnit,
+        x_BTD: Tensor,
+        residual_BTD: Tensor,
+        into_BTD: Tensor,
+        index_N: Tensor,
     ) -> None:
-        """into[index] += the linear estimate of x[index], if the site makes one."""
+        """into[index] = residual[index] + the estimate from x[index], if the site makes one."""
         found = estimate(linear, take(x_BTD, index_N))
         if found is not None:
-            self.add(into_BTD, index_N, found)
+            self.add(residual_BTD, into_BTD, index_N, found)

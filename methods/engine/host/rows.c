@@ -45,12 +45,13 @@ void rotate(const float *restrict x, const float *cosine, const float *sine, con
     }
 }
 
-/* into[index] += delta, a row of `delta` for each index. */
-void add_rows(float *into, const int64_t *index, const float *delta, int64_t rows, int64_t width) {
+/* into[index] = residual[index] + delta, a row of `delta` for each index. */
+void add_rows(const float *residual, float *into, const int64_t *index, const float *delta, int64_t rows, int64_t width) {
 #pragma omp parallel for schedule(static) if (rows > FEW_ROWS)
     for (int64_t i = 0; i < rows; i++) {
+        const float *from = residual + index[i] * width, *more = delta + i * width;
         float *to = into + index[i] * width;
-        for (int64_t j = 0; j < width; j++) to[j] += delta[i * width + j];
+        for (int64_t j = 0; j < width; j++) to[j] = from[j] + more[j];
     }
 }
 

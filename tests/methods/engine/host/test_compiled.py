@@ -103,8 +103,21 @@ def test_add(alone):
     into, index = torch.randn(2, 30, 5), torch.arange(0, 60, 3)
     delta = torch.randn(len(index), 5)
     expected = into.flatten(0, 1).index_add(0, index, delta).view_as(into)
-    alone.add(into, index, delta)
+    out = torch.full_like(into, float("nan"))
+    alone.add(into, out, index, delta)
+    written = out.flatten(0, 1)
+    same(written[index], expected.flatten(0, 1)[index])
+    assert written.isnan().any(1).sum() == 60 - len(index)
+    alone.add(into, into, index, delta)
     same(into, expected)
+
+
+def test_room(ops):
+    residual = torch.randn(2, 3, 4)
+    assert torch.equal(ops.room(residual, filled=False), residual)
+    for filled in (False, True):
+        made = ops.room(residual, filled=filled)
+        assert made.shape == residual.shape and made.data_ptr() != residual.data_ptr()
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -162,10 +175,10 @@ def test_forecast(count, width, rank, biases, silu):
     x, into = torch.randn(1, 50, width), torch.randn(1, 50, width)
     index = torch.randperm(50)[:count].sort().values
     expected = into.clone()
-    PLAIN.forecast(linear, x, expected, index)
+    PLAIN.forecast(linear, x, into, expected, index)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RowOps, "forecast", refuse)
-        CompiledRowOps().forecast(linear, x, into, index)
+        CompiledRowOps().forecast(linear, x, into, into, index)
     same(into, expected, 1e-4)
 
 
@@ -188,8 +201,8 @@ def test_shapes_that_no_loop_covers(width, rank, ops):
     linear, x = maps(width, rank), torch.randn(1, 9, width)
     found, expected = torch.zeros(1, 9, width), torch.zeros(1, 9, width)
     index = torch.arange(0, 9, 2)
-    ops.forecast(linear, x, found, index)
-    PLAIN.forecast(linear, x, expected, index)
+    ops.forecast(linear, x, found, found, index)
+    PLAIN.forecast(linear, x, expected, expected, index)
     same(found, expected)
     assert found.any()
 
