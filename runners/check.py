@@ -14,8 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from methods.engine.families import UnsupportedModel, require_family
-from methods.engine.host.choose import require_compiled
-from methods.engine.kernels.choose import SETTINGS
+from methods.engine.host.build import reason_without
 from runners import device_map, processes
 from runners.corpus import Source
 from runners.errors import UserError
@@ -163,7 +162,7 @@ def _check_budget(budget: Mapping[str, Any]) -> None:
 
 SPEED_CHOICES = {
     "decisions": ("real", "random"),
-    "kernels": SETTINGS,
+    "kernels": ("auto", "compiled", "torch", "triton"),
     "graphs": ("auto", True, False),
 }
 
@@ -173,11 +172,8 @@ def _check_speed(speed: Mapping[str, Any]) -> None:
         if speed[key] not in allowed:
             names = ", ".join(str(value).lower() for value in allowed)
             raise UserError(f"speed.{key} must be one of {names}, not {speed[key]!r}")
-    if speed["kernels"] == "compiled":
-        try:
-            require_compiled()
-        except ValueError as problem:
-            raise UserError(f"speed.{problem}") from problem
+    if speed["kernels"] == "compiled" and (reason := reason_without()):
+        raise UserError(f"speed.kernels=compiled: {reason}; speed.kernels=auto runs without")
     if not speed["trained"] and speed["decisions"] != "random":
         raise UserError("speed.trained=false needs speed.decisions=random: nothing is calibrated")
     sizes = {

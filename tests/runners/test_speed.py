@@ -9,6 +9,9 @@ import torch
 
 from methods.base import Site
 from methods.engine.flops import dense_flops
+from methods.engine.host.build import reason_without
+from methods.engine.kernels import choose
+from runners import check
 from runners.draws import RandomDraw
 from runners.seal import read_sealed
 from runners.stopwatch import Timing, interleaved, ratio
@@ -35,6 +38,7 @@ def test_drawn_decisions_on_random_weights_need_no_training(commands, policy):
     assert record["status"] == "complete" and record["evaluated"] is False
     assert record["stages"] == [] and record["perplexity"] == {}
     speed = record["speed"]
+    assert speed["settings"]["compiled_loops"] == (reason_without() is None)
     assert [(e["seq"], e["batch"]) for e in speed["prefill"]] == [(24, 1), (24, 2)]
     assert [(e["context"], e["batch"]) for e in speed["decode"]] == [(16, 1), (16, 2)]
     for entry in [*speed["prefill"], *speed["decode"]]:
@@ -85,6 +89,17 @@ def test_bad_settings_are_one_line(commands, word, named):
     done = commands.run("speed", word)
     assert done.code == 2
     assert len(done.error_lines) == 1 and named in done.error_lines[0]
+
+
+def test_compiled_loops_without_a_compiler_are_one_line(commands, monkeypatch):
+    monkeypatch.setattr(check, "reason_without", lambda: "no C compiler")
+    done = commands.run("speed", "speed.kernels=compiled")
+    assert done.code == 2
+    assert len(done.error_lines) == 1 and "no C compiler" in done.error_lines[0]
+
+
+def test_the_settings_are_those_of_the_engine():
+    assert sorted(check.SPEED_CHOICES["kernels"]) == sorted(choose.SETTINGS)
 
 
 def test_runs_take_turns_and_the_first_rounds_are_not_kept():

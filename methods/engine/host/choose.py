@@ -25,7 +25,8 @@ def row_ops(setting: Kernels, model: PreTrainedModel) -> RowOps:
         ValueError: `compiled`, and they cannot.
     """
     if setting == "compiled":
-        require_compiled()
+        if reason := reason_without():
+            raise ValueError(f"kernels=compiled: {reason}; kernels=auto runs without")
         return CompiledRowOps()
     # weights that are offloaded to disk have the device meta until they are asked for
     on_host = any(weight.device.type in ("cpu", "meta") for weight in model.parameters())
@@ -33,14 +34,3 @@ def row_ops(setting: Kernels, model: PreTrainedModel) -> RowOps:
     if wanted and reason_without() is None:
         return CompiledRowOps()
     return RowOps()
-
-
-def require_compiled() -> None:
-    """Nothing, or one line on what is missing.
-
-    Raises:
-        ValueError: no loops can be compiled here.
-    """
-    reason = reason_without()
-    if reason is not None:
-        raise ValueError(f"kernels=compiled: {reason}; kernels=auto runs without")

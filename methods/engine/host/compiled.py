@@ -196,14 +196,10 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 
 def _plain(*tensors: Tensor) -> bool:
-    """True for float32 on the host that nobody differentiates."""
-    differentiates = torch.is_grad_enabled()
-    for tensor in tensors:
-        if tensor.dtype is not torch.float32 or not tensor.is_cpu:
-            return False
-        if differentiates and tensor.requires_grad:
-            return False
-    return True
+    """True for float32 on the host, where nothing is differentiated."""
+    if torch.is_grad_enabled():
+        return False
+    return all(tensor.dtype is torch.float32 and tensor.is_cpu for tensor in tensors)
 
 
 def _covered(*tensors: Tensor) -> bool:
