@@ -92,7 +92,8 @@ def test_bad_settings_are_one_line(commands, word, named):
 
 
 def test_compiled_loops_without_a_compiler_are_one_line(commands, monkeypatch):
-    monkeypatch.setattr(check, "reason_without", lambda: "no C compiler")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
     done = commands.run("speed", "speed.kernels=compiled")
     assert done.code == 2
     assert len(done.error_lines) == 1 and "no C compiler" in done.error_lines[0]
