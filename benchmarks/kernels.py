@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
+from arguments import settings_of  # beside this script
 from torch import Tensor
 from torch.nn import functional
 
@@ -57,22 +58,6 @@ class Case:
     found: Callable[[], Tensor]
     expected: Callable[[], Tensor]
     dense: Callable[[], object] | None = None
-
-
-def settings_of(words: list[str]) -> Settings:
-    """Defaults with key=value overrides.
-
-    Raises:
-        ValueError: an unknown key or a value that is no integer.
-    """
-    known = {field.name for field in fields(Settings)}
-    changed = {}
-    for word in words:
-        key, _, value = word.partition("=")
-        if key not in known or not value.isdigit():
-            raise ValueError(f"{word!r} is not one of {', '.join(sorted(known))} = a number")
-        changed[key] = int(value)
-    return replace(Settings(), **changed)
 
 
 def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -278,7 +263,7 @@ def report(layer: Layer, share: float) -> bool:
 def main(words: list[str]) -> int:
     """0 if every kernel equals its reference, 1 if not, 2 for a user mistake or no GPU."""
     try:
-        settings = settings_of(words)
+        settings = settings_of(Settings(), words)
         if settings.past and settings.tokens > 1:
             raise ValueError("past is for decode: give tokens=1 too")
     except ValueError as mistake:

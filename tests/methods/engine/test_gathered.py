@@ -26,8 +26,8 @@ POLICIES = ("keep", "evict")
 
 
 @torch.no_grad()
-def logits(model, method, ids, mask, mode):
-    with routed(model, method, mode):
+def logits(model, method, ids, mask, mode, kernels="auto"):
+    with routed(model, method, mode, kernels=kernels):
         return model(input_ids=ids, attention_mask=mask).logits
 
 
@@ -59,9 +59,10 @@ def test_equals_brute_force(family_model, policy, granularity, side):
     cuts=st.lists(st.integers(1, 19), max_size=3, unique=True),
     window=st.sampled_from([None, 5]),
     seed=st.integers(0, 1000),
+    kernels=st.sampled_from(["auto", "torch"]),
 )
 def test_equals_masked(
-    family, granularity, policy, pads, side, tokens, execute, forecast, cuts, window, seed
+    family, granularity, policy, pads, side, tokens, execute, forecast, cuts, window, seed, kernels
 ):
     """In one pass and in chunks with a cache, padded and not, from nothing to all executed."""
     model = windowed(family, window)
@@ -70,13 +71,13 @@ def test_equals_masked(
     tables = random_tables(sites, rows=len(pads), execute=execute, seed=seed)
     method = Scripted(tables, random_maps(sites, 32) if forecast else None, kv_policy=policy)
     expected = logits(model, method, ids, mask, "masked")
-    whole = logits(model, method, ids, mask, "gathered")
+    whole = logits(model, method, ids, mask, "gathered", kernels)
     real = mask.bool()
     assert torch.allclose(whole[real], expected[real], atol=2e-4)
     if side == "left":
         cuts = [c for c in sorted(cuts) if c < tokens]
         for mode in ("masked", "gathered"):
-            chunks = in_chunks(model, method, ids, mask, cuts, mode)
+            chunks = in_chunks(model, method, ids, mask, cuts, mode, kernels)
             assert torch.allclose(chunks[real], expected[real], atol=2e-4), mode
 
 
@@ -91,9 +92,9 @@ def windowed(family, window):
 
 
 @torch.no_grad()
-def in_chunks(model, method, ids, mask, cuts, mode):
+def in_chunks(model, method, ids, mask, cuts, mode, kernels):
     parts, cache = [], None
-    with routed(model, method, mode):
+    with routed(model, method, mode, kernels=kernels):
         for start, end in zip([0, *cuts], [*cuts, ids.shape[1]], strict=True):
             out = model(
                 input_ids=ids[:, start:end],
@@ -109,7 +110,8 @@ def in_chunks(model, method, ids, mask, cuts, mode):
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("family", ["llama", "mistral"])
-def test_many_query_blocks(family, policy):
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_many_query_blocks(kernels, family, policy):
     """More queries than a block holds; Mistral's window hides the oldest keys."""
     tokens = 3 * BLOCK_QUERIES
     model = windowed(family, 50)
@@ -118,7 +120,8 @@ def test_many_query_blocks(family, policy):
     method = Scripted(tables, kv_policy=policy)
     mask = torch.ones_like(ids)
     expected = logits(model, method, ids, mask, "masked")
-    assert torch.allclose(logits(model, method, ids, mask, "gathered"), expected, atol=5e-4)
+    found = logits(model, method, ids, mask, "gathered", kernels)
+    assert torch.allclose(found, expected, atol=5e-4)
 
 
 @pytest.mark.parametrize("policy", POLICIES)

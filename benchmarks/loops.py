@@ -1,0 +1,122 @@
+"""Time each compiled loop of the CPU path against the PyTorch operations it stands for, in turn.
+
+    python benchmarks/loops.py tokens=2048 sparsity=0.5 repeats=30
+
+Settings are key=value; the defaults are a layer of SmolLM2-135M, rank 64. Ratios are medians.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
+
+import torch
+from arguments import settings_of  # beside this script
+from torch.nn import functional
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from methods.base import LinearUnit
+from methods.engine.host.build import NoCompiler
+from methods.engine.host.compiled import CompiledRowOps
+from methods.engine.host.row_ops import RowOps
+from methods.engine.low_rank import turned
+from methods.engine.rotary import Angles
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of one layer and of one forward."""
+
+    tokens: int = 2048
+    sparsity: float = 0.5
+    width: int = 576
+    mlp_width: int = 1536
+    heads: int = 9
+    kv_heads: int = 3
+    head_dim: int = 64
+    rank: int = 64
+    repeats: int = 30
+
+
+def cases(s: Settings) -> dict[str, Callable[[RowOps], object]]:
+    """Name of an operation -> what runs it."""
+    index = (torch.rand(s.tokens) >= s.sparsity).nonzero().squeeze(1)
+    execute = torch.zeros(1, s.tokens, dtype=torch.bool)
+    execute[0, index] = True
+    valid, others = torch.ones_like(execute), (~execute[0]).nonzero().squeeze(1)
+    x, residual = torch.randn(1, s.tokens, s.width), torch.randn(1, s.tokens, s.width)
+    norm, into, score = LlamaRMSNorm(s.width), residual.clone(), torch.randn(s.width)
+    down, up = torch.randn(s.rank, s.width), torch.randn(s.width, s.rank)
+    maps = LinearUnit(score, torch.zeros(()), down, torch.randn(s.rank), up, torch.randn(s.width))
+    loops = turned(maps)
+    angle = torch.randn(s.tokens, s.head_dim)
+    angles = Angles(angle.cos(), angle.sin()).at(index)
+    query = torch.randn(len(index), s.heads, s.head_dim)
+    key, value = (torch.randn(s.kv_heads, s.tokens, s.head_dim) for _ in range(2))
+    gate, wide = (torch.randn(len(index), s.mlp_width) for _ in range(2))
+    return {
+        "norm": lambda ops: ops.norm(norm, x),
+        "scores": lambda ops: ops.scores(x, score),
+        "split": lambda ops: ops.split(execute, valid),
+        "silu_mul": lambda ops: ops.silu_mul(gate.copy_(wide), wide),
+        "rotate": lambda ops: ops.rotate(query, angles),
+        "add": lambda ops: ops.add(residual, into, index, x[0, : len(index)]),
+        "forecast": lambda ops: ops.forecast(
+            loops if ops.compiled else maps, x, residual, into, others
+        ),
+        "attend": lambda ops: attend(ops, query, key, value, index),
+    }
+
+
+def attend(ops: RowOps, query_NHd, key_KSd, value_KSd, last_N) -> object:  # type: ignore[no-untyped-def]
+    """With one mask for all queries where there is no loop."""
+    scale = query_NHd.shape[-1] ** -0.5
+    done = ops.attend(query_NHd, key_KSd, value_KSd, last_N, scale)
+    if done is not None:
+        return done
+    mask = torch.arange(key_KSd.shape[1]) <= last_N[:, None]
+    return functional.scaled_dot_product_attention(
+        query_NHd.transpose(0, 1)[None],
+        key_KSd[None],
+        value_KSd[None],
+        attn_mask=mask[None, None],
+        scale=scale,
+        enable_gqa=True,
+    )
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    start = perf_counter()
+    run()
+    return perf_counter() - start
+
+
+@torch.no_grad()
+def main(words: list[str]) -> int:
+    """0 after a line for each operation, 2 for a user mistake or no C compiler."""
+    try:
+        settings = settings_of(Settings(), words)
+        compiled = CompiledRowOps()
+    except (ValueError, NoCompiler) as mistake:
+        print(mistake, file=sys.stderr)
+        return 2
+    torch.manual_seed(0)
+    plain = RowOps()
+    for name, run in cases(settings).items():
+        run(plain), run(compiled)
+        pairs = [
+            (seconds(lambda run=run: run(plain)), seconds(lambda run=run: run(compiled)))
+            for _ in range(settings.repeats)
+        ]
+        times = [median(side) * 1e6 for side in zip(*pairs, strict=True)]
+        ratio = median(a / b for a, b in pairs)
+        print(f"{name:10} PyTorch {times[0]:8.0f} us   loop {times[1]:8.0f} us   {ratio:.2f} x")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
