@@ -59,7 +59,6 @@ def cases(s: Settings) -> dict[str, Callable[[RowOps], object]]:
     gate, wide = (torch.randn(len(index), s.mlp_width) for _ in range(2))
     return {
         "norm": lambda ops: ops.norm(norm, x),
-        "scores": lambda ops: ops.scores(x, score),
         "split": lambda ops: ops.split(execute, valid),
         "silu_mul": lambda ops: ops.silu_mul(gate.copy_(wide), wide),
         "rotate": lambda ops: ops.rotate(query, angles),

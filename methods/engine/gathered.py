@@ -92,7 +92,8 @@ class GatheredExecutor:
             return after
         with clock.part("forecast"):
             if linear is not None:
-                ops.forecast(linear, unit.x_BTD, residual, after, bypassed)
+                maps = self.linear.for_rows(unit.site)
+                ops.forecast(maps, unit.x_BTD, residual, after, bypassed)
                 return after
             x_MD = take(unit.x_BTD, bypassed)
             forecast = method.approximate(unit.site, x_MD[None])

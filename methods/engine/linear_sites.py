@@ -16,24 +16,35 @@ class LinearSites:
     def __init__(self, routing: Routing) -> None:
         self.routing = routing
         self._units: dict[Site, LinearUnit | None] = {}
+        self._turned: dict[Site, LinearUnit] = {}
 
     def forget(self) -> None:
         """The method's weights may have changed."""
         self._units.clear()
+        self._turned.clear()
 
     def at(self, site: Site) -> LinearUnit | None:
         """None where the method has to be called."""
         if self.routing.watched or torch.is_grad_enabled():
             return None
         if site not in self._units:
-            found = self.routing.method.linear(site)
-            self._units[site] = turned(found) if found and self.routing.ops.compiled else found
+            self._units[site] = self.routing.method.linear(site)
         return self._units[site]
+
+    def for_rows(self, site: Site) -> LinearUnit:
+        """The same as the forecast of many rows reads it, of a site whose `at` is not None."""
+        linear = self._units[site]
+        assert linear is not None
+        if not self.routing.ops.compiled:
+            return linear
+        if site not in self._turned:
+            self._turned[site] = turned(linear)
+        return self._turned[site]
 
     def decide(self, unit: Unit) -> Decision:
         """What `Routing.decide` gives outside training, to float tolerance of the scores."""
         linear = self.at(unit.site)
         assert linear is not None
-        scores_BT = self.routing.ops.scores(unit.x_BTD, linear.score_D).add_(linear.offset)
+        scores_BT = torch.matmul(unit.x_BTD.float(), linear.score_D).add_(linear.offset)
         execute_BT = self.routing.settle(unit, scores_BT > self.routing.method.threshold)
         return Decision(execute_BT, execute_BT.float(), scores_BT)

@@ -26,7 +26,6 @@ FLAGS = (
 POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 SIGNATURES = {
     "rms_norm": (None, [POINTER, POINTER, FLOAT, POINTER, INT, INT]),
-    "scores": (None, [POINTER, POINTER, POINTER, INT, INT]),
     "silu_mul": (None, [POINTER, POINTER, INT]),
     "rotate": (None, [POINTER, POINTER, POINTER, POINTER, INT, POINTER, INT, INT, INT]),
     "add_rows": (None, [POINTER, POINTER, POINTER, POINTER, INT, INT]),

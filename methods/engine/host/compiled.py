@@ -48,16 +48,6 @@ class CompiledRowOps(RowOps):
         )
         return out
 
-    def scores(self, x: Tensor, weight_D: Tensor) -> Tensor:
-        """A plain loop; a library's product with a vector takes twice as long."""
-        if not _covered(x, weight_D):
-            return super().scores(x, weight_D)
-        out = x.new_empty(x.shape[:-1])
-        self.loops.scores(
-            x.data_ptr(), weight_D.data_ptr(), out.data_ptr(), out.numel(), x.shape[-1]
-        )
-        return out
-
     def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
         """One pass; PyTorch takes two."""
         if not _covered(gate, up):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -28,10 +27,6 @@ class RowOps:
     def norm(self, module: Any, x: Tensor) -> Tensor:
         """The norm of a layer on [..., D]."""
         return normed(module, x)
-
-    def scores(self, x: Tensor, weight_D: Tensor) -> Tensor:
-        """x @ weight in float32, [..., D] -> [...]."""
-        return torch.matmul(x.float(), weight_D)
 
     def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
         """silu(gate) * up, written to `gate`."""

@@ -20,16 +20,6 @@ void rms_norm(const float *x, const float *weight, float eps, float *out, int64_
     }
 }
 
-/* out = x @ weight, a number a row. */
-void scores(const float *x, const float *weight, float *out, int64_t rows, int64_t width) {
-#pragma omp parallel for schedule(static) if (rows > FEW_ROWS)
-    for (int64_t i = 0; i < rows; i++) {
-        float sum = 0.0f;
-        for (int64_t j = 0; j < width; j++) sum += x[i * width + j] * weight[j];
-        out[i] = sum;
-    }
-}
-
 /* gate = silu(gate) * up. */
 void silu_mul(float *restrict gate, const float *restrict up, int64_t count) {
 #pragma omp parallel for simd schedule(static)

@@ -43,7 +43,7 @@ def refuse(*_, **__):
 @pytest.fixture
 def alone(monkeypatch):
     """The operations, without the PyTorch ones to fall back to."""
-    for name in ("norm", "scores", "silu_mul", "rotate", "split", "add", "forecast"):
+    for name in ("norm", "silu_mul", "rotate", "split", "add", "forecast"):
         monkeypatch.setattr(RowOps, name, refuse)
     return CompiledRowOps()
 
@@ -59,11 +59,6 @@ def test_norm(rows, width, alone):
     module.weight.data = torch.randn(width)
     x = 10 * torch.randn(2, rows, width)
     same(alone.norm(module, x), module(x))
-
-
-def test_scores(alone):
-    x, weight = torch.randn(2, 50, 37), torch.randn(37)
-    same(alone.scores(x, weight), x @ weight)
 
 
 def test_silu_mul_over_the_whole_range(alone):
