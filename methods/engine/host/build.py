@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -61,7 +62,8 @@ def library() -> ctypes.CDLL:
     """The compiled loops.
 
     Raises:
-        NoCompiler: no C compiler (`CC`, cc, gcc or clang), or one without OpenMP.
+        NoCompiler: no C compiler (`CC`, cc, gcc or clang), or one without OpenMP. `CFLAGS` is
+            added to the flags.
     """
     found = (shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang"))
     compiler = next(filter(None, found), None)
@@ -115,7 +117,8 @@ def _folder() -> Path:
 
 
 def _compiled(compiler: str, path: Path) -> Path:
-    command = [compiler, *FLAGS, *(str(FOLDER / name) for name in SOURCES), "-o", str(path), "-lm"]
+    sources = [str(FOLDER / name) for name in SOURCES]
+    command = [compiler, *_flags(), *sources, "-o", str(path), "-lm"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
@@ -123,11 +126,15 @@ def _compiled(compiler: str, path: Path) -> Path:
     return path
 
 
+def _flags() -> list[str]:
+    return [*FLAGS, *shlex.split(os.environ.get("CFLAGS", ""))]
+
+
 def _key(compiler: str) -> str:
     """Changes with the source, the flags, the compiler and what the processor can do."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
     parts = [(FOLDER / name).read_bytes() for name in (*SOURCES, HEADER)]
-    parts += [version, " ".join(FLAGS).encode(), platform.machine().encode(), _features()]
+    parts += [version, " ".join(_flags()).encode(), platform.machine().encode(), _features()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 

@@ -257,6 +257,13 @@ class TestBuilding:
         build.library()
         assert built.stat().st_mtime_ns == stamp
 
+    def test_other_flags_make_another(self, monkeypatch, tmp_path):
+        build.library()
+        self.clear()
+        monkeypatch.setenv("CFLAGS", "-O1 -DUNUSED='a b'")
+        build.library()
+        assert len(list((tmp_path / "cache" / "routebench" / "loops").iterdir())) == 2
+
     def test_without_a_place_to_keep_it(self, monkeypatch, tmp_path):
         blocked = tmp_path / "file"
         blocked.write_text("")
