@@ -70,8 +70,8 @@ def library() -> ctypes.CDLL:
     if compiler is None:
         raise NoCompiler("no C compiler (cc, gcc or clang) on PATH")
     try:
-        return _load(_built(compiler))
-    except OSError as problem:
+        return _loaded(compiler)
+    except (OSError, ValueError) as problem:
         raise NoCompiler(f"the compiled loops do not load: {problem}") from problem
 
 
@@ -86,6 +86,17 @@ def reason_without() -> str | None:
     return None
 
 
+def _loaded(compiler: str) -> ctypes.CDLL:
+    try:
+        return _load(_built(compiler))
+    except NoCompiler:
+        raise
+    except (OSError, RuntimeError):
+        log.info("no folder to keep compiled loops in: compiled for this process alone")
+    with tempfile.TemporaryDirectory(prefix="routebench-") as scratch:
+        return _load(_compiled(compiler, Path(scratch) / "loops.so"))
+
+
 def _load(path: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(path))
     for name, (result, arguments) in SIGNATURES.items():
@@ -96,18 +107,13 @@ def _load(path: Path) -> ctypes.CDLL:
 
 def _built(compiler: str) -> Path:
     """The shared library of this source, compiler and processor; made if it is not there."""
-    name = f"loops-{_key(compiler)}.so"
-    try:
-        folder = _folder()
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        path = folder / name
-        if not path.exists():
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                os.replace(_compiled(compiler, Path(scratch) / name), path)
-        return path
-    except OSError:
-        # no home, or none that can be written: a copy for this process
-        return _compiled(compiler, Path(tempfile.mkdtemp(prefix="routebench-")) / name)
+    folder, name = _folder(), f"loops-{_key(compiler)}.so"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path = folder / name
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            os.replace(_compiled(compiler, Path(scratch) / name), path)
+    return path
 
 
 def _folder() -> Path:

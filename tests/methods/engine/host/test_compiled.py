@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -268,7 +270,13 @@ class TestBuilding:
         blocked = tmp_path / "file"
         blocked.write_text("")
         monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
         assert build.library().partition is not None
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+    def test_flags_that_are_none(self, monkeypatch):
+        monkeypatch.setenv("CFLAGS", "'")
+        assert "do not load" in build.reason_without()
 
     def test_without_a_compiler_pytorch_runs(self, monkeypatch):
         monkeypatch.setenv("PATH", "")
