@@ -13,7 +13,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 OWN = {"methods", "runners", "analysis", "tests"}
-ENGINE = sorted((ROOT / "methods" / "engine").glob("*.py"))
+ENGINE = sorted(
+    path
+    for folder in ("engine", "engine/host")
+    for path in (ROOT / "methods" / folder).glob("*.py")
+)
 CONTRACT = [ROOT / "methods" / f"{name}.py" for name in ("base", "recipe", "views")]
 PARTS = [*sorted((ROOT / "methods" / "parts").glob("*.py")), *CONTRACT]
 METHOD_FILES = [p for p in sorted((ROOT / "methods").glob("*.py")) if p not in CONTRACT]
@@ -61,7 +65,7 @@ def test_a_method_uses_base_and_parts(path):
     assert outside(path, ("methods.base", "methods.parts"), {"torch"}) == []
 
 
-@pytest.mark.parametrize("path", ENGINE, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", ENGINE, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_the_engine_knows_no_method(path):
     allowed = {"torch", "transformers", "safetensors", "peft", "accelerate"}
     assert outside(path, ("methods.base", "methods.engine"), allowed) == []
