@@ -92,7 +92,7 @@ def windowed(family, window):
 
 
 @torch.no_grad()
-def in_chunks(model, method, ids, mask, cuts, mode, kernels):
+def in_chunks(model, method, ids, mask, cuts, mode, kernels="auto"):
     parts, cache = [], None
     with routed(model, method, mode, kernels=kernels):
         for start, end in zip([0, *cuts], [*cuts, ids.shape[1]], strict=True):
