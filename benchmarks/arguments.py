@@ -23,6 +23,6 @@ def settings_of(defaults: Settings, words: list[str]) -> Settings:
         except (KeyError, ValueError):
             names = ", ".join(sorted(known))
             raise ValueError(f"{word!r} is not one of {names} = a number") from None
-        if changed[key] < 0:
-            raise ValueError(f"{word!r} is below zero")
+        if not value.replace(".", "", 1).isdigit():
+            raise ValueError(f"{word!r} is not a plain number that is at least 0")
     return replace(defaults, **changed)  # type: ignore[type-var]

@@ -10,8 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
-from time import perf_counter
+from functools import partial
 
 import torch
 from arguments import settings_of  # beside this script
@@ -24,6 +23,9 @@ from methods.engine.host.compiled import CompiledRowOps
 from methods.engine.host.row_ops import RowOps
 from methods.engine.low_rank import turned
 from methods.engine.rotary import Angles
+from runners.stopwatch import interleaved, ratio, timed
+
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -87,18 +89,13 @@ def attend(ops: RowOps, query_NHd, key_KSd, value_KSd, last_N) -> object:  # typ
     )
 
 
-def seconds(run: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    start = perf_counter()
-    run()
-    return perf_counter() - start
-
-
 @torch.no_grad()
 def main(words: list[str]) -> int:
     """0 after a line for each operation, 2 for a user mistake or no C compiler."""
     try:
         settings = settings_of(Settings(), words)
+        if settings.sparsity >= 1:
+            raise ValueError("sparsity must lie in [0, 1)")
         compiled = CompiledRowOps()
     except (ValueError, NoCompiler) as mistake:
         print(mistake, file=sys.stderr)
@@ -106,14 +103,16 @@ def main(words: list[str]) -> int:
     torch.manual_seed(0)
     plain = RowOps()
     for name, run in cases(settings).items():
-        run(plain), run(compiled)
-        pairs = [
-            (seconds(lambda run=run: run(plain)), seconds(lambda run=run: run(compiled)))
-            for _ in range(settings.repeats)
-        ]
-        times = [median(side) * 1e6 for side in zip(*pairs, strict=True)]
-        ratio = median(a / b for a, b in pairs)
-        print(f"{name:10} PyTorch {times[0]:8.0f} us   loop {times[1]:8.0f} us   {ratio:.2f} x")
+        slow, fast = interleaved(
+            [partial(timed, partial(run, ops), CPU) for ops in (plain, compiled)],
+            device=CPU,
+            warmup=1,
+            repeats=settings.repeats,
+            label=name,
+        )
+        times = [side.median * 1e6 for side in (slow, fast)]
+        gain = ratio(slow, fast)["median"]
+        print(f"{name:10} PyTorch {times[0]:8.0f} us   loop {times[1]:8.0f} us   {gain:.2f} x")
     return 0
 
 

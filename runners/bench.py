@@ -19,6 +19,7 @@ from methods.engine.cache import roomy_cache
 from methods.engine.clock import PartClock
 from methods.engine.counters import Usage
 from methods.engine.flops import flops_ratio
+from methods.engine.host.choose import row_ops
 from methods.engine.kernels.choose import Kernels
 from methods.engine.placement import input_device
 from methods.engine.traffic import dense_bytes, routed_bytes
@@ -155,8 +156,7 @@ class Bench:
     @property
     def compiled_loops(self) -> bool:
         """Whether row-wise work runs as compiled loops."""
-        with self._routed() as routing:
-            return routing.ops.compiled
+        return row_ops(self.kernels, self.model).compiled
 
     @contextmanager
     def _routed(self) -> Iterator[Routing]:

@@ -13,8 +13,7 @@ from methods.base import Kind, Site
 from methods.engine.adapter import LayerParts, decoder, layers_of
 from methods.engine.dropped import hold_place
 from methods.engine.forward import ForwardState, read_inputs
-from methods.engine.host.row_ops import RowOps
-from methods.engine.norm import called
+from methods.engine.host.row_ops import MODULES, RowOps
 from methods.engine.placement import Placement, placed
 from methods.engine.unit import LayerInputs, Unit
 
@@ -38,13 +37,13 @@ def swapped(
     *,
     paused: Callable[[], bool] = lambda: False,
     dropped: frozenset[Site] = frozenset(),
-    ops: RowOps | None = None,
+    ops: RowOps = MODULES,
 ) -> Iterator[None]:
     """Send the units of `sites` through `executor`; the layers' forwards are put back on exit.
 
     Args:
         dropped: units that do not run at all.
-        ops: row-wise work; None calls the modules of the layers and nothing else.
+        ops: row-wise work; the default calls the modules of the layers.
     """
     parts = layers_of(model)
     hook = decoder(model).register_forward_pre_hook(
@@ -76,7 +75,7 @@ def _layer_forward(
     state: ForwardState,
     paused: Callable[[], bool],
     dropped: frozenset[Site],
-    ops: RowOps | None,
+    ops: RowOps,
 ) -> Callable[..., Tensor]:
     """A pre-norm decoder layer in which routed units go through the executor."""
     original = part.layer.forward
@@ -88,8 +87,6 @@ def _layer_forward(
     window = getattr(part.attention, "sliding_window", None)
     norms = {"mlp": part.mlp_norm, "attention": part.attention_norm, "block": part.attention_norm}
     units = [(Site(index, kind), norms[kind]) for kind in kinds]
-    norm = called if ops is None else ops.norm
-    own_ops = ops or RowOps()
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if paused():
@@ -110,7 +107,7 @@ def _layer_forward(
         for site, module in units:
             # what enters a layer may be held by who records hidden states, or by autograd
             owned = after is not hidden_states and not torch.is_grad_enabled()
-            unit = Unit(site, part, after, norm(module, after), inputs, own_ops, owned)
+            unit = Unit(site, part, after, ops.norm(module, after), inputs, ops, owned)
             after = executor(unit) if site in sites else unit.run()
         return after
 

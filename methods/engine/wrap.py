@@ -21,7 +21,7 @@ from methods.engine.counters import Counters
 from methods.engine.forecast_keys import forecast_keys
 from methods.engine.forward import ForwardState
 from methods.engine.host.choose import row_ops
-from methods.engine.host.row_ops import RowOps
+from methods.engine.host.row_ops import MODULES, RowOps
 from methods.engine.kernels.choose import Kernels
 from methods.engine.lora import applied, suspended
 from methods.engine.placement import placed, settle, spread
@@ -53,7 +53,7 @@ class Routing:
     kernels: Kernels = "auto"
     """Fused Triton kernels on CUDA and compiled loops on a CPU (auto), one of them or none."""
     ops: RowOps = field(default_factory=RowOps)
-    """Row-wise work of the gathered path."""
+    """Row-wise work between matrix products."""
     clock: Clock = field(default_factory=NoClock)
     """Told what the gathered path is about to do."""
     draw: Callable[[Site, Tensor], Tensor] | None = None
@@ -156,11 +156,11 @@ def routed(
         raise ValueError(f"sites outside the model: {sorted(sites - known)}")
     fixed = method.fixed()
     dropped = frozenset(site for site, runs in fixed.items() if not runs)
-    ops = row_ops(kernels, model) if mode == "gathered" else None
+    ops = row_ops(kernels, model) if mode == "gathered" else MODULES
     if placed(model):
         kernels = _without_fused(kernels)
     counters = Counters(shape, dropped, spread(model))
-    routing = Routing(method=method, counters=counters, kernels=kernels, ops=ops or RowOps())
+    routing = Routing(method=method, counters=counters, kernels=kernels, ops=ops)
     executor, asked = executors[mode](routing), sites - fixed.keys()
     with (
         applied(method.adapter),

@@ -5,15 +5,14 @@
 
 #include "loops.h"
 
-#define BLOCK 256    /* keys whose scores are held at a time */
-#define PANEL 64     /* keys that lie together once turned */
-#define MAX_SIZE 256 /* of a head */
+#define BLOCK 256 /* keys whose scores are held at a time, a multiple of PANEL */
+/* MAX_HEAD and PANEL come from build.py: sizes of a head, keys that lie together once turned */
 
 typedef struct {
     const float *q[TILE];
     int64_t seen[TILE]; /* keys that the row sees */
     float max[TILE], sum[TILE];
-    float scores[TILE * BLOCK], out[TILE * MAX_SIZE];
+    float scores[TILE * BLOCK], out[TILE * MAX_HEAD];
 } Tile;
 
 /* One panel of keys by columns, [size, PANEL]; zeros where there are no keys. */
@@ -24,7 +23,7 @@ static void turn(const float *key, int64_t row, int64_t keys, int64_t size, floa
 
 /* Scores of the block's keys become weights relative to the row's new maximum. */
 static void soften(Tile *t, int r, int64_t begin, int64_t columns, int64_t size, float scale) {
-    float *s = t->scores + r * BLOCK, *out = t->out + r * MAX_SIZE;
+    float *s = t->scores + r * BLOCK, *out = t->out + r * MAX_HEAD;
     int64_t seen = t->seen[r] - begin;
     seen = seen < 0 ? 0 : (seen < columns ? seen : columns);
     float top = t->max[r], sum = 0.0f;
@@ -60,9 +59,9 @@ static void attend_tile(Tile *t, const float *turned, const float *value, int64_
         for (int r = 0; r < TILE; r++) soften(t, r, begin, columns, size, scale);
         for (int64_t j = 0; j < size; j += vecs * LANES) {
             vecs = panel(j, size);
-            load(t->out + j, MAX_SIZE, vecs, sum);
+            load(t->out + j, MAX_HEAD, vecs, sum);
             product(weights, columns, value + begin * row + j, row, vecs, sum);
-            store(sum, vecs, t->out + j, MAX_SIZE);
+            store(sum, vecs, t->out + j, MAX_HEAD);
         }
     }
 }
@@ -70,7 +69,7 @@ static void attend_tile(Tile *t, const float *turned, const float *value, int64_
 /* out [count, heads, size] of queries alike. Keys and values of key-value head g begin at
    g * key_head; their rows are key_row apart. Query i sees keys 0 .. last[i], rising. `turned` is
    scratch, [kv_heads, panels, size, PANEL] for the keys up to last[count - 1]. `size` is a multiple
-   of 16 and at most MAX_SIZE. */
+   of 16 and at most MAX_HEAD. */
 void attend(const float *q, const float *key, int64_t key_head, int64_t key_row,
             const float *value, int64_t value_head, int64_t value_row, const int64_t *last,
             float scale, float *turned, float *out, int64_t count, int64_t heads, int64_t kv_heads,
@@ -98,14 +97,14 @@ void attend(const float *q, const float *key, int64_t key_head, int64_t key_row,
                 t.max[r] = -1e30f;
                 t.sum[r] = 0.0f;
                 most = t.seen[r] > most ? t.seen[r] : most;
-                for (int64_t c = 0; c < size; c++) t.out[r * MAX_SIZE + c] = 0.0f;
+                for (int64_t c = 0; c < size; c++) t.out[r * MAX_HEAD + c] = 0.0f;
             }
             attend_tile(&t, turned + g * panels * size * PANEL, value + g * value_head, value_row,
                         most, size, scale);
             for (int64_t r = 0; r < real; r++) {
                 int64_t m = first + r;
                 float *to = out + (m / group * heads + g * group + m % group) * size;
-                for (int64_t c = 0; c < size; c++) to[c] = t.out[r * MAX_SIZE + c] / t.sum[r];
+                for (int64_t c = 0; c < size; c++) to[c] = t.out[r * MAX_HEAD + c] / t.sum[r];
             }
         }
     }

@@ -19,11 +19,19 @@ log = logging.getLogger(__name__)
 FOLDER = Path(__file__).resolve().parent
 SOURCES = ("rows.c", "forecast.c", "attend.c")
 HEADER = "loops.h"
+MAX_RANK = 512
+"""Of `forecast.c`; beyond it a matrix product of the library is as fast."""
+MAX_HEAD = 256
+"""Of `attend.c`."""
+PANEL = 64
+"""Keys that `attend.c` keeps together."""
+SIZES = {"MAX_RANK": MAX_RANK, "MAX_HEAD": MAX_HEAD, "PANEL": PANEL}
 # sums may be reordered as vectors need it; infinities and NaN stay what they are
-FLAGS = (
+OPTIONS = (
     "-O3 -march=native -fno-math-errno -fno-trapping-math -fno-signed-zeros -fassociative-math "
     "-ffp-contract=fast -fopenmp -shared -fPIC"
 ).split()
+FLAGS = [*OPTIONS, *(f"-D{name}={size}" for name, size in SIZES.items())]
 POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 SIGNATURES = {
     "rms_norm": (None, [POINTER, POINTER, FLOAT, POINTER, INT, INT]),
@@ -46,11 +54,6 @@ SIGNATURES = {
         ],
     ),
 }
-MAX_RANK = 512
-"""Of `forecast.c`; beyond it a matrix product of the library is as fast."""
-MAX_HEAD = 256
-PANEL = 64
-"""Both of `attend.c`."""
 
 
 class NoCompiler(RuntimeError):

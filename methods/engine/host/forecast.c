@@ -3,7 +3,7 @@
 
 #include "loops.h"
 
-#define MAX_RANK 512
+/* MAX_RANK comes from build.py */
 
 static void silu(float *h, int64_t count) {
     for (int64_t i = 0; i < count; i++) h[i] = h[i] / (1.0f + exponential(-h[i]));
@@ -15,11 +15,11 @@ static inline void start(const float *bias, int64_t vecs, vec *sum) {
     else clear(sum);
 }
 
-/* into[index] = residual[index] + up(act(down(x[index]))); `down` is [width, rank], `up` [rank, width], both a
-   multiple of 16 and rank at most MAX_RANK; biases may be null. */
+/* into[index] = residual[index] + up(act(down(x[index]))); `down` is [width, rank], `up`
+   [rank, width], both a multiple of 16 and rank at most MAX_RANK; biases may be null. */
 void forecast(const float *x, const float *residual, float *into, const int64_t *index,
-              int64_t count, int64_t width, int64_t rank, const float *down, const float *down_bias, const float *up,
-              const float *bias, int64_t with_silu) {
+              int64_t count, int64_t width, int64_t rank, const float *down,
+              const float *down_bias, const float *up, const float *bias, int64_t with_silu) {
 #pragma omp parallel for schedule(static) if (count > TILE)
     for (int64_t first = 0; first < count; first += TILE) {
         const float *in[TILE], *middle[TILE];

@@ -60,7 +60,8 @@ static inline void load(const float *from, int64_t stride, int64_t vecs, vec *su
 
 static inline void store(const vec *sum, int64_t vecs, float *to, int64_t stride) {
     for (int64_t r = 0; r < TILE; r++)
-        for (int64_t v = 0; v < vecs; v++) *(vec *)(to + r * stride + v * LANES) = sum[r * vecs + v];
+        for (int64_t v = 0; v < vecs; v++)
+            *(vec *)(to + r * stride + v * LANES) = sum[r * vecs + v];
 }
 
 static inline void clear(vec *sum) {

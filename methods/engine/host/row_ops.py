@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from methods.base import LinearUnit
 from methods.engine.low_rank import estimate
-from methods.engine.norm import normed
+from methods.engine.norm import called, normed
 from methods.engine.rotary import Angles, rotate
 from methods.engine.rows import Rows, bypassed_index, executed_rows, put, take
 
@@ -46,7 +46,10 @@ class RowOps:
 
     def split(self, execute_BT: Tensor, valid_BT: Tensor) -> tuple[Rows, Tensor]:
         """Executed tokens, and the places b * T + t of bypassed ones, int64."""
-        return executed_rows(execute_BT), bypassed_index(execute_BT, valid_BT)
+        rows = executed_rows(execute_BT)
+        if len(rows.index_N) == execute_BT.numel():
+            return rows, rows.index_N[:0]
+        return rows, bypassed_index(execute_BT, valid_BT)
 
     def room(self, residual_BTD: Tensor, filled: bool) -> Tensor:
         """Where the next residual stream is made, before `add` and `forecast`.
@@ -83,3 +86,14 @@ class RowOps:
         found = estimate(linear, take(x_BTD, index_N))
         if found is not None:
             self.add(residual_BTD, into_BTD, index_N, found)
+
+
+class ModuleOps(RowOps):
+    """The same with the norms of the layers as their modules compute them: the masked reference."""
+
+    def norm(self, module: Any, x: Tensor) -> Tensor:
+        """The module's own output, on [..., D]."""
+        return called(module, x)
+
+
+MODULES = ModuleOps()

@@ -23,10 +23,11 @@ void rms_norm(const float *x, const float *weight, float eps, float *out, int64_
 /* gate = silu(gate) * up. */
 void silu_mul(float *restrict gate, const float *restrict up, int64_t count) {
 #pragma omp parallel for simd schedule(static)
-    for (int64_t i = 0; i < count; i++) gate[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
+    for (int64_t i = 0; i < count; i++)
+        gate[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
 }
 
-/* Rotary embedding of x [rows, heads, size]; row i has the angles of `place[i]`, or of i % period. */
+/* Rotary embedding of x [rows, heads, size]; row i has the angles of place[i], or of i % period. */
 void rotate(const float *restrict x, const float *cosine, const float *sine, const int64_t *place,
             int64_t period, float *restrict out, int64_t rows, int64_t heads, int64_t size) {
     int64_t half = size / 2;
@@ -46,7 +47,8 @@ void rotate(const float *restrict x, const float *cosine, const float *sine, con
 }
 
 /* into[index] = residual[index] + delta, a row of `delta` for each index. */
-void add_rows(const float *residual, float *into, const int64_t *index, const float *delta, int64_t rows, int64_t width) {
+void add_rows(const float *residual, float *into, const int64_t *index, const float *delta,
+              int64_t rows, int64_t width) {
 #pragma omp parallel for schedule(static) if (rows > FEW_ROWS)
     for (int64_t i = 0; i < rows; i++) {
         const float *from = residual + index[i] * width, *more = delta + i * width;
@@ -55,8 +57,8 @@ void add_rows(const float *residual, float *into, const int64_t *index, const fl
     }
 }
 
-/* Places where `execute` and `valid` hold, and those where only `valid` does; both outputs have room
-   for all. `counts` gets the executed tokens of each sequence, then all bypassed ones. */
+/* Places where `execute` and `valid` hold, and those where only `valid` does; both outputs have
+   room for all. `counts` gets the executed tokens of each sequence, then all bypassed ones. */
 void partition(const uint8_t *execute, const uint8_t *valid, int64_t *executed, int64_t *bypassed,
                int64_t *counts, int64_t batch, int64_t tokens) {
     int64_t a = 0, b = 0;
