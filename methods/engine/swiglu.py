@@ -7,19 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from methods.base import SwiGLU
 from methods.engine.adapter import all_linear
 from methods.engine.host.row_ops import RowOps
 from methods.engine.offload import at_hand
 
-TURNED_ROWS = 1024
-"""Up to here W @ x.T is faster than x @ W.T on a CPU: with few rows, the library splits the work
-between threads better along the longer side. Measured at widths 576 and 1536."""
-CHUNK_ROWS = 512
-ALIGNED_ROWS = 16
-"""Rows of a turned product are a multiple of this, so that its rows begin at a cache line."""
+FEW_ROWS = 1024
+"""Up to here `RowOps.mlp` is faster than the library's x @ W.T on a CPU, at widths 576 and 1536."""
 NAMES = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -29,18 +24,24 @@ def is_swiglu(mlp: Any) -> bool:
     return silu and all(hasattr(mlp, name) for name in NAMES)
 
 
-def swiglu(mlp: Any, x_ND: Tensor, ops: RowOps) -> Tensor:
-    """The MLP on gathered rows, [N, D], with its intermediates in place where nothing needs them.
+def swiglu(mlp: Any, x_RD: Tensor, ops: RowOps, index_N: Tensor | None = None) -> Tensor:
+    """The MLP on some rows, [N, D], with its intermediates in place where nothing needs them.
 
     At thousands of rows the intermediates are larger than the caches; writing each once instead
     of three times is a quarter of the time of the module's own forward.
+
+    Args:
+        index_N: the rows, int64; None means all.
     """
-    if not is_swiglu(mlp) or torch.is_grad_enabled():
+    plain = is_swiglu(mlp) and not torch.is_grad_enabled()
+    on_cpu = x_RD.device.type == "cpu" and x_RD.dtype == torch.float32
+    few = 1 < len(x_RD if index_N is None else index_N) <= FEW_ROWS
+    if plain and on_cpu and few and _is_plain(mlp):
+        return ops.mlp(SwiGLU(*(getattr(mlp, name).weight for name in NAMES)), x_RD, index_N)
+    x_ND = x_RD if index_N is None else x_RD.index_select(0, index_N)
+    if not plain:
         delta: Tensor = mlp(x_ND)
         return delta
-    on_cpu = x_ND.device.type == "cpu" and x_ND.dtype == torch.float32
-    if on_cpu and 1 < len(x_ND) <= TURNED_ROWS and _is_plain(mlp):
-        return _turned(mlp, x_ND, ops)
     down: Tensor = mlp.down_proj(_hidden(mlp, x_ND, ops))
     return down
 
@@ -95,20 +96,3 @@ def _are_matrices(parts: Sequence[Any]) -> bool:
 def _hidden(mlp: Any, x_ND: Tensor, ops: RowOps) -> Tensor:
     """What the down projection reads, without gradient: each intermediate is written once."""
     return ops.silu_mul(mlp.gate_proj(x_ND), mlp.up_proj(x_ND))
-
-
-def _turned(mlp: Any, x_ND: Tensor, ops: RowOps) -> Tensor:
-    """The same with every product transposed, in chunks of rows."""
-    missing = _aligned(len(x_ND)) - len(x_ND)
-    rows_ND = functional.pad(x_ND, (0, 0, 0, missing)) if missing else x_ND
-    out = torch.empty_like(rows_ND)
-    chunks = -(-len(rows_ND) // CHUNK_ROWS)
-    rows = _aligned(-(-len(rows_ND) // chunks))
-    for x, into in zip(rows_ND.split(rows), out.split(rows), strict=True):
-        hidden_FN = ops.silu_mul(mlp.gate_proj.weight @ x.t(), mlp.up_proj.weight @ x.t())
-        torch.mm(hidden_FN.t(), mlp.down_proj.weight.t(), out=into)
-    return out[: len(x_ND)]
-
-
-def _aligned(rows: int) -> int:
-    return -(-rows // ALIGNED_ROWS) * ALIGNED_ROWS

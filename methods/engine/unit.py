@@ -99,7 +99,8 @@ class Unit:
         K and V enter the cache for every token under `keep`, for these tokens under `evict`.
         """
         if not self.attends:
-            return self._mlp_fast(take(self.x_BTD, rows.index_N))
+            x_RD = self.x_BTD.flatten(0, 1)
+            return swiglu(self.part.mlp, x_RD, self.ops, rows.index_N)
         attended = attend_rows(
             self.part.attention, self.x_BTD, rows, self.inputs, kv_policy, self.ops
         )

@@ -49,18 +49,18 @@ static void attend_tile(Tile *t, const float *turned, const float *value, int64_
     int64_t vecs;
     for (int r = 0; r < TILE; r++) weights[r] = t->scores + r * BLOCK;
     for (int64_t begin = 0; begin < keys; begin += BLOCK) {
-        int64_t columns = keys - begin < BLOCK ? keys - begin : BLOCK;
+        int64_t columns = least(keys - begin, BLOCK);
         for (int64_t j = 0; j < columns; j += WIDE * LANES) {
             const float *columns_at = turned + (begin + j) / PANEL * size * PANEL + j % PANEL;
             clear(sum);
-            wide_product(t->q, size, columns_at, PANEL, sum);
+            product(t->q, size, 0, columns_at, PANEL, WIDE, sum);
             store(sum, WIDE, t->scores + j, BLOCK);
         }
         for (int r = 0; r < TILE; r++) soften(t, r, begin, columns, size, scale);
         for (int64_t j = 0; j < size; j += vecs * LANES) {
             vecs = panel(j, size);
             load(t->out + j, MAX_HEAD, vecs, sum);
-            product(weights, columns, value + begin * row + j, row, vecs, sum);
+            product(weights, columns, 0, value + begin * row + j, row, vecs, sum);
             store(sum, vecs, t->out + j, MAX_HEAD);
         }
     }
@@ -88,7 +88,7 @@ void attend(const float *q, const float *key, int64_t key_head, int64_t key_row,
 #pragma omp for schedule(dynamic, 4)
         for (int64_t n = 0; n < kv_heads * tiles; n++) {
             int64_t g = n / tiles, first = (tiles - 1 - n % tiles) * TILE, most = 0;
-            int64_t real = rows - first < TILE ? rows - first : TILE;
+            int64_t real = least(rows - first, TILE);
             Tile t;
             for (int r = 0; r < TILE; r++) { /* a short tile repeats its first row */
                 int64_t m = first + (r < real ? r : 0);

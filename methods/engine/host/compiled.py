@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from methods.base import LinearUnit
+from methods.base import LinearUnit, SwiGLU
 from methods.engine.host.build import MAX_HEAD, MAX_RANK, PANEL, library
 from methods.engine.host.row_ops import RowOps
 from methods.engine.norm import is_plain_rms
@@ -16,7 +16,9 @@ from methods.engine.rotary import Angles
 from methods.engine.rows import Rows
 
 LANES = 16
-"""Widths and ranks of the forecast, and heads in attention, are a multiple of this."""
+"""Widths and ranks of the forecast, heads in attention and packed rows are a multiple of this."""
+MOST_PACKED = 2**20
+"""Rows times width that the MLP packs: more leave the cache, and the library is as fast."""
 FEW_QUERIES = 8
 """Fewer do not pay for the keys that the attention loop copies."""
 
@@ -54,6 +56,31 @@ class CompiledRowOps(RowOps):
             return super().silu_mul(gate, up)
         self.loops.silu_mul(gate.data_ptr(), up.data_ptr(), gate.numel())
         return gate
+
+    def mlp(self, weights: SwiGLU, x_RD: Tensor, index_N: Tensor | None = None) -> Tensor:
+        """Weights are read where they lie; the library packs them for rows that are too few."""
+        count, width = len(x_RD if index_N is None else index_N), x_RD.shape[-1]
+        if count * width > MOST_PACKED or not _covered(x_RD, *weights):
+            return super().mlp(weights, x_RD, index_N)
+        neurons, padded = len(weights.gate_FD), -(-count // LANES) * LANES
+        x_packed = x_RD.new_empty(padded, width)
+        index = None if index_N is None else index_N.data_ptr()
+        self.loops.pack_rows(x_RD.data_ptr(), index, count, width, x_packed.data_ptr())
+        hidden = x_RD.new_empty(padded, neurons)
+        self.loops.swiglu(
+            x_packed.data_ptr(),
+            count,
+            width,
+            weights.gate_FD.data_ptr(),
+            weights.up_FD.data_ptr(),
+            neurons,
+            hidden.data_ptr(),
+        )
+        out = x_RD.new_empty(count, width)
+        self.loops.project(
+            hidden.data_ptr(), count, neurons, weights.down_DF.data_ptr(), width, out.data_ptr()
+        )
+        return out
 
     def rotate(self, x: Tensor, angles: Angles) -> Tensor:
         """One pass, angles read where they are; PyTorch takes three and two gathers."""

@@ -25,7 +25,7 @@ void forecast(const float *x, const float *residual, float *into, const int64_t 
         const float *in[TILE], *middle[TILE];
         float hidden[TILE * MAX_RANK];
         vec sum[TILE * WIDE];
-        int64_t rows = count - first < TILE ? count - first : TILE, vecs;
+        int64_t rows = least(count - first, TILE), vecs;
         for (int64_t r = 0; r < TILE; r++) { /* a short tile repeats its first row */
             in[r] = x + index[first + (r < rows ? r : 0)] * width;
             middle[r] = hidden + r * rank;
@@ -33,14 +33,14 @@ void forecast(const float *x, const float *residual, float *into, const int64_t 
         for (int64_t j = 0; j < rank; j += vecs * LANES) {
             vecs = panel(j, rank);
             start(down_bias ? down_bias + j : 0, vecs, sum);
-            product(in, width, down + j, rank, vecs, sum);
+            product(in, width, 0, down + j, rank, vecs, sum);
             store(sum, vecs, hidden + j, rank);
         }
         if (with_silu) silu(hidden, TILE * rank);
         for (int64_t j = 0; j < width; j += vecs * LANES) {
             vecs = panel(j, width);
             start(bias ? bias + j : 0, vecs, sum);
-            product(middle, rank, up + j, width, vecs, sum);
+            product(middle, rank, 0, up + j, width, vecs, sum);
             for (int64_t r = 0; r < rows; r++)
                 for (int64_t v = 0; v < vecs; v++) {
                     int64_t at = index[first + r] * width + j + v * LANES;

@@ -15,40 +15,58 @@
 #endif
 #define TILE 6 /* rows: TILE * WIDE sums, WIDE weights and one input fill the registers */
 
+#define LINE 16 /* floats of a cache line */
+
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 /* sum += a @ w for TILE rows and VECS * LANES columns; `a` points to the rows, and a row of `w` is
-   `stride` floats after the one before. */
+   `stride` floats after the one before. What lies `ahead` floats after each row is fetched on the
+   way, unless that is 0. */
 #define DEFINE_PRODUCT(NAME, VECS)                                                                 \
     static inline __attribute__((always_inline)) void NAME(                                        \
-        const float *const *a, int64_t inner, const float *w, int64_t stride, vec *sum) {          \
+        const float *const *a, int64_t inner, int64_t ahead, const float *w, int64_t stride,       \
+        vec *sum) {                                                                                \
         vec own[TILE][VECS];                                                                       \
         for (int r = 0; r < TILE; r++)                                                             \
             for (int v = 0; v < VECS; v++) own[r][v] = sum[r * VECS + v];                          \
-        for (int64_t k = 0; k < inner; k++) {                                                      \
-            vec weight[VECS];                                                                      \
-            for (int v = 0; v < VECS; v++)                                                         \
-                weight[v] = *(const vec *)(w + k * stride + v * LANES);                            \
-            for (int r = 0; r < TILE; r++) {                                                       \
-                vec input = a[r][k] - (vec){0};                                                    \
-                for (int v = 0; v < VECS; v++) own[r][v] += input * weight[v];                     \
+        for (int64_t from = 0; from < inner; from += LINE) {                                       \
+            for (int r = 0; ahead && r < TILE; r++) __builtin_prefetch(a[r] + from + ahead);       \
+            for (int64_t k = from; k < least(from + LINE, inner); k++) {                           \
+                vec weight[VECS];                                                                  \
+                for (int v = 0; v < VECS; v++)                                                     \
+                    weight[v] = *(const vec *)(w + k * stride + v * LANES);                        \
+                for (int r = 0; r < TILE; r++) {                                                   \
+                    vec input = a[r][k] - (vec){0};                                                \
+                    for (int v = 0; v < VECS; v++) own[r][v] += input * weight[v];                 \
+                }                                                                                  \
             }                                                                                      \
         }                                                                                          \
         for (int r = 0; r < TILE; r++)                                                             \
             for (int v = 0; v < VECS; v++) sum[r * VECS + v] = own[r][v];                          \
     }
-DEFINE_PRODUCT(wide_product, WIDE)
-DEFINE_PRODUCT(narrow_product, 1)
+DEFINE_PRODUCT(product_1, 1)
+DEFINE_PRODUCT(product_2, 2)
+#if WIDE > 2
+DEFINE_PRODUCT(product_3, 3)
+DEFINE_PRODUCT(product_4, 4)
+#endif
 
-/* How many vectors the next panel of columns has. */
-static inline int64_t panel(int64_t column, int64_t columns) {
-    return column + WIDE * LANES <= columns ? WIDE : 1;
+/* The same for 1 to WIDE vectors of columns. */
+static inline void product(const float *const *a, int64_t inner, int64_t ahead, const float *w,
+                           int64_t stride, int64_t vecs, vec *sum) {
+#if WIDE > 2
+    if (vecs == 4) return product_4(a, inner, ahead, w, stride, sum);
+    if (vecs == 3) return product_3(a, inner, ahead, w, stride, sum);
+#endif
+    if (vecs == 2) return product_2(a, inner, ahead, w, stride, sum);
+    product_1(a, inner, ahead, w, stride, sum);
 }
 
-static inline void product(const float *const *a, int64_t inner, const float *w, int64_t stride,
-                           int64_t vecs, vec *sum) {
-    if (vecs == WIDE) wide_product(a, inner, w, stride, sum);
-    else narrow_product(a, inner, w, stride, sum);
+/* How many vectors the next panel of columns has; `columns` is a multiple of LANES. */
+static inline int64_t panel(int64_t column, int64_t columns) {
+    return least((columns - column) / LANES, WIDE);
 }
 
 /* A tile's sums from and to memory, rows `stride` floats apart. */

@@ -12,11 +12,12 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
-from methods.base import LinearUnit
+from methods.base import LinearUnit, SwiGLU
 from methods.engine.low_rank import estimate
 from methods.engine.norm import called, normed
 from methods.engine.rotary import Angles, rotate
 from methods.engine.rows import Rows, bypassed_index, executed_rows, put, take
+from methods.engine.turned import turned_mlp
 
 
 class RowOps:
@@ -31,6 +32,11 @@ class RowOps:
     def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
         """silu(gate) * up, written to `gate`."""
         return functional.silu(gate, inplace=True).mul_(up)
+
+    def mlp(self, weights: SwiGLU, x_RD: Tensor, index_N: Tensor | None = None) -> Tensor:
+        """down(silu(gate(x)) * up(x)) of a few rows, [N, D]; of all without an index."""
+        x_ND = x_RD if index_N is None else x_RD.index_select(0, index_N)
+        return turned_mlp(weights, x_ND, self.silu_mul)
 
     def rotate(self, x: Tensor, angles: Angles) -> Tensor:
         """Rotary embedding of [..., heads, d], rows in the order of the leading axes."""

@@ -1,0 +1,101 @@
+/* Products of a few gathered rows with weights as they lie, [outputs, inputs]. A library packs the
+   weights first, which pays once many rows share them. Here the rows are packed, into panels of
+   columns, and each weight is read from where it is, ahead of time. Counterpart of `RowOps.mlp`. */
+
+#include <omp.h>
+
+#include "loops.h"
+
+#define BAND 96    /* outputs that a thread takes at a time, a multiple of TILE */
+#define DEPTH 1600 /* inputs that it takes at a time: longer panels leave the cache */
+
+/* Packed rows are panels of up to WIDE vectors of rows by columns, [inputs, vecs * LANES], one
+   behind the other. Panels of like size waste no place but in the last vector. */
+typedef struct { int64_t first, size; } Panel; /* rows */
+
+static int64_t panels_of(int64_t rows) { return (rows + WIDE * LANES - 1) / (WIDE * LANES); }
+
+static Panel panel_at(int64_t rows, int64_t n) {
+    int64_t vecs = (rows + LANES - 1) / LANES, panels = panels_of(rows);
+    int64_t begin = n * vecs / panels, end = (n + 1) * vecs / panels;
+    return (Panel){begin * LANES, (end - begin) * LANES};
+}
+
+/* Outputs of one task, so that every thread gets the same number of tasks. */
+static int64_t band_of(int64_t outputs) {
+    int64_t threads = omp_get_max_threads(), share = (outputs + threads - 1) / threads;
+    int64_t tasks = threads * ((share + BAND - 1) / BAND);
+    return ((outputs + tasks - 1) / tasks + TILE - 1) / TILE * TILE;
+}
+
+/* Rows index[0], index[1], ... of x [., width] packed; 0, 1, ... if index is null. */
+void pack_rows(const float *x, const int64_t *index, int64_t rows, int64_t width, float *packed) {
+    int64_t parts = (width + BAND - 1) / BAND;
+#pragma omp parallel for schedule(static)
+    for (int64_t task = 0; task < panels_of(rows) * parts; task++) {
+        Panel p = panel_at(rows, task / parts);
+        int64_t from = task % parts * BAND, to = least(from + BAND, width);
+        float *out = packed + p.first * width;
+        for (int64_t i = 0; i < p.size; i++) { /* what fills the last vector is never read */
+            int64_t row = least(p.first + i, rows - 1);
+            const float *in = x + (index ? index[row] : row) * width;
+            for (int64_t c = from; c < to; c++) out[c * p.size + i] = in[c];
+        }
+    }
+}
+
+/* sums [outputs, size] of some outputs, whose weights begin at `weight`, and one panel. */
+static void multiply(const float *weight, int64_t outputs, int64_t inputs, const float *panel,
+                     int64_t size, float *sums) {
+    int64_t vecs = size / LANES, parts = (inputs + DEPTH - 1) / DEPTH;
+    int64_t depth = (inputs + parts - 1) / parts;
+    vec sum[TILE * WIDE];
+    for (int64_t k = 0; k < inputs; k += depth)
+        for (int64_t first = 0; first < outputs; first += TILE) {
+            const float *row[TILE];
+            for (int64_t r = 0; r < TILE; r++) /* a short tile repeats its last row */
+                row[r] = weight + least(first + r, outputs - 1) * inputs + k;
+            if (k) load(sums + first * size, size, vecs, sum);
+            else clear(sum);
+            product(row, least(depth, inputs - k), TILE * inputs, panel + k * size, size, vecs, sum);
+            store(sum, vecs, sums + first * size, size);
+        }
+}
+
+/* hidden = silu(gate x) * (up x) for packed rows, packed again. */
+void swiglu(const float *packed, int64_t rows, int64_t width, const float *gate, const float *up,
+            int64_t outputs, float *hidden) {
+    int64_t band = band_of(outputs);
+#pragma omp parallel for schedule(static)
+    for (int64_t first = 0; first < outputs; first += band) {
+        float g[BAND * WIDE * LANES], u[BAND * WIDE * LANES];
+        int64_t own = least(band, outputs - first);
+        for (int64_t n = 0; n < panels_of(rows); n++) {
+            Panel p = panel_at(rows, n);
+            const float *in = packed + p.first * width;
+            multiply(gate + first * width, own, width, in, p.size, g);
+            multiply(up + first * width, own, width, in, p.size, u);
+            float *to = hidden + p.first * outputs + first * p.size;
+            for (int64_t i = 0; i < own * p.size; i++)
+                to[i] = g[i] / (1.0f + exponential(-g[i])) * u[i];
+        }
+    }
+}
+
+/* out [rows, outputs] = packed rows times the weight. */
+void project(const float *packed, int64_t rows, int64_t inputs, const float *weight,
+             int64_t outputs, float *out) {
+    int64_t band = band_of(outputs);
+#pragma omp parallel for schedule(static)
+    for (int64_t first = 0; first < outputs; first += band) {
+        float sums[BAND * WIDE * LANES];
+        int64_t own = least(band, outputs - first);
+        for (int64_t n = 0; n < panels_of(rows); n++) {
+            Panel p = panel_at(rows, n);
+            multiply(weight + first * inputs, own, inputs, packed + p.first * inputs, p.size, sums);
+            for (int64_t i = 0; i < least(p.size, rows - p.first); i++)
+                for (int64_t c = 0; c < own; c++)
+                    out[(p.first + i) * outputs + first + c] = sums[c * p.size + i];
+        }
+    }
+}
