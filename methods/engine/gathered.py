@@ -60,7 +60,7 @@ class GatheredExecutor:
             routing.counters.add(unit.site, execute, keys_BT)
         with routing.clock.part("rows"):
             rows, bypassed = routing.ops.split(execute, _valid(routing))
-        if len(rows.index_N) == execute.numel() and not evicts:
+        if rows.number == execute.numel() and not evicts:
             with routing.clock.part(unit.site.kind):
                 return executed(unit, decision)
         if unit.after_BTD is not None:
@@ -76,19 +76,20 @@ class GatheredExecutor:
         linear: LinearUnit | None,
     ) -> Tensor:
         method, ops, clock = self.routing.method, self.routing.ops, self.routing.clock
+        others = bypassed.shape[0]
         with clock.part(unit.site.kind):
             delta_ND = unit.run_rows(rows, method.kv_policy)
         with clock.part("scatter"):
             # a method that was asked may hold the stream; one that was not cannot
             residual = after = unit.residual_BTD
             if not unit.owned or linear is None:
-                written = len(delta_ND) + len(bypassed) == rows.tokens * len(residual)
+                written = rows.number + others == rows.tokens * len(rows.counts)
                 forecasts = linear is not None and linear.down_rD is not None
                 after = ops.room(residual, filled=written and forecasts)
-            if len(delta_ND):
+            if rows.number:
                 delta_ND = scaled_rows(delta_ND, rows.index_N, decision)
                 ops.add(residual, after, rows.index_N, delta_ND)
-        if not len(bypassed):
+        if not others:
             return after
         with clock.part("forecast"):
             if linear is not None:
@@ -98,7 +99,7 @@ class GatheredExecutor:
             x_MD = take(unit.x_BTD, bypassed)
             forecast = method.approximate(unit.site, x_MD[None])
             if forecast is not None:
-                forecast_MD = forecast.view(len(bypassed), -1)
+                forecast_MD = forecast.view(others, -1)
                 delta_ND = scaled_rows(forecast_MD, bypassed, decision)
                 ops.add(residual, after, bypassed, delta_ND)
         return after

@@ -71,7 +71,7 @@ def attend_rows(
         sequences = _kept_by_all(attention, x_BTD, rows, inputs, ops)
     else:
         sequences = _kept_by_executed(attention, x_ND, rows, inputs, angles, ops)
-    if not len(x_ND):
+    if not rows.number:
         return x_BTD.new_zeros(0, x_BTD.shape[-1])
     query_NHd = ops.rotate(heads_of(attention, "q", x_ND), angles)
     found: list[Tensor] = []
@@ -130,7 +130,7 @@ def _kept_by_executed(
     """Policy `evict`: keys of executed tokens only; a query sees those up to its own."""
     cache = inputs.past_key_values
     kept = KeptKeys() if cache is None else layer_of(cache, attention.layer_idx, KeptKeys)
-    if not len(x_ND):
+    if not rows.number:
         kept.skip(rows)
         return iter(())
     key = ops.rotate(heads_of(attention, "k", x_ND), angles)

@@ -18,10 +18,21 @@ class Rows:
     tokens: int
     """T."""
 
+    @property
+    def number(self) -> int:
+        """N."""
+        return self.index_N.shape[0]
+
     def per_sequence(self) -> list[tuple[int, Tensor]]:
         """(b, places t of its executed tokens) of each sequence that executes any."""
+        if len(self.counts) == 1:
+            return [(0, self.index_N)] if self.number else []
         parts = self.index_N.split(self.counts)
-        return [(b, part - b * self.tokens) for b, part in enumerate(parts) if len(part)]
+        return [
+            (b, part - b * self.tokens)
+            for b, (part, count) in enumerate(zip(parts, self.counts, strict=True))
+            if count
+        ]
 
 
 def executed_rows(execute_BT: Tensor) -> Rows:

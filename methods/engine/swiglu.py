@@ -35,7 +35,7 @@ def swiglu(mlp: Any, x_RD: Tensor, ops: RowOps, index_N: Tensor | None = None) -
     """
     plain = is_swiglu(mlp) and not torch.is_grad_enabled()
     on_cpu = x_RD.device.type == "cpu" and x_RD.dtype == torch.float32
-    few = 1 < len(x_RD if index_N is None else index_N) <= FEW_ROWS
+    few = 1 < (x_RD if index_N is None else index_N).shape[0] <= FEW_ROWS
     if plain and on_cpu and few and _is_plain(mlp):
         return ops.mlp(SwiGLU(*(getattr(mlp, name).weight for name in NAMES)), x_RD, index_N)
     x_ND = x_RD if index_N is None else x_RD.index_select(0, index_N)

@@ -59,10 +59,10 @@ class CompiledRowOps(RowOps):
 
     def mlp(self, weights: SwiGLU, x_RD: Tensor, index_N: Tensor | None = None) -> Tensor:
         """Weights are read where they lie; the library packs them for rows that are too few."""
-        count, width = len(x_RD if index_N is None else index_N), x_RD.shape[-1]
+        count, width = (x_RD if index_N is None else index_N).shape[0], x_RD.shape[-1]
         if count * width > MOST_PACKED or not _covered(x_RD, *weights):
             return super().mlp(weights, x_RD, index_N)
-        neurons, padded = len(weights.gate_FD), -(-count // LANES) * LANES
+        neurons, padded = weights.gate_FD.shape[0], -(-count // LANES) * LANES
         x_packed = x_RD.new_empty(padded, width)
         index = None if index_N is None else index_N.data_ptr()
         self.loops.pack_rows(x_RD.data_ptr(), index, count, width, x_packed.data_ptr())
@@ -93,7 +93,7 @@ class CompiledRowOps(RowOps):
             angles.cos_Pd.data_ptr(),
             angles.sin_Pd.data_ptr(),
             None if place is None else place.data_ptr(),
-            len(angles.cos_Pd),
+            angles.cos_Pd.shape[0],
             out.data_ptr(),
             x.numel() // (heads * size),
             heads,
@@ -151,7 +151,7 @@ class CompiledRowOps(RowOps):
     ) -> Tensor | None:
         """Block by block without a mask; keys are copied once, by columns."""
         size = query_NHd.shape[-1]
-        fits = size % LANES == 0 and size <= MAX_HEAD and len(last_N) >= FEW_QUERIES
+        fits = size % LANES == 0 and size <= MAX_HEAD and last_N.shape[0] >= FEW_QUERIES
         lie = key_KSd.stride(2) == value_KSd.stride(2) == 1
         if not (fits and lie and _plain(query_NHd, key_KSd, value_KSd)):
             return None
@@ -188,8 +188,10 @@ class CompiledRowOps(RowOps):
             return
         rank, width = down.shape
         fits = rank % LANES == 0 and width % LANES == 0 and rank <= MAX_RANK
+        columns = down.stride() == (1, rank) and up.stride() == (1, width)
         biases = [bias for bias in (linear.down_bias_r, linear.bias_D) if bias is not None]
-        if not fits or not _covered(x_BTD, residual_BTD, into_BTD, down.t(), up.t(), *biases):
+        lie = columns and _plain(down, up) and _covered(x_BTD, residual_BTD, into_BTD, *biases)
+        if not (fits and lie):
             super().forecast(linear, x_BTD, residual_BTD, into_BTD, index_N)
             return
         self.loops.forecast(
@@ -197,7 +199,7 @@ class CompiledRowOps(RowOps):
             residual_BTD.data_ptr(),
             into_BTD.data_ptr(),
             index_N.data_ptr(),
-            len(index_N),
+            index_N.shape[0],
             width,
             rank,
             down.data_ptr(),
@@ -214,11 +216,15 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 def _plain(*tensors: Tensor) -> bool:
     """True for float32 on the host, where nothing is differentiated."""
-    if torch.is_grad_enabled():
-        return False
-    return all(tensor.dtype is torch.float32 and tensor.is_cpu for tensor in tensors)
+    for tensor in tensors:  # a loop: this is asked for every operation of every unit
+        if tensor.dtype is not torch.float32 or not tensor.is_cpu:
+            return False
+    return not torch.is_grad_enabled()
 
 
 def _covered(*tensors: Tensor) -> bool:
     """True if loops may read and write these from their first address on."""
-    return _plain(*tensors) and all(map(Tensor.is_contiguous, tensors))
+    for tensor in tensors:
+        if not tensor.is_contiguous():
+            return False
+    return _plain(*tensors)

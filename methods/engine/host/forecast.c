@@ -3,6 +3,8 @@
 
 #include "loops.h"
 
+#define TILES 8   /* that share what is read of the maps */
+#define DEPTH 1024 /* inputs of the first map that stay in the cache meanwhile */
 /* MAX_RANK comes from build.py */
 
 static void silu(float *h, int64_t count) {
@@ -15,37 +17,59 @@ static inline void start(const float *bias, int64_t vecs, vec *sum) {
     else clear(sum);
 }
 
+/* hidden [rows, rank] = down(x[index]) for whole tiles. */
+static void narrow(const float *x, const int64_t *index, Rows rows, int64_t width, int64_t rank,
+                   const float *down, const float *bias, float *hidden) {
+    vec sum[TILE * WIDE];
+    for (int64_t j = 0, vecs; j < rank; j += vecs * LANES) {
+        vecs = panel(j, rank);
+        for (int64_t k = 0; k < width; k += DEPTH)
+            for (int64_t first = 0; first < rows.count; first += TILE) {
+                const float *in[TILE];
+                float *own = hidden + first * rank + j;
+                for (int64_t r = 0; r < TILE; r++) /* a short tile repeats its last row */
+                    in[r] = x + index[rows.first + least(first + r, rows.count - 1)] * width + k;
+                if (k) load(own, rank, vecs, sum);
+                else start(bias ? bias + j : 0, vecs, sum);
+                product(in, least(DEPTH, width - k), 0, down + k * rank + j, rank, vecs, sum);
+                store(sum, vecs, own, rank);
+            }
+    }
+}
+
+/* into[index] = residual[index] + up(hidden). */
+static void widen(const float *hidden, const int64_t *index, Rows rows, int64_t width,
+                  int64_t rank, const float *up, const float *bias, const float *residual,
+                  float *into) {
+    vec sum[TILE * WIDE];
+    for (int64_t j = 0, vecs; j < width; j += vecs * LANES) {
+        vecs = panel(j, width);
+        for (int64_t first = 0; first < rows.count; first += TILE) {
+            const float *in[TILE];
+            for (int64_t r = 0; r < TILE; r++) in[r] = hidden + (first + r) * rank;
+            start(bias ? bias + j : 0, vecs, sum);
+            product(in, rank, 0, up + j, width, vecs, sum);
+            for (int64_t r = 0; r < least(rows.count - first, TILE); r++)
+                for (int64_t v = 0; v < vecs; v++) {
+                    int64_t at = index[rows.first + first + r] * width + j + v * LANES;
+                    *(vec *)(into + at) = *(const vec *)(residual + at) + sum[r * vecs + v];
+                }
+        }
+    }
+}
+
 /* into[index] = residual[index] + up(act(down(x[index]))); `down` is [width, rank], `up`
    [rank, width], both a multiple of 16 and rank at most MAX_RANK; biases may be null. */
 void forecast(const float *x, const float *residual, float *into, const int64_t *index,
               int64_t count, int64_t width, int64_t rank, const float *down,
               const float *down_bias, const float *up, const float *bias, int64_t with_silu) {
+    int64_t tasks = tasks_of(count, TILES);
 #pragma omp parallel for schedule(static) if (count > TILE)
-    for (int64_t first = 0; first < count; first += TILE) {
-        const float *in[TILE], *middle[TILE];
-        float hidden[TILE * MAX_RANK];
-        vec sum[TILE * WIDE];
-        int64_t rows = least(count - first, TILE), vecs;
-        for (int64_t r = 0; r < TILE; r++) { /* a short tile repeats its first row */
-            in[r] = x + index[first + (r < rows ? r : 0)] * width;
-            middle[r] = hidden + r * rank;
-        }
-        for (int64_t j = 0; j < rank; j += vecs * LANES) {
-            vecs = panel(j, rank);
-            start(down_bias ? down_bias + j : 0, vecs, sum);
-            product(in, width, 0, down + j, rank, vecs, sum);
-            store(sum, vecs, hidden + j, rank);
-        }
-        if (with_silu) silu(hidden, TILE * rank);
-        for (int64_t j = 0; j < width; j += vecs * LANES) {
-            vecs = panel(j, width);
-            start(bias ? bias + j : 0, vecs, sum);
-            product(middle, rank, 0, up + j, width, vecs, sum);
-            for (int64_t r = 0; r < rows; r++)
-                for (int64_t v = 0; v < vecs; v++) {
-                    int64_t at = index[first + r] * width + j + v * LANES;
-                    *(vec *)(into + at) = *(const vec *)(residual + at) + sum[r * vecs + v];
-                }
-        }
+    for (int64_t task = 0; task < tasks; task++) {
+        float hidden[TILES * TILE * MAX_RANK];
+        Rows rows = rows_of(task, tasks, count);
+        narrow(x, index, rows, width, rank, down, down_bias, hidden);
+        if (with_silu) silu(hidden, tiles_of(rows.count) * TILE * rank);
+        widen(hidden, index, rows, width, rank, up, bias, residual, into);
     }
 }

@@ -4,6 +4,7 @@
 #define ROUTEBENCH_LOOPS_H
 
 #include <math.h>
+#include <omp.h>
 #include <stdint.h>
 
 #ifdef __AVX512F__
@@ -20,6 +21,21 @@
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* `count` rows split into tasks of at most `most` tiles, as many for each thread. */
+typedef struct { int64_t first, count; } Rows;
+
+static inline int64_t tiles_of(int64_t count) { return (count + TILE - 1) / TILE; }
+
+static inline int64_t tasks_of(int64_t count, int64_t most) {
+    int64_t threads = omp_get_max_threads();
+    return (tiles_of(count) + threads * most - 1) / (threads * most) * threads;
+}
+
+static inline Rows rows_of(int64_t task, int64_t tasks, int64_t count) {
+    int64_t first = task * tiles_of(count) / tasks * TILE;
+    return (Rows){first, least((task + 1) * tiles_of(count) / tasks * TILE, count) - first};
+}
 
 /* sum += a @ w for TILE rows and VECS * LANES columns; `a` points to the rows, and a row of `w` is
    `stride` floats after the one before. What lies `ahead` floats after each row is fetched on the

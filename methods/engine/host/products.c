@@ -2,30 +2,19 @@
    weights first, which pays once many rows share them. Here the rows are packed, into panels of
    columns, and each weight is read from where it is, ahead of time. Counterpart of `RowOps.mlp`. */
 
-#include <omp.h>
-
 #include "loops.h"
 
-#define BAND 96    /* outputs that a thread takes at a time, a multiple of TILE */
+#define BAND 96    /* outputs that a thread takes at a time */
 #define DEPTH 1600 /* inputs that it takes at a time: longer panels leave the cache */
 
 /* Packed rows are panels of up to WIDE vectors of rows by columns, [inputs, vecs * LANES], one
    behind the other. Panels of like size waste no place but in the last vector. */
-typedef struct { int64_t first, size; } Panel; /* rows */
-
 static int64_t panels_of(int64_t rows) { return (rows + WIDE * LANES - 1) / (WIDE * LANES); }
 
-static Panel panel_at(int64_t rows, int64_t n) {
+static Rows panel_at(int64_t rows, int64_t n) {
     int64_t vecs = (rows + LANES - 1) / LANES, panels = panels_of(rows);
     int64_t begin = n * vecs / panels, end = (n + 1) * vecs / panels;
-    return (Panel){begin * LANES, (end - begin) * LANES};
-}
-
-/* Outputs of one task, so that every thread gets the same number of tasks. */
-static int64_t band_of(int64_t outputs) {
-    int64_t threads = omp_get_max_threads(), share = (outputs + threads - 1) / threads;
-    int64_t tasks = threads * ((share + BAND - 1) / BAND);
-    return ((outputs + tasks - 1) / tasks + TILE - 1) / TILE * TILE;
+    return (Rows){begin * LANES, (end - begin) * LANES};
 }
 
 /* Rows index[0], index[1], ... of x [., width] packed; 0, 1, ... if index is null. */
@@ -33,13 +22,13 @@ void pack_rows(const float *x, const int64_t *index, int64_t rows, int64_t width
     int64_t parts = (width + BAND - 1) / BAND;
 #pragma omp parallel for schedule(static)
     for (int64_t task = 0; task < panels_of(rows) * parts; task++) {
-        Panel p = panel_at(rows, task / parts);
+        Rows p = panel_at(rows, task / parts);
         int64_t from = task % parts * BAND, to = least(from + BAND, width);
         float *out = packed + p.first * width;
-        for (int64_t i = 0; i < p.size; i++) { /* what fills the last vector is never read */
+        for (int64_t i = 0; i < p.count; i++) { /* what fills the last vector is never read */
             int64_t row = least(p.first + i, rows - 1);
             const float *in = x + (index ? index[row] : row) * width;
-            for (int64_t c = from; c < to; c++) out[c * p.size + i] = in[c];
+            for (int64_t c = from; c < to; c++) out[c * p.count + i] = in[c];
         }
     }
 }
@@ -65,18 +54,18 @@ static void multiply(const float *weight, int64_t outputs, int64_t inputs, const
 /* hidden = silu(gate x) * (up x) for packed rows, packed again. */
 void swiglu(const float *packed, int64_t rows, int64_t width, const float *gate, const float *up,
             int64_t outputs, float *hidden) {
-    int64_t band = band_of(outputs);
+    int64_t tasks = tasks_of(outputs, BAND / TILE);
 #pragma omp parallel for schedule(static)
-    for (int64_t first = 0; first < outputs; first += band) {
+    for (int64_t task = 0; task < tasks; task++) {
         float g[BAND * WIDE * LANES], u[BAND * WIDE * LANES];
-        int64_t own = least(band, outputs - first);
+        Rows own = rows_of(task, tasks, outputs);
         for (int64_t n = 0; n < panels_of(rows); n++) {
-            Panel p = panel_at(rows, n);
+            Rows p = panel_at(rows, n);
             const float *in = packed + p.first * width;
-            multiply(gate + first * width, own, width, in, p.size, g);
-            multiply(up + first * width, own, width, in, p.size, u);
-            float *to = hidden + p.first * outputs + first * p.size;
-            for (int64_t i = 0; i < own * p.size; i++)
+            multiply(gate + own.first * width, own.count, width, in, p.count, g);
+            multiply(up + own.first * width, own.count, width, in, p.count, u);
+            float *to = hidden + p.first * outputs + own.first * p.count;
+            for (int64_t i = 0; i < own.count * p.count; i++)
                 to[i] = g[i] / (1.0f + exponential(-g[i])) * u[i];
         }
     }
@@ -85,17 +74,17 @@ void swiglu(const float *packed, int64_t rows, int64_t width, const float *gate,
 /* out [rows, outputs] = packed rows times the weight. */
 void project(const float *packed, int64_t rows, int64_t inputs, const float *weight,
              int64_t outputs, float *out) {
-    int64_t band = band_of(outputs);
+    int64_t tasks = tasks_of(outputs, BAND / TILE);
 #pragma omp parallel for schedule(static)
-    for (int64_t first = 0; first < outputs; first += band) {
+    for (int64_t task = 0; task < tasks; task++) {
         float sums[BAND * WIDE * LANES];
-        int64_t own = least(band, outputs - first);
+        Rows own = rows_of(task, tasks, outputs);
         for (int64_t n = 0; n < panels_of(rows); n++) {
-            Panel p = panel_at(rows, n);
-            multiply(weight + first * inputs, own, inputs, packed + p.first * inputs, p.size, sums);
-            for (int64_t i = 0; i < least(p.size, rows - p.first); i++)
-                for (int64_t c = 0; c < own; c++)
-                    out[(p.first + i) * outputs + first + c] = sums[c * p.size + i];
+            Rows p = panel_at(rows, n);
+            multiply(weight + own.first * inputs, own.count, inputs, packed + p.first * inputs, p.count, sums);
+            for (int64_t i = 0; i < least(p.count, rows - p.first); i++)
+                for (int64_t c = 0; c < own.count; c++)
+                    out[(p.first + i) * outputs + own.first + c] = sums[c * p.count + i];
         }
     }
 }

@@ -53,7 +53,7 @@ class RowOps:
     def split(self, execute_BT: Tensor, valid_BT: Tensor) -> tuple[Rows, Tensor]:
         """Executed tokens, and the places b * T + t of bypassed ones, int64."""
         rows = executed_rows(execute_BT)
-        if len(rows.index_N) == execute_BT.numel():
+        if rows.number == execute_BT.numel():
             return rows, rows.index_N[:0]
         return rows, bypassed_index(execute_BT, valid_BT)
 
