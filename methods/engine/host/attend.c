@@ -5,7 +5,7 @@
 
 #include "loops.h"
 
-#define BLOCK 256 /* keys whose scores are held at a time, a multiple of PANEL */
+#define BLOCK 512 /* keys whose scores are held at a time, a multiple of PANEL */
 /* MAX_HEAD and PANEL come from build.py: sizes of a head, keys that lie together once turned */
 
 typedef struct {
@@ -45,23 +45,19 @@ static void soften(Tile *t, int r, int64_t begin, int64_t columns, int64_t size,
 static void attend_tile(Tile *t, const float *turned, const float *value, int64_t row, int64_t keys,
                         int64_t size, float scale) {
     const float *weights[TILE];
-    vec sum[TILE * WIDE];
     int64_t vecs;
     for (int r = 0; r < TILE; r++) weights[r] = t->scores + r * BLOCK;
     for (int64_t begin = 0; begin < keys; begin += BLOCK) {
         int64_t columns = least(keys - begin, BLOCK);
         for (int64_t j = 0; j < columns; j += WIDE * LANES) {
             const float *columns_at = turned + (begin + j) / PANEL * size * PANEL + j % PANEL;
-            clear(sum);
-            product(t->q, size, 0, columns_at, PANEL, WIDE, sum);
-            store(sum, WIDE, t->scores + j, BLOCK);
+            product(t->q, size, 0, columns_at, PANEL, WIDE, 0, 0, t->scores + j, BLOCK);
         }
         for (int r = 0; r < TILE; r++) soften(t, r, begin, columns, size, scale);
         for (int64_t j = 0; j < size; j += vecs * LANES) {
             vecs = panel(j, size);
-            load(t->out + j, MAX_HEAD, vecs, sum);
-            product(weights, columns, 0, value + begin * row + j, row, vecs, sum);
-            store(sum, vecs, t->out + j, MAX_HEAD);
+            product(weights, columns, 0, value + begin * row + j, row, vecs, t->out + j, MAX_HEAD,
+                    t->out + j, MAX_HEAD);
         }
     }
 }

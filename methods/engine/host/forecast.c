@@ -11,16 +11,9 @@ static void silu(float *h, int64_t count) {
     for (int64_t i = 0; i < count; i++) h[i] = h[i] / (1.0f + exponential(-h[i]));
 }
 
-/* Every row of a tile's sums starts as the bias, or as zeros. */
-static inline void start(const float *bias, int64_t vecs, vec *sum) {
-    if (bias) load(bias, 0, vecs, sum);
-    else clear(sum);
-}
-
 /* hidden [rows, rank] = down(x[index]) for whole tiles. */
 static void narrow(const float *x, const int64_t *index, Rows rows, int64_t width, int64_t rank,
                    const float *down, const float *bias, float *hidden) {
-    vec sum[TILE * WIDE];
     for (int64_t j = 0, vecs; j < rank; j += vecs * LANES) {
         vecs = panel(j, rank);
         for (int64_t k = 0; k < width; k += DEPTH)
@@ -29,10 +22,9 @@ static void narrow(const float *x, const int64_t *index, Rows rows, int64_t widt
                 float *own = hidden + first * rank + j;
                 for (int64_t r = 0; r < TILE; r++) /* a short tile repeats its last row */
                     in[r] = x + index[rows.first + least(first + r, rows.count - 1)] * width + k;
-                if (k) load(own, rank, vecs, sum);
-                else start(bias ? bias + j : 0, vecs, sum);
-                product(in, least(DEPTH, width - k), 0, down + k * rank + j, rank, vecs, sum);
-                store(sum, vecs, own, rank);
+                const float *before = bias ? bias + j : 0; /* the same for every row */
+                product(in, least(DEPTH, width - k), 0, down + k * rank + j, rank, vecs,
+                        k ? own : before, k ? rank : 0, own, rank);
             }
     }
 }
@@ -41,18 +33,18 @@ static void narrow(const float *x, const int64_t *index, Rows rows, int64_t widt
 static void widen(const float *hidden, const int64_t *index, Rows rows, int64_t width,
                   int64_t rank, const float *up, const float *bias, const float *residual,
                   float *into) {
-    vec sum[TILE * WIDE];
+    float sums[TILE * WIDE * LANES];
     for (int64_t j = 0, vecs; j < width; j += vecs * LANES) {
         vecs = panel(j, width);
         for (int64_t first = 0; first < rows.count; first += TILE) {
             const float *in[TILE];
             for (int64_t r = 0; r < TILE; r++) in[r] = hidden + (first + r) * rank;
-            start(bias ? bias + j : 0, vecs, sum);
-            product(in, rank, 0, up + j, width, vecs, sum);
+            product(in, rank, 0, up + j, width, vecs, bias ? bias + j : 0, 0, sums, WIDE * LANES);
             for (int64_t r = 0; r < least(rows.count - first, TILE); r++)
                 for (int64_t v = 0; v < vecs; v++) {
                     int64_t at = index[rows.first + first + r] * width + j + v * LANES;
-                    *(vec *)(into + at) = *(const vec *)(residual + at) + sum[r * vecs + v];
+                    const float *sum = sums + (r * WIDE + v) * LANES;
+                    *(vec *)(into + at) = *(const vec *)(residual + at) + *(const vec *)sum;
                 }
         }
     }

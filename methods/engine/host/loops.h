@@ -37,30 +37,29 @@ static inline Rows rows_of(int64_t task, int64_t tasks, int64_t count) {
     return (Rows){first, least((task + 1) * tiles_of(count) / tasks * TILE, count) - first};
 }
 
-/* sum += a @ w for TILE rows and VECS * LANES columns; `a` points to the rows, and a row of `w` is
-   `stride` floats after the one before. What lies `ahead` floats after each row is fetched on the
-   way, unless that is 0. */
+/* to = from + a @ w for TILE rows and VECS * LANES columns. `a` points to the rows, a row of `w` is
+   `stride` floats after the one before, those of `from` and `to` are `gap` apart; no `from` is
+   zeros. What lies `ahead` floats after each row of `a` is fetched on the way, unless that is 0. */
+#define EACH(r, v, VECS)                                                                           \
+    _Pragma("GCC unroll 8") for (int r = 0; r < TILE; r++)                                         \
+        _Pragma("GCC unroll 8") for (int v = 0; v < VECS; v++)
 #define DEFINE_PRODUCT(NAME, VECS)                                                                 \
-    static inline __attribute__((always_inline)) void NAME(                                        \
+    static __attribute__((noinline, unused)) void NAME(                                            \
         const float *const *a, int64_t inner, int64_t ahead, const float *w, int64_t stride,       \
-        vec *sum) {                                                                                \
-        vec own[TILE][VECS];                                                                       \
-        for (int r = 0; r < TILE; r++)                                                             \
-            for (int v = 0; v < VECS; v++) own[r][v] = sum[r * VECS + v];                          \
-        for (int64_t from = 0; from < inner; from += LINE) {                                       \
-            for (int r = 0; ahead && r < TILE; r++) __builtin_prefetch(a[r] + from + ahead);       \
-            for (int64_t k = from; k < least(from + LINE, inner); k++) {                           \
+        const float *from, int64_t from_gap, float *to, int64_t gap) {                             \
+        vec sum[TILE][VECS];                                                                       \
+        if (from) EACH(r, v, VECS) sum[r][v] = *(const vec *)(from + r * from_gap + v * LANES);         \
+        else EACH(r, v, VECS) sum[r][v] = (vec){0};                                                \
+        for (int64_t line = 0; line < inner; line += LINE) {                                       \
+            for (int r = 0; ahead && r < TILE; r++) __builtin_prefetch(a[r] + line + ahead);       \
+            for (int64_t k = line; k < least(line + LINE, inner); k++) {                           \
                 vec weight[VECS];                                                                  \
                 for (int v = 0; v < VECS; v++)                                                     \
                     weight[v] = *(const vec *)(w + k * stride + v * LANES);                        \
-                for (int r = 0; r < TILE; r++) {                                                   \
-                    vec input = a[r][k] - (vec){0};                                                \
-                    for (int v = 0; v < VECS; v++) own[r][v] += input * weight[v];                 \
-                }                                                                                  \
+                EACH(r, v, VECS) sum[r][v] += (a[r][k] - (vec){0}) * weight[v];                    \
             }                                                                                      \
         }                                                                                          \
-        for (int r = 0; r < TILE; r++)                                                             \
-            for (int v = 0; v < VECS; v++) sum[r * VECS + v] = own[r][v];                          \
+        EACH(r, v, VECS) *(vec *)(to + r * gap + v * LANES) = sum[r][v];                           \
     }
 DEFINE_PRODUCT(product_1, 1)
 DEFINE_PRODUCT(product_2, 2)
@@ -71,35 +70,18 @@ DEFINE_PRODUCT(product_4, 4)
 
 /* The same for 1 to WIDE vectors of columns. */
 static inline void product(const float *const *a, int64_t inner, int64_t ahead, const float *w,
-                           int64_t stride, int64_t vecs, vec *sum) {
+                           int64_t stride, int64_t vecs, const float *from, int64_t from_gap, float *to, int64_t gap) {
 #if WIDE > 2
-    if (vecs == 4) return product_4(a, inner, ahead, w, stride, sum);
-    if (vecs == 3) return product_3(a, inner, ahead, w, stride, sum);
+    if (vecs == 4) return product_4(a, inner, ahead, w, stride, from, from_gap, to, gap);
+    if (vecs == 3) return product_3(a, inner, ahead, w, stride, from, from_gap, to, gap);
 #endif
-    if (vecs == 2) return product_2(a, inner, ahead, w, stride, sum);
-    product_1(a, inner, ahead, w, stride, sum);
+    if (vecs == 2) return product_2(a, inner, ahead, w, stride, from, from_gap, to, gap);
+    product_1(a, inner, ahead, w, stride, from, from_gap, to, gap);
 }
 
 /* How many vectors the next panel of columns has; `columns` is a multiple of LANES. */
 static inline int64_t panel(int64_t column, int64_t columns) {
     return least((columns - column) / LANES, WIDE);
-}
-
-/* A tile's sums from and to memory, rows `stride` floats apart. */
-static inline void load(const float *from, int64_t stride, int64_t vecs, vec *sum) {
-    for (int64_t r = 0; r < TILE; r++)
-        for (int64_t v = 0; v < vecs; v++)
-            sum[r * vecs + v] = *(const vec *)(from + r * stride + v * LANES);
-}
-
-static inline void store(const vec *sum, int64_t vecs, float *to, int64_t stride) {
-    for (int64_t r = 0; r < TILE; r++)
-        for (int64_t v = 0; v < vecs; v++)
-            *(vec *)(to + r * stride + v * LANES) = sum[r * vecs + v];
-}
-
-static inline void clear(vec *sum) {
-    for (int i = 0; i < TILE * WIDE; i++) sum[i] = (vec){0};
 }
 
 /* e^x to 2 units in the last place: 2^n times a polynomial of the rest (Cephes, expf). */

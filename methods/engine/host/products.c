@@ -38,16 +38,14 @@ static void multiply(const float *weight, int64_t outputs, int64_t inputs, const
                      int64_t size, float *sums) {
     int64_t vecs = size / LANES, parts = (inputs + DEPTH - 1) / DEPTH;
     int64_t depth = (inputs + parts - 1) / parts;
-    vec sum[TILE * WIDE];
     for (int64_t k = 0; k < inputs; k += depth)
         for (int64_t first = 0; first < outputs; first += TILE) {
             const float *row[TILE];
             for (int64_t r = 0; r < TILE; r++) /* a short tile repeats its last row */
                 row[r] = weight + least(first + r, outputs - 1) * inputs + k;
-            if (k) load(sums + first * size, size, vecs, sum);
-            else clear(sum);
-            product(row, least(depth, inputs - k), TILE * inputs, panel + k * size, size, vecs, sum);
-            store(sum, vecs, sums + first * size, size);
+            float *own = sums + first * size;
+            product(row, least(depth, inputs - k), TILE * inputs, panel + k * size, size, vecs,
+                    k ? own : 0, size, own, size);
         }
 }
 
