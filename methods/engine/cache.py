@@ -31,15 +31,21 @@ class RoomyLayer(DynamicLayer):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Append; returns all keys and values."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        held = self.get_seq_length()
-        total = held + key_states.shape[2]
-        room = self._room(key_states, total, held)
-        for buffer, new in zip(room, (key_states, value_states), strict=True):
-            buffer[:, :, held:total] = new
-        self.keys, self.values = room[0][:, :, :total], room[1][:, :, :total]
+        slots = self.extend(key_states)
+        for slot, new in zip(slots, (key_states, value_states), strict=True):
+            slot.copy_(new)
+        assert self.keys is not None and self.values is not None
         return self.keys, self.values
+
+    def extend(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Slots for more keys and values, [B, K, T, d] as `like`, which are held from now on."""
+        if not self.is_initialized:
+            self.lazy_initialization(like, like)
+        held, tokens = self.get_seq_length(), like.shape[2]
+        room = self._room(like, held + tokens, held)
+        self.keys, self.values = (buffer.narrow(2, 0, held + tokens) for buffer in room)
+        key, value = (buffer.narrow(2, held, tokens) for buffer in room)
+        return key, value
 
     def _room(self, like: Tensor, total: int, held: int) -> tuple[Tensor, Tensor]:
         """Buffers of at least `total` slots that begin with what is held."""

@@ -43,11 +43,11 @@ class GatheredExecutor:
             self.one_token.forget()
         if routing.training:
             return self.masked(unit)
-        if use_triton(routing.kernels, unit.x_BTD) and self.fused.covers(unit):
+        if use_triton(routing.kernels, unit.residual_BTD) and self.fused.covers(unit):
             return self.fused(unit)
         evicts = routing.method.kv_policy == "evict" and unit.attends
         keeps = routing.method.kv_policy == "keep" or not unit.attends
-        if keeps and unit.x_BTD.numel() == unit.x_BTD.shape[-1]:
+        if keeps and unit.residual_BTD.numel() == unit.residual_BTD.shape[-1]:
             done = self.one_token(unit)
             if done is not None:
                 return done

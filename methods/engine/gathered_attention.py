@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from methods.base import KVPolicy
+from methods.engine.cache import RoomyLayer
 from methods.engine.evict import KeptKeys, layer_of
 from methods.engine.host.row_ops import RowOps
 from methods.engine.rotary import Angles, angles_of
@@ -100,11 +101,17 @@ def keys_of_all(
 ) -> tuple[Tensor, Tensor]:
     """Keys and values of every token, after those of the cache, which they enter: [B, K, S, d]."""
     angles = angles_of(inputs.position_embeddings)
-    key = ops.rotate(heads_of(attention, "k", x_BTD), angles).transpose(1, 2)
-    value = heads_of(attention, "v", x_BTD).transpose(1, 2)
-    if inputs.past_key_values is not None:
-        key, value = inputs.past_key_values.update(key, value, attention.layer_idx)
-    return key, value
+    key_BTKd, value_BTKd = (heads_of(attention, name, x_BTD) for name in ("k", "v"))
+    cache, layer = inputs.past_key_values, attention.layer_idx
+    room = None if cache is None or len(cache.layers) <= layer else cache.layers[layer]
+    if isinstance(room, RoomyLayer):  # where they stay, without a copy in between
+        key_slots, value_slots = room.extend(key_BTKd.transpose(1, 2))
+        ops.rotate(key_BTKd, angles, out=key_slots.transpose(1, 2))
+        value_slots.copy_(value_BTKd.transpose(1, 2))
+        assert room.keys is not None and room.values is not None
+        return room.keys, room.values
+    key, value = ops.rotate(key_BTKd, angles).transpose(1, 2), value_BTKd.transpose(1, 2)
+    return (key, value) if cache is None else cache.update(key, value, layer)
 
 
 def _split_by_sequence(

@@ -45,6 +45,6 @@ class LinearSites:
         """What `Routing.decide` gives outside training, to float tolerance of the scores."""
         linear = self.at(unit.site)
         assert linear is not None
-        scores_BT = torch.matmul(unit.x_BTD.float(), linear.score_D).add_(linear.offset)
+        scores_BT = unit.scores(linear.score_D, linear.offset)
         execute_BT = self.routing.settle(unit, scores_BT > self.routing.method.threshold)
         return Decision(execute_BT, execute_BT.float(), scores_BT)

@@ -74,7 +74,7 @@ class OneToken:
 
     def _read(self, unit: Unit) -> _Known | None:
         linear = self.linear.at(unit.site)
-        if linear is None or unit.x_BTD.device.type != "cpu":
+        if linear is None or unit.residual_BTD.device.type != "cpu":
             return None
         attends, feeds = unit.attends, unit.site.kind != "attention"
         if attends and not OneQuery.covers(unit.part.attention):

@@ -107,7 +107,7 @@ def _layer_forward(
         for site, module in units:
             # what enters a layer may be held by who records hidden states, or by autograd
             owned = after is not hidden_states and not torch.is_grad_enabled()
-            unit = Unit(site, part, after, ops.norm(module, after), inputs, ops, owned)
+            unit = Unit(site, part, after, module, inputs, ops, owned)
             after = executor(unit) if site in sites else unit.run()
         return after
 

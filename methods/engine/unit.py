@@ -44,14 +44,31 @@ class Unit:
     site: Site
     part: LayerParts
     residual_BTD: Tensor
-    x_BTD: Tensor
-    """The unit's normalised input."""
+    norm: Any
+    """The module that normalises the unit's input."""
     inputs: LayerInputs
     ops: RowOps
     owned: bool = False
     """True if nobody else holds the residual stream: it may be overwritten."""
     after_BTD: Tensor | None = None
     """What `run` gave on the layer's own inputs, once it was asked."""
+    _x_BTD: Tensor | None = None
+
+    @property
+    def x_BTD(self) -> Tensor:
+        """The unit's normalised input; made when first asked for, of the stream as it is then."""
+        if self._x_BTD is None:
+            self._x_BTD = self.ops.norm(self.norm, self.residual_BTD)
+        return self._x_BTD
+
+    def scores(self, score_D: Tensor, offset: Tensor) -> Tensor:
+        """The normalised input times a vector, plus a 0-dim offset: float32 [B, T]."""
+        if self._x_BTD is not None:
+            return self.ops.scores(self._x_BTD, score_D, offset)
+        self._x_BTD, scores_BT = self.ops.normed_scores(
+            self.norm, self.residual_BTD, score_D, offset
+        )
+        return scores_BT
 
     @property
     def attends(self) -> bool:
@@ -100,6 +117,8 @@ class Unit:
         """
         if not self.attends:
             x_RD = self.x_BTD.flatten(0, 1)
+            if not rows.number:
+                return x_RD[:0]
             return swiglu(self.part.mlp, x_RD, self.ops, rows.index_N)
         attended = attend_rows(
             self.part.attention, self.x_BTD, rows, self.inputs, kv_policy, self.ops

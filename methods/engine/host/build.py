@@ -34,9 +34,19 @@ OPTIONS = (
 FLAGS = [*OPTIONS, *(f"-D{name}={size}" for name, size in SIZES.items())]
 POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 SIGNATURES = {
-    "rms_norm": (None, [POINTER, POINTER, FLOAT, POINTER, INT, INT]),
+    "rms_norm": (
+        None,
+        [*(POINTER, POINTER, FLOAT, POINTER, INT, INT), *(POINTER, POINTER, POINTER)],
+    ),
     "silu_mul": (None, [POINTER, POINTER, INT]),
-    "rotate": (None, [POINTER, POINTER, POINTER, POINTER, INT, POINTER, INT, INT, INT]),
+    "rotate": (
+        None,
+        [
+            *(POINTER, POINTER, POINTER, POINTER, INT),
+            *(POINTER, INT, INT, INT),
+            *(INT, INT, INT, INT),
+        ],
+    ),
     "add_rows": (None, [POINTER, POINTER, POINTER, POINTER, INT, INT]),
     "partition": (None, [POINTER, POINTER, POINTER, POINTER, POINTER, INT, INT]),
     "pack_rows": (None, [POINTER, POINTER, INT, INT, POINTER]),

@@ -39,7 +39,23 @@ class CompiledRowOps(RowOps):
         """One pass; PyTorch takes three."""
         if not is_plain_rms(module, x) or not _covered(x, module.weight):
             return super().norm(module, x)
-        out, width = torch.empty_like(x), x.shape[-1]
+        out = torch.empty_like(x)
+        self._norm(module, x, out)
+        return out
+
+    def normed_scores(
+        self, module: Any, x_BTD: Tensor, score_D: Tensor, offset: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Scores are taken from rows that the norm has just written."""
+        plain = is_plain_rms(module, x_BTD)
+        if not plain or not _covered(x_BTD, module.weight, score_D, offset):
+            return super().normed_scores(module, x_BTD, score_D, offset)
+        out, scores_BT = torch.empty_like(x_BTD), x_BTD.new_empty(x_BTD.shape[:-1])
+        self._norm(module, x_BTD, out, score_D, offset, scores_BT)
+        return out, scores_BT
+
+    def _norm(self, module: Any, x: Tensor, out: Tensor, *scoring: Tensor) -> None:
+        width = x.shape[-1]
         self.loops.rms_norm(
             x.data_ptr(),
             module.weight.data_ptr(),
@@ -47,8 +63,8 @@ class CompiledRowOps(RowOps):
             out.data_ptr(),
             x.numel() // width,
             width,
+            *(map(Tensor.data_ptr, scoring) if scoring else (None, None, None)),
         )
-        return out
 
     def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
         """One pass; PyTorch takes two."""
@@ -57,18 +73,22 @@ class CompiledRowOps(RowOps):
         self.loops.silu_mul(gate.data_ptr(), up.data_ptr(), gate.numel())
         return gate
 
+    def _packed(self, x_RD: Tensor, index_N: Tensor | None, count: int) -> Tensor:
+        width = x_RD.shape[-1]
+        packed = x_RD.new_empty(-(-count // LANES) * LANES, width)
+        index = None if index_N is None else index_N.data_ptr()
+        self.loops.pack_rows(x_RD.data_ptr(), index, count, width, packed.data_ptr())
+        return packed
+
     def mlp(self, weights: SwiGLU, x_RD: Tensor, index_N: Tensor | None = None) -> Tensor:
         """Weights are read where they lie; the library packs them for rows that are too few."""
         count, width = (x_RD if index_N is None else index_N).shape[0], x_RD.shape[-1]
         if count * width > MOST_PACKED or not _covered(x_RD, *weights):
             return super().mlp(weights, x_RD, index_N)
-        neurons, padded = weights.gate_FD.shape[0], -(-count // LANES) * LANES
-        x_packed = x_RD.new_empty(padded, width)
-        index = None if index_N is None else index_N.data_ptr()
-        self.loops.pack_rows(x_RD.data_ptr(), index, count, width, x_packed.data_ptr())
-        hidden = x_RD.new_empty(padded, neurons)
+        neurons, packed = weights.gate_FD.shape[0], self._packed(x_RD, index_N, count)
+        hidden = x_RD.new_empty(packed.shape[0], neurons)
         self.loops.swiglu(
-            x_packed.data_ptr(),
+            packed.data_ptr(),
             count,
             width,
             weights.gate_FD.data_ptr(),
@@ -82,24 +102,28 @@ class CompiledRowOps(RowOps):
         )
         return out
 
-    def rotate(self, x: Tensor, angles: Angles) -> Tensor:
+    def rotate(self, x: Tensor, angles: Angles, out: Tensor | None = None) -> Tensor:
         """One pass, angles read where they are; PyTorch takes three and two gathers."""
-        if not _covered(x, angles.cos_Pd, angles.sin_Pd):
-            return super().rotate(x, angles)
-        out, place = torch.empty_like(x), angles.place_N
-        heads, size = x.shape[-2:]
+        into = torch.empty_like(x) if out is None else out
+        lies = into.stride(-1) == 1 and into.dim() in (3, 4)
+        if not (lies and _plain(into) and _covered(x, angles.cos_Pd, angles.sin_Pd)):
+            return super().rotate(x, angles, out)
+        *_, tokens, heads, size = x.shape
+        place, gaps = angles.place_N, into.stride()[:-1]
         self.loops.rotate(
             x.data_ptr(),
             angles.cos_Pd.data_ptr(),
             angles.sin_Pd.data_ptr(),
             None if place is None else place.data_ptr(),
             angles.cos_Pd.shape[0],
-            out.data_ptr(),
+            into.data_ptr(),
+            *(gaps if len(gaps) == 3 else (0, *gaps)),
             x.numel() // (heads * size),
+            tokens,
             heads,
             size,
         )
-        return out
+        return into
 
     def split(self, execute_BT: Tensor, valid_BT: Tensor) -> tuple[Rows, Tensor]:
         """One pass over the two masks."""

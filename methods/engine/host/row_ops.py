@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -29,6 +30,17 @@ class RowOps:
         """The norm of a layer on [..., D]."""
         return normed(module, x)
 
+    def scores(self, x_BTD: Tensor, score_D: Tensor, offset: Tensor) -> Tensor:
+        """x @ score + offset, float32 [B, T]; `offset` is 0-dim."""
+        return torch.matmul(x_BTD.float(), score_D).add_(offset)
+
+    def normed_scores(
+        self, module: Any, x_BTD: Tensor, score_D: Tensor, offset: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The norm of x, and the scores of that."""
+        normed_BTD = self.norm(module, x_BTD)
+        return normed_BTD, self.scores(normed_BTD, score_D, offset)
+
     def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
         """silu(gate) * up, written to `gate`."""
         return functional.silu(gate, inplace=True).mul_(up)
@@ -38,8 +50,12 @@ class RowOps:
         x_ND = x_RD if index_N is None else x_RD.index_select(0, index_N)
         return turned_mlp(weights, x_ND, self.silu_mul)
 
-    def rotate(self, x: Tensor, angles: Angles) -> Tensor:
-        """Rotary embedding of [..., heads, d], rows in the order of the leading axes."""
+    def rotate(self, x: Tensor, angles: Angles, out: Tensor | None = None) -> Tensor:
+        """Rotary embedding of [..., heads, d], rows in the order of the leading axes.
+
+        Args:
+            out: written to and returned, of the same shape and laid out in any way.
+        """
         if angles.place_N is None:
             rows = x.view(-1, len(angles.cos_Pd), *x.shape[-2:])
             cos, sin = angles.cos_Pd, angles.sin_Pd
@@ -48,7 +64,8 @@ class RowOps:
             cos, sin = (
                 angle.index_select(0, angles.place_N) for angle in (angles.cos_Pd, angles.sin_Pd)
             )
-        return rotate(rows, cos.unsqueeze(1), sin.unsqueeze(1)).view_as(x)
+        rotated = rotate(rows, cos.unsqueeze(1), sin.unsqueeze(1)).view_as(x)
+        return rotated if out is None else out.copy_(rotated)
 
     def split(self, execute_BT: Tensor, valid_BT: Tensor) -> tuple[Rows, Tensor]:
         """Executed tokens, and the places b * T + t of bypassed ones, int64."""

@@ -7,9 +7,10 @@
 
 #define FEW_ROWS 8 /* up to here waking the other threads costs more than they save */
 
-/* out = x / sqrt(mean(x^2) + eps) * weight, a row at a time. */
+/* out = x / sqrt(mean(x^2) + eps) * weight, a row at a time; and, unless `score` is null,
+   scores = out @ score + offset. */
 void rms_norm(const float *x, const float *weight, float eps, float *out, int64_t rows,
-              int64_t width) {
+              int64_t width, const float *score, const float *offset, float *scores) {
 #pragma omp parallel for schedule(static) if (rows > FEW_ROWS)
     for (int64_t i = 0; i < rows; i++) {
         const float *in = x + i * width;
@@ -17,6 +18,10 @@ void rms_norm(const float *x, const float *weight, float eps, float *out, int64_
         for (int64_t j = 0; j < width; j++) sum += in[j] * in[j];
         float scale = 1.0f / sqrtf(sum / (float)width + eps);
         for (int64_t j = 0; j < width; j++) to[j] = in[j] * scale * weight[j];
+        if (!score) continue;
+        float found = 0.0f;
+        for (int64_t j = 0; j < width; j++) found += to[j] * score[j];
+        scores[i] = found + *offset;
     }
 }
 
@@ -27,9 +32,12 @@ void silu_mul(float *restrict gate, const float *restrict up, int64_t count) {
         gate[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
 }
 
-/* Rotary embedding of x [rows, heads, size]; row i has the angles of place[i], or of i % period. */
-void rotate(const float *restrict x, const float *cosine, const float *sine, const int64_t *place,
-            int64_t period, float *restrict out, int64_t rows, int64_t heads, int64_t size) {
+/* Rotary embedding of x [rows, heads, size]; row i has the angles of place[i], or of i % period.
+   `out` has gaps of its own between sequences of `tokens` rows, rows and heads. */
+void rotate(const float *restrict x, const float *restrict cosine, const float *restrict sine,
+            const int64_t *place, int64_t period, float *restrict out, int64_t sequence_gap,
+            int64_t row_gap, int64_t head_gap, int64_t rows, int64_t tokens, int64_t heads,
+            int64_t size) {
     int64_t half = size / 2;
 #pragma omp parallel for schedule(static) if (rows > FEW_ROWS)
     for (int64_t i = 0; i < rows; i++) {
@@ -37,7 +45,7 @@ void rotate(const float *restrict x, const float *cosine, const float *sine, con
         const float *c = cosine + at, *s = sine + at;
         for (int64_t h = 0; h < heads; h++) {
             const float *a = x + (i * heads + h) * size, *b = a + half;
-            float *to = out + (i * heads + h) * size;
+            float *to = out + i / tokens * sequence_gap + i % tokens * row_gap + h * head_gap;
             for (int64_t j = 0; j < half; j++) {
                 to[j] = a[j] * c[j] - b[j] * s[j];
                 to[half + j] = b[j] * c[half + j] + a[j] * s[half + j];
