@@ -51,7 +51,8 @@ static void attend_tile(Tile *t, const float *turned, const float *value, int64_
         int64_t columns = least(keys - begin, BLOCK);
         for (int64_t j = 0; j < columns; j += WIDE * LANES) {
             const float *columns_at = turned + (begin + j) / PANEL * size * PANEL + j % PANEL;
-            product(t->q, size, 0, columns_at, PANEL, WIDE, 0, 0, t->scores + j, BLOCK);
+            vecs = least((columns - j + LANES - 1) / LANES, WIDE);
+            product(t->q, size, 0, columns_at, PANEL, vecs, 0, 0, t->scores + j, BLOCK);
         }
         for (int r = 0; r < TILE; r++) soften(t, r, begin, columns, size, scale);
         for (int64_t j = 0; j < size; j += vecs * LANES) {
