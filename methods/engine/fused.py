@@ -111,7 +111,8 @@ class FusedExecutor:
     def _attention(self, unit: Unit, residual_ND: Tensor, rows: Partition) -> None:
         attention: Any = unit.part.attention
         inputs = unit.inputs
-        key, value = keys_of_all(attention, unit.x_BTD, inputs, self.routing.ops)
+        angles = angles_of(inputs.position_embeddings)
+        key, value = keys_of_all(attention, unit.x_BTD, inputs, angles, self.routing.ops)
         tokens = unit.x_BTD.shape[1]
         query = linear_rows(
             _flat(unit.x_BTD),
@@ -121,13 +122,12 @@ class FusedExecutor:
             attention.q_proj.bias,
             kernels=self.kernels,
         )
-        angles = angles_of(inputs.position_embeddings).at(rows.index_N)
         past = inputs.past
         if not isinstance(past, Tensor):
             # a sliding window has dropped keys before the first
             past = min(past, key.shape[2] - tokens)
         out_NHd = attend(
-            self.routing.ops.rotate(split_heads(attention, "q", query), angles),
+            self.routing.ops.rotate(split_heads(attention, "q", query), angles.at(rows.index_N)),
             rows.index_N,
             rows.counts_B,
             rows.starts_B,

@@ -67,9 +67,10 @@ def attend_rows(
     if mask is not None and mask.dim() != 4:
         raise ValueError("mode=gathered needs attn_implementation sdpa or eager")
     x_ND = take(x_BTD, rows.index_N)
-    angles = angles_of(inputs.position_embeddings).at(rows.index_N)
+    angles_BT = angles_of(inputs.position_embeddings)
+    angles = angles_BT.at(rows.index_N)
     if kv_policy != "evict":
-        sequences = _kept_by_all(attention, x_BTD, rows, inputs, ops)
+        sequences = _kept_by_all(attention, x_BTD, rows, inputs, angles_BT, ops)
     else:
         sequences = _kept_by_executed(attention, x_ND, rows, inputs, angles, ops)
     if not rows.number:
@@ -87,20 +88,24 @@ def attend_rows(
 
 
 def _kept_by_all(
-    attention: Any, x_BTD: Tensor, rows: Rows, inputs: LayerInputs, ops: RowOps
+    attention: Any,
+    x_BTD: Tensor,
+    rows: Rows,
+    inputs: LayerInputs,
+    angles: Angles,
+    ops: RowOps,
 ) -> Iterator[Sequence]:
     """Policy `keep`: keys of every token, the cache's first; they enter it whatever follows."""
-    key, value = keys_of_all(attention, x_BTD, inputs, ops)
+    key, value = keys_of_all(attention, x_BTD, inputs, angles, ops)
     # a window has dropped keys before the first, a static cache has empty slots after the last
     first = min(int(inputs.past), key.shape[2] - rows.tokens)
     return _split_by_sequence(key, value, first, rows, inputs.attention_mask)
 
 
 def keys_of_all(
-    attention: Any, x_BTD: Tensor, inputs: LayerInputs, ops: RowOps
+    attention: Any, x_BTD: Tensor, inputs: LayerInputs, angles: Angles, ops: RowOps
 ) -> tuple[Tensor, Tensor]:
     """Keys and values of every token, after those of the cache, which they enter: [B, K, S, d]."""
-    angles = angles_of(inputs.position_embeddings)
     key_BTKd, value_BTKd = (heads_of(attention, name, x_BTD) for name in ("k", "v"))
     cache, layer = inputs.past_key_values, attention.layer_idx
     room = None if cache is None or len(cache.layers) <= layer else cache.layers[layer]
@@ -118,12 +123,14 @@ def _split_by_sequence(
     key: Tensor, value: Tensor, first: int, rows: Rows, mask: Tensor | None
 ) -> Iterator[Sequence]:
     for b, places in rows.per_sequence():
+        if mask is None:
+            yield Sequence(key[b], value[b], first + places)
+            continue
 
         def rows_of(part: slice, keys: int, b: int = b, places: Tensor = places) -> Tensor:
-            assert mask is not None
             return mask[b, 0].index_select(0, places[part])[:, :keys]
 
-        yield Sequence(key[b], value[b], first + places, None if mask is None else rows_of)
+        yield Sequence(key[b], value[b], first + places, rows_of)
 
 
 def _kept_by_executed(

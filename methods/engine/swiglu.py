@@ -34,10 +34,12 @@ def swiglu(mlp: Any, x_RD: Tensor, ops: RowOps, index_N: Tensor | None = None) -
         index_N: the rows, int64; None means all.
     """
     plain = is_swiglu(mlp) and not torch.is_grad_enabled()
-    on_cpu = x_RD.device.type == "cpu" and x_RD.dtype == torch.float32
+    on_cpu = x_RD.is_cpu and x_RD.dtype == torch.float32
     few = 1 < (x_RD if index_N is None else index_N).shape[0] <= FEW_ROWS
-    if plain and on_cpu and few and _is_plain(mlp):
-        return ops.mlp(SwiGLU(*(getattr(mlp, name).weight for name in NAMES)), x_RD, index_N)
+    if plain and on_cpu and few:
+        parts = [getattr(mlp, name) for name in NAMES]
+        if _are_plain(parts):
+            return ops.mlp(SwiGLU(*(part.weight for part in parts)), x_RD, index_N)
     x_ND = x_RD if index_N is None else x_RD.index_select(0, index_N)
     if not plain:
         delta: Tensor = mlp(x_ND)
@@ -80,9 +82,8 @@ def _require_swiglu(mlp: Any) -> None:
         raise ValueError(f"{type(mlp).__name__} is no SwiGLU: no neuron of it can be kept")
 
 
-def _is_plain(mlp: Any) -> bool:
-    """True if the projections are weights only: no bias, no adapter, and nobody watches them."""
-    parts = [getattr(mlp, name) for name in NAMES]
+def _are_plain(parts: Sequence[Any]) -> bool:
+    """True if projections are weights only: no bias, no adapter, and nobody watches them."""
     if not _are_matrices(parts):
         return False
     return not any(part._forward_hooks or part._forward_pre_hooks for part in parts)

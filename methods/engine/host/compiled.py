@@ -161,7 +161,8 @@ class CompiledRowOps(RowOps):
         if not _covered(residual_BTD, into_BTD):
             super().add(residual_BTD, into_BTD, index_N, delta_ND)
             return
-        delta_ND = delta_ND.to(torch.float32).contiguous()
+        if not _covered(delta_ND):
+            delta_ND = delta_ND.to(torch.float32).contiguous()
         self.loops.add_rows(
             residual_BTD.data_ptr(),
             into_BTD.data_ptr(),
