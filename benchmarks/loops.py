@@ -17,7 +17,7 @@ from arguments import settings_of  # beside this script
 from torch.nn import functional
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from methods.base import LinearUnit
+from methods.base import LinearUnit, SwiGLU
 from methods.engine.host.build import NoCompiler
 from methods.engine.host.compiled import CompiledRowOps
 from methods.engine.host.row_ops import RowOps
@@ -59,8 +59,13 @@ def cases(s: Settings) -> dict[str, Callable[[RowOps], object]]:
     query = torch.randn(len(index), s.heads, s.head_dim)
     key, value = (torch.randn(s.kv_heads, s.tokens, s.head_dim) for _ in range(2))
     gate, wide = (torch.randn(len(index), s.mlp_width) for _ in range(2))
+    weights = SwiGLU(
+        *(torch.randn(s.mlp_width, s.width) for _ in range(2)), torch.randn(s.width, s.mlp_width)
+    )
     return {
         "norm": lambda ops: ops.norm(norm, x),
+        "norm, scores": lambda ops: ops.normed_scores(norm, x, score, torch.zeros(())),
+        "mlp": lambda ops: ops.add_mlp(weights, x, residual, into, index),
         "split": lambda ops: ops.split(execute, valid),
         "silu_mul": lambda ops: ops.silu_mul(gate.copy_(wide), wide),
         "rotate": lambda ops: ops.rotate(query, angles),
@@ -112,7 +117,7 @@ def main(words: list[str]) -> int:
         )
         times = [side.median * 1e6 for side in (slow, fast)]
         gain = ratio(slow, fast)["median"]
-        print(f"{name:10} PyTorch {times[0]:8.0f} us   loop {times[1]:8.0f} us   {gain:.2f} x")
+        print(f"{name:12} PyTorch {times[0]:8.0f} us   loop {times[1]:8.0f} us   {gain:.2f} x")
     return 0
 
 

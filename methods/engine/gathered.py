@@ -77,16 +77,19 @@ class GatheredExecutor:
     ) -> Tensor:
         method, ops, clock = self.routing.method, self.routing.ops, self.routing.clock
         others = bypassed.shape[0]
-        with clock.part(unit.site.kind):
-            delta_ND = unit.run_rows(rows, method.kv_policy)
+        # a method that was asked may hold the stream; one that was not cannot
+        residual = after = unit.residual_BTD
         with clock.part("scatter"):
-            # a method that was asked may hold the stream; one that was not cannot
-            residual = after = unit.residual_BTD
             if not unit.owned or linear is None:
                 written = rows.number + others == rows.tokens * len(rows.counts)
                 forecasts = linear is not None and linear.down_rD is not None
                 after = ops.room(residual, filled=written and forecasts)
-            if rows.number:
+        with clock.part(unit.site.kind):
+            x_BTD = unit.x_BTD  # of the stream before it is written to
+            added = decision.scale_BT is None and unit.add_mlp(rows, after)
+            delta_ND = None if added else unit.run_rows(rows, method.kv_policy)
+        with clock.part("scatter"):
+            if delta_ND is not None and rows.number:
                 delta_ND = scaled_rows(delta_ND, rows.index_N, decision)
                 ops.add(residual, after, rows.index_N, delta_ND)
         if not others:
@@ -94,9 +97,9 @@ class GatheredExecutor:
         with clock.part("forecast"):
             if linear is not None:
                 maps = self.linear.for_rows(unit.site)
-                ops.forecast(maps, unit.x_BTD, residual, after, bypassed)
+                ops.forecast(maps, x_BTD, residual, after, bypassed)
                 return after
-            x_MD = take(unit.x_BTD, bypassed)
+            x_MD = take(x_BTD, bypassed)
             forecast = method.approximate(unit.site, x_MD[None])
             if forecast is not None:
                 forecast_MD = forecast.view(others, -1)

@@ -33,19 +33,27 @@ def swiglu(mlp: Any, x_RD: Tensor, ops: RowOps, index_N: Tensor | None = None) -
     Args:
         index_N: the rows, int64; None means all.
     """
-    plain = is_swiglu(mlp) and not torch.is_grad_enabled()
-    on_cpu = x_RD.is_cpu and x_RD.dtype == torch.float32
-    few = 1 < (x_RD if index_N is None else index_N).shape[0] <= FEW_ROWS
-    if plain and on_cpu and few:
-        parts = [getattr(mlp, name) for name in NAMES]
-        if _are_plain(parts):
-            return ops.mlp(SwiGLU(*(part.weight for part in parts)), x_RD, index_N)
+    weights = weights_for_few(mlp, x_RD, (x_RD if index_N is None else index_N).shape[0])
+    if weights is not None:
+        return ops.mlp(weights, x_RD, index_N)
     x_ND = x_RD if index_N is None else x_RD.index_select(0, index_N)
-    if not plain:
+    if not is_swiglu(mlp) or torch.is_grad_enabled():
         delta: Tensor = mlp(x_ND)
         return delta
     down: Tensor = mlp.down_proj(_hidden(mlp, x_ND, ops))
     return down
+
+
+def weights_for_few(mlp: Any, x: Tensor, rows: int) -> SwiGLU | None:
+    """The weights, if `RowOps.mlp` or `add_mlp` may stand for the module on so many rows of x."""
+    few = 1 < rows <= FEW_ROWS and x.is_cpu and x.dtype == torch.float32
+    if not few or torch.is_grad_enabled() or not is_swiglu(mlp):
+        return None
+    parts = [getattr(mlp, name) for name in NAMES]
+    watched = any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+    if watched or not _are_matrices(parts):
+        return None
+    return SwiGLU(*(part.weight for part in parts))
 
 
 def neurons_of(mlp: Any, x_ND: Tensor) -> Tensor:
@@ -80,13 +88,6 @@ def weights_of(mlp: Any) -> SwiGLU:
 def _require_swiglu(mlp: Any) -> None:
     if not is_swiglu(mlp):
         raise ValueError(f"{type(mlp).__name__} is no SwiGLU: no neuron of it can be kept")
-
-
-def _are_plain(parts: Sequence[Any]) -> bool:
-    """True if projections are weights only: no bias, no adapter, and nobody watches them."""
-    if not _are_matrices(parts):
-        return False
-    return not any(part._forward_hooks or part._forward_pre_hooks for part in parts)
 
 
 def _are_matrices(parts: Sequence[Any]) -> bool:

@@ -13,7 +13,7 @@ from methods.engine.adapter import LayerParts
 from methods.engine.gathered_attention import attend_rows
 from methods.engine.host.row_ops import RowOps
 from methods.engine.rows import Rows, take
-from methods.engine.swiglu import swiglu
+from methods.engine.swiglu import swiglu, weights_for_few
 
 
 @dataclass(slots=True)
@@ -127,6 +127,16 @@ class Unit:
             return attended
         middle = take(self.residual_BTD, rows.index_N) + attended
         return attended + self._mlp_fast(self.ops.norm(self.part.mlp_norm, middle))
+
+    def add_mlp(self, rows: Rows, into_BTD: Tensor) -> bool:
+        """into[rows] = residual[rows] + the MLP's output, as `RowOps.add`; False leaves it be."""
+        weights = None
+        if not self.attends:
+            weights = weights_for_few(self.part.mlp, self.x_BTD, rows.number)
+        if weights is None:
+            return False
+        self.ops.add_mlp(weights, self.x_BTD, self.residual_BTD, into_BTD, rows.index_N)
+        return True
 
     def _mlp_fast(self, x: Tensor) -> Tensor:
         if not x.numel():

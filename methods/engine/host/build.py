@@ -17,7 +17,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).resolve().parent
-SOURCES = ("rows.c", "products.c", "forecast.c", "attend.c")
+SOURCES = ("rows.c", "mlp.c", "forecast.c", "attend.c")
 HEADER = "loops.h"
 MAX_RANK = 512
 """Of `forecast.c`; beyond it a matrix product of the library is as fast."""
@@ -49,9 +49,13 @@ SIGNATURES = {
     ),
     "add_rows": (None, [POINTER, POINTER, POINTER, POINTER, INT, INT]),
     "partition": (None, [POINTER, POINTER, POINTER, POINTER, POINTER, INT, INT]),
-    "pack_rows": (None, [POINTER, POINTER, INT, INT, POINTER]),
-    "swiglu": (None, [POINTER, INT, INT, POINTER, POINTER, INT, POINTER]),
-    "project": (None, [POINTER, INT, INT, POINTER, INT, POINTER]),
+    "mlp": (
+        None,
+        [
+            *(POINTER, POINTER, INT, INT, POINTER, POINTER, POINTER, INT),
+            *(POINTER, POINTER, POINTER),
+        ],
+    ),
     "attend": (
         None,
         [

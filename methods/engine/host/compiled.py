@@ -73,34 +73,54 @@ class CompiledRowOps(RowOps):
         self.loops.silu_mul(gate.data_ptr(), up.data_ptr(), gate.numel())
         return gate
 
-    def _packed(self, x_RD: Tensor, index_N: Tensor | None, count: int) -> Tensor:
-        width = x_RD.shape[-1]
-        packed = x_RD.new_empty(-(-count // LANES) * LANES, width)
-        index = None if index_N is None else index_N.data_ptr()
-        self.loops.pack_rows(x_RD.data_ptr(), index, count, width, packed.data_ptr())
-        return packed
-
     def mlp(self, weights: SwiGLU, x_RD: Tensor, index_N: Tensor | None = None) -> Tensor:
         """Weights are read where they lie; the library packs them for rows that are too few."""
-        count, width = (x_RD if index_N is None else index_N).shape[0], x_RD.shape[-1]
-        if count * width > MOST_PACKED or not _covered(x_RD, *weights):
+        count = (x_RD if index_N is None else index_N).shape[0]
+        if not _few(weights, x_RD, count):
             return super().mlp(weights, x_RD, index_N)
-        neurons, packed = weights.gate_FD.shape[0], self._packed(x_RD, index_N, count)
-        hidden = x_RD.new_empty(packed.shape[0], neurons)
-        self.loops.swiglu(
-            packed.data_ptr(),
+        out = x_RD.new_empty(count, x_RD.shape[-1])
+        self._mlp(weights, x_RD, index_N, count, None, out)
+        return out
+
+    def add_mlp(
+        self,
+        weights: SwiGLU,
+        x_BTD: Tensor,
+        residual_BTD: Tensor,
+        into_BTD: Tensor,
+        index_N: Tensor,
+    ) -> None:
+        """The last product writes to the stream."""
+        count = index_N.shape[0]
+        if not _few(weights, x_BTD, count) or not _covered(residual_BTD, into_BTD):
+            super().add_mlp(weights, x_BTD, residual_BTD, into_BTD, index_N)
+            return
+        self._mlp(weights, x_BTD, index_N, count, residual_BTD, into_BTD)
+
+    def _mlp(
+        self,
+        weights: SwiGLU,
+        x: Tensor,
+        index_N: Tensor | None,
+        count: int,
+        residual: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        neurons, width = weights.gate_FD.shape
+        scratch = x.new_empty(-(-count // LANES) * LANES * (width + neurons))
+        self.loops.mlp(
+            x.data_ptr(),
+            _pointer(index_N),
             count,
             width,
             weights.gate_FD.data_ptr(),
             weights.up_FD.data_ptr(),
+            weights.down_DF.data_ptr(),
             neurons,
-            hidden.data_ptr(),
+            scratch.data_ptr(),
+            _pointer(residual),
+            out.data_ptr(),
         )
-        out = x_RD.new_empty(count, width)
-        self.loops.project(
-            hidden.data_ptr(), count, neurons, weights.down_DF.data_ptr(), width, out.data_ptr()
-        )
-        return out
 
     def rotate(self, x: Tensor, angles: Angles, out: Tensor | None = None) -> Tensor:
         """One pass, angles read where they are; PyTorch takes three and two gathers."""
@@ -237,6 +257,12 @@ class CompiledRowOps(RowOps):
 
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
+
+
+def _few(weights: SwiGLU, x: Tensor, count: int) -> bool:
+    """True if the MLP's loop is the faster way for so many rows of x, and covers them."""
+    fits = count > 0 and count * x.shape[-1] <= MOST_PACKED
+    return fits and _covered(x, *weights)
 
 
 def _plain(*tensors: Tensor) -> bool:

@@ -50,6 +50,18 @@ class RowOps:
         x_ND = x_RD if index_N is None else x_RD.index_select(0, index_N)
         return turned_mlp(weights, x_ND, self.silu_mul)
 
+    def add_mlp(
+        self,
+        weights: SwiGLU,
+        x_BTD: Tensor,
+        residual_BTD: Tensor,
+        into_BTD: Tensor,
+        index_N: Tensor,
+    ) -> None:
+        """into[index] = residual[index] + the MLP of x[index], as `add`."""
+        found = self.mlp(weights, x_BTD.flatten(0, 1), index_N)
+        self.add(residual_BTD, into_BTD, index_N, found)
+
     def rotate(self, x: Tensor, angles: Angles, out: Tensor | None = None) -> Tensor:
         """Rotary embedding of [..., heads, d], rows in the order of the leading axes.
 

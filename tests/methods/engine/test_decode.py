@@ -154,6 +154,22 @@ def test_roomy_cache_generates_the_same(beams):
         assert cache.layers[0].room[0].shape[2] > cache.get_seq_length() > 256
 
 
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+@torch.no_grad()
+def test_chunks_in_a_roomy_cache(kernels):
+    model, ids = small_model(), small_ids(2, 300)
+    sites = all_sites(model, "unit")
+    method = Scripted(random_tables(sites, rows=2, positions=300), random_maps(sites, 32))
+    with routed(model, method):
+        expected = model(input_ids=ids).logits
+    cache, parts = roomy_cache(model), []
+    with routed(model, method, "gathered", kernels=kernels):
+        for chunk in ids.split((7, 250, 43), 1):
+            parts.append(model(input_ids=chunk, past_key_values=cache).logits)
+    assert torch.allclose(torch.cat(parts, 1), expected, atol=1e-3)
+    assert cache.get_seq_length() == 300
+
+
 @torch.no_grad()
 def test_roomy_cache_may_be_cropped():
     model, ids = small_model(), small_ids(2, 16)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from methods.base import LinearUnit
-from methods.engine.host import build
+from methods.base import LinearUnit, SwiGLU
+from methods.engine.host import build, compiled
 from methods.engine.host.build import reason_without
 from methods.engine.host.compiled import CompiledRowOps
 from methods.engine.host.row_ops import RowOps
@@ -45,7 +45,8 @@ def refuse(*_, **__):
 @pytest.fixture
 def alone(monkeypatch):
     """The operations, without the PyTorch ones to fall back to."""
-    for name in ("norm", "silu_mul", "rotate", "split", "add", "forecast"):
+    names = ("norm", "normed_scores", "scores", "silu_mul", "mlp", "add_mlp", "rotate", "split")
+    for name in (*names, "add", "forecast"):
         monkeypatch.setattr(RowOps, name, refuse)
     return CompiledRowOps()
 
@@ -63,6 +64,16 @@ def test_norm(rows, width, alone):
     same(alone.norm(module, x), module(x))
 
 
+@pytest.mark.parametrize("width", [1, 15, 576])
+def test_scores_with_the_norm(width, alone):
+    module, x = LlamaRMSNorm(width, eps=1e-5), torch.randn(2, 7, width)
+    module.weight.data = torch.randn(width)
+    score, offset = torch.randn(width), torch.tensor(0.7)
+    normed, scores = alone.normed_scores(module, x, score, offset)
+    same(normed, module(x))
+    same(scores, (module(x).double() @ score.double() + 0.7).float(), 1e-4)
+
+
 def test_silu_mul_over_the_whole_range(alone):
     gate = torch.cat([torch.linspace(-100, 100, 4001), torch.tensor([0.0, -0.0, 3e38, -3e38])])
     up = torch.randn(len(gate))
@@ -73,6 +84,57 @@ def test_silu_mul_over_the_whole_range(alone):
     assert found.isfinite().all()
     broken = alone.silu_mul(torch.tensor([float("nan"), 1.0]), torch.ones(2))
     assert broken.isnan().tolist() == [True, False]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    count=st.sampled_from([1, 6, 16, 17, 64, 65, 150, 400]),
+    width=st.sampled_from([5, 64, 576]),
+    neurons=st.sampled_from([1, 50, 1536, 3300]),
+    gathered=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_mlp(count, width, neurons, gathered, seed):
+    """Short tiles, short vectors, one task and many, and sums over more than one part."""
+    torch.manual_seed(seed)
+    weights = swiglu_weights(width, neurons)
+    x = torch.randn(450 if gathered else count, width)
+    index = torch.randperm(450)[:count].sort().values if gathered else None
+    expected = mlp_in_double(weights, x if index is None else x[index])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RowOps, "mlp", refuse)
+        same(CompiledRowOps().mlp(weights, x, index), expected)
+
+
+def swiglu_weights(width, neurons):
+    shapes = ((neurons, width), (neurons, width), (width, neurons))
+    return SwiGLU(*(torch.randn(shape) / shape[1] ** 0.5 for shape in shapes))
+
+
+def mlp_in_double(weights, x):
+    gate, up, down = (weight.double() for weight in weights)
+    hidden = torch.nn.functional.silu(x.double() @ gate.t()) * (x.double() @ up.t())
+    return (hidden @ down.t()).float()
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_add_mlp(in_place, alone):
+    weights, x = swiglu_weights(48, 100), torch.randn(2, 30, 48)
+    residual, index = torch.randn(2, 30, 48), torch.arange(0, 60, 3)
+    expected = residual.flatten(0, 1).clone()
+    expected[index] += mlp_in_double(weights, x.flatten(0, 1)[index])
+    into = residual if in_place else residual.clone()
+    alone.add_mlp(weights, x, residual, into, index)
+    same(into.flatten(0, 1), expected)
+
+
+def test_an_mlp_of_many_rows_is_the_librarys(ops, monkeypatch):
+    monkeypatch.setattr(compiled, "MOST_PACKED", 20 * 8)
+    monkeypatch.setattr(ops, "loops", None)
+    weights, x = swiglu_weights(8, 24), torch.randn(21, 8)
+    same(RowOps.mlp(ops, weights, x), mlp_in_double(weights, x))
+    with pytest.raises(AttributeError):
+        ops.mlp(weights, x[:20])
 
 
 @pytest.mark.parametrize(("batch", "shared"), [(1, True), (3, True), (3, False)])
@@ -87,6 +149,11 @@ def test_rotate(batch, shared, gathered, ops):
         x, angles = x.flatten(0, 1)[index], angles.at(index)
     assert not torch.equal(ops.rotate(x, angles), x)
     same(ops.rotate(x, angles), PLAIN.rotate(x, angles))
+    room = torch.zeros(*x.shape[:-3], heads, x.shape[-3] + 4, size)
+    slots = room.narrow(-2, 3, x.shape[-3]).transpose(-3, -2)
+    for made in (ops.rotate(x, angles, out=slots), PLAIN.rotate(x, angles, out=slots.clone())):
+        same(made, ops.rotate(x, angles))
+    assert not room.narrow(-2, 0, 3).any() and not room.narrow(-2, -1, 1).any()
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
