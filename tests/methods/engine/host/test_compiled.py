@@ -130,11 +130,12 @@ def test_add_mlp(in_place, alone):
 
 def test_an_mlp_of_many_rows_is_the_librarys(ops, monkeypatch):
     monkeypatch.setattr(compiled, "MOST_PACKED", 20 * 8)
-    monkeypatch.setattr(ops, "loops", None)
     weights, x = swiglu_weights(8, 24), torch.randn(21, 8)
-    same(RowOps.mlp(ops, weights, x), mlp_in_double(weights, x))
-    with pytest.raises(AttributeError):
-        ops.mlp(weights, x[:20])
+    same(ops.mlp(weights, x), mlp_in_double(weights, x))
+    monkeypatch.setattr(RowOps, "mlp", refuse)
+    ops.mlp(weights, x[:20])
+    with pytest.raises(AssertionError, match="PyTorch"):
+        ops.mlp(weights, x)
 
 
 @pytest.mark.parametrize(("batch", "shared"), [(1, True), (3, True), (3, False)])
