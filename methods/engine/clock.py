@@ -15,7 +15,10 @@ class Clock(Protocol):
     """Told by the executor what it is about to do."""
 
     def part(self, name: str) -> AbstractContextManager[None]:
-        """Time the block under a name: router, rows, unit, forecast, scatter."""
+        """Time the block under a name: router, rows, unit, forecast, scatter.
+
+        `router` has the norm before the unit in it: one pass may do both.
+        """
 
 
 class NoClock:

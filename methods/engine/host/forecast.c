@@ -3,7 +3,7 @@
 
 #include "loops.h"
 
-#define TILES 8   /* that share what is read of the maps */
+#define TILES 8    /* that share what is read of the maps */
 #define DEPTH 1024 /* inputs of the first map that stay in the cache meanwhile */
 /* MAX_RANK comes from build.py */
 

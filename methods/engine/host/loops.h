@@ -15,7 +15,6 @@
 #define WIDE 2
 #endif
 #define TILE 6 /* rows: TILE * WIDE sums, WIDE weights and one input fill the registers */
-
 #define LINE 16 /* floats of a cache line */
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -37,19 +36,21 @@ static inline Rows rows_of(int64_t task, int64_t tasks, int64_t count) {
     return (Rows){first, least((task + 1) * tiles_of(count) / tasks * TILE, count) - first};
 }
 
-/* to = from + a @ w for TILE rows and VECS * LANES columns. `a` points to the rows, a row of `w` is
-   `stride` floats after the one before, those of `from` and `to` are `gap` apart; no `from` is
-   zeros. What lies `ahead` floats after each row of `a` is fetched on the way, unless that is 0. */
+/* Unrolled, so that all sums have a register. */
 #define EACH(r, v, VECS)                                                                           \
     _Pragma("GCC unroll 8") for (int r = 0; r < TILE; r++)                                         \
         _Pragma("GCC unroll 8") for (int v = 0; v < VECS; v++)
+/* to = from + a @ w for TILE rows and VECS * LANES columns. `a` points to the rows; rows of `w` are
+   `stride` floats apart, those of `from` and `to` their gaps; no `from` is zeros. What lies `ahead`
+   floats after each row of `a` is fetched on the way, unless that is 0. */
 #define DEFINE_PRODUCT(NAME, VECS)                                                                 \
     static __attribute__((noinline, unused)) void NAME(                                            \
         const float *const *a, int64_t inner, int64_t ahead, const float *w, int64_t stride,       \
         const float *from, int64_t from_gap, float *to, int64_t gap) {                             \
         vec sum[TILE][VECS];                                                                       \
-        if (from) EACH(r, v, VECS) sum[r][v] = *(const vec *)(from + r * from_gap + v * LANES);         \
-        else EACH(r, v, VECS) sum[r][v] = (vec){0};                                                \
+        EACH(r, v, VECS) sum[r][v] = (vec){0};                                                     \
+        if (from)                                                                                  \
+            EACH(r, v, VECS) sum[r][v] = *(const vec *)(from + r * from_gap + v * LANES);          \
         for (int64_t line = 0; line < inner; line += LINE) {                                       \
             for (int r = 0; ahead && r < TILE; r++) __builtin_prefetch(a[r] + line + ahead);       \
             for (int64_t k = line; k < least(line + LINE, inner); k++) {                           \
@@ -70,7 +71,8 @@ DEFINE_PRODUCT(product_4, 4)
 
 /* The same for 1 to WIDE vectors of columns. */
 static inline void product(const float *const *a, int64_t inner, int64_t ahead, const float *w,
-                           int64_t stride, int64_t vecs, const float *from, int64_t from_gap, float *to, int64_t gap) {
+                           int64_t stride, int64_t vecs, const float *from, int64_t from_gap,
+                           float *to, int64_t gap) {
 #if WIDE > 2
     if (vecs == 4) return product_4(a, inner, ahead, w, stride, from, from_gap, to, gap);
     if (vecs == 3) return product_3(a, inner, ahead, w, stride, from, from_gap, to, gap);
