@@ -123,14 +123,15 @@ def _split_by_sequence(
     key: Tensor, value: Tensor, first: int, rows: Rows, mask: Tensor | None
 ) -> Iterator[Sequence]:
     for b, places in rows.per_sequence():
+        last_N = places + first if first else places
         if mask is None:
-            yield Sequence(key[b], value[b], first + places)
+            yield Sequence(key[b], value[b], last_N)
             continue
 
         def rows_of(part: slice, keys: int, b: int = b, places: Tensor = places) -> Tensor:
             return mask[b, 0].index_select(0, places[part])[:, :keys]
 
-        yield Sequence(key[b], value[b], first + places, rows_of)
+        yield Sequence(key[b], value[b], last_N, rows_of)
 
 
 def _kept_by_executed(

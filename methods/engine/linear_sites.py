@@ -42,9 +42,12 @@ class LinearSites:
         return self._turned[site]
 
     def decide(self, unit: Unit) -> Decision:
-        """What `Routing.decide` gives outside training, to float tolerance of the scores."""
+        """What `Routing.decide` gives outside training, to float tolerance of the scores.
+
+        The gate, which no gathered path reads, is the mask itself.
+        """
         linear = self.at(unit.site)
         assert linear is not None
         scores_BT = unit.scores(linear.score_D, linear.offset)
         execute_BT = self.routing.settle(unit, scores_BT > self.routing.method.threshold)
-        return Decision(execute_BT, execute_BT.float(), scores_BT)
+        return Decision(execute_BT, execute_BT, scores_BT)

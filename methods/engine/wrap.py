@@ -96,7 +96,8 @@ class Routing:
         assert self.state.valid_BT is not None
         if self.draw is not None:
             execute_BT = self.draw(unit.site, self.state.valid_BT)
-        execute_BT = execute_BT & self.state.valid_BT
+        if self.state.mask is not None:
+            execute_BT = execute_BT & self.state.valid_BT
         if unit.attends:
             self.attending[unit.site.layer] = execute_BT
         return execute_BT

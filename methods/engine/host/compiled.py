@@ -152,21 +152,15 @@ class CompiledRowOps(RowOps):
         execute_BT, valid_BT = execute_BT.contiguous(), valid_BT.contiguous()
         batch, tokens = execute_BT.shape
         size = batch * tokens
-        # executed places, bypassed places, and the numbers of both
-        found = torch.empty(2 * size + batch + 1, dtype=torch.int64)
+        found = torch.empty(2 * size, dtype=torch.int64)  # executed places, then bypassed ones
+        numbers = (ctypes.c_int64 * (batch + 1))()
         at = found.data_ptr()
         self.loops.partition(
-            execute_BT.data_ptr(),
-            valid_BT.data_ptr(),
-            at,
-            at + 8 * size,
-            at + 16 * size,
-            batch,
-            tokens,
+            execute_BT.data_ptr(), valid_BT.data_ptr(), at, at + 8 * size, numbers, batch, tokens
         )
-        *counts, others = found[2 * size :].tolist()
-        rows = Rows(found[: sum(counts)], counts, tokens)
-        return rows, found[size : size + others]
+        *counts, others = numbers
+        rows = Rows(found.narrow(0, 0, sum(counts)), counts, tokens)
+        return rows, found.narrow(0, size, others)
 
     def room(self, residual_BTD: Tensor, filled: bool) -> Tensor:
         """Nothing is copied where every row is written anyway."""
