@@ -30,6 +30,10 @@ from runners.stopwatch import Timing, interleaved, ratio, timed
 Draw = Callable[[Site, Tensor], Tensor]
 
 
+FIRST_TOKENS = (8, 1)
+"""Several tokens and one take different paths."""
+
+
 class Bench:
     """Times one routed model against the untouched one, on the same token rows.
 
@@ -160,9 +164,13 @@ class Bench:
 
     @contextmanager
     def _routed(self) -> Iterator[Routing]:
+        """Routed, after passes that read what is read once a block: users enter one, not many."""
         with routed(self.model, self.method, "gathered", kernels=self.kernels):
             routing = routing_of(self.model)
             routing.draw = self.draw
+            for tokens in FIRST_TOKENS:
+                self.model(input_ids=self._rows(1, tokens), use_cache=False)
+            routing.reset_counters()
             yield routing
 
     def _rows(self, batch: int, tokens: int) -> Tensor:
