@@ -11,10 +11,14 @@ from methods.base import Site
 from methods.engine.flops import dense_flops
 from methods.engine.host.build import reason_without
 from methods.engine.kernels import choose
-from runners import check
+from methods.engine.wrap import attach, routed, routing_of
+from methods.informed import Informed
+from runners import bench, check
+from runners.bench import Bench
 from runners.draws import RandomDraw
 from runners.seal import read_sealed
 from runners.stopwatch import Timing, interleaved, ratio
+from tests.methods.conftest import small_ids, small_model
 
 TIMED = (
     "speed.prefill={tokens:[24],batch_sizes:[1,2]}",
@@ -116,6 +120,40 @@ def test_runs_take_turns_and_the_first_rounds_are_not_kept():
     assert dense.seconds == [6.0, 10.0] and routed.seconds == [4.0, 6.0]
     assert ratio(dense, routed)["median"] == pytest.approx((6 / 4 + 10 / 6) / 2)
     assert Timing([3.0, 1.0, 2.0], 0).spread()["median"] == 2.0
+
+
+@torch.no_grad()
+def test_what_is_read_once_is_read_before_the_clock(monkeypatch):
+    """And counted is the timed forward alone."""
+    model, clock = small_model(), {"on": False, "reads": []}
+
+    class Watched(Informed):
+        def linear(self, site):
+            clock["reads"].append(clock["on"])
+            return super().linear(site)
+
+    def timed(work, device):
+        clock["on"] = True
+        work()
+        clock["on"] = False
+        return 1.0
+
+    method = attach(model, Watched(sparsity=0.5, rank=16))
+    method.threshold.fill_(0.0)
+    monkeypatch.setattr(bench, "timed", timed)
+    ids = small_ids(2, 24)
+    timing = Bench(model, method, ids, draw=None, warmup=0, repeats=1)
+    entry = timing.prefill(24, 2)
+    timing.decode(20, 1, 2)
+    assert clock["reads"] and not any(clock["reads"])
+    assert 0 < entry["sparsity"] < 1
+    assert entry["sparsity"] == pytest.approx(routed_share(model, method, ids))
+
+
+def routed_share(model, method, ids):
+    with routed(model, method, "gathered"):
+        model(input_ids=ids)
+        return routing_of(model).counters.read().sparsity()
 
 
 def test_draws_are_replayed_at_the_share_that_the_sites_can_bypass():
