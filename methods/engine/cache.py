@@ -71,6 +71,11 @@ def _is_view(keys: Tensor | None, buffer: Tensor) -> bool:
     return keys is None or not keys.numel() or keys.data_ptr() == buffer.data_ptr()
 
 
+def held_layer(cache: Any, index: int) -> Any:
+    """The cache's layer; None without a cache, or before it has that layer."""
+    return None if cache is None or len(cache.layers) <= index else cache.layers[index]
+
+
 def roomy_cache(model: PreTrainedModel) -> DynamicCache:
     """An empty cache for `model` whose full-attention layers grow in place."""
     cache = DynamicCache(config=model.config)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from methods.base import Decision, LinearUnit
+from methods.engine.cache import held_layer
 from methods.engine.evict import KeptKeys
 from methods.engine.fused import FusedExecutor
 from methods.engine.kernels.choose import use_triton
@@ -129,8 +130,7 @@ def _valid(routing: Routing) -> Tensor:
 def _keys_in_sight(unit: Unit, execute_BT: Tensor) -> Tensor:
     """Under `evict`: executed tokens up to and including each one, those in the cache first."""
     cache, rank = unit.inputs.past_key_values, rank_BT(execute_BT)
-    index = unit.site.layer
-    layer = None if cache is None or len(cache.layers) <= index else cache.layers[index]
+    layer = held_layer(cache, unit.site.layer)
     if not isinstance(layer, KeptKeys) or not layer.counts:
         return rank
     return rank + torch.tensor(layer.counts, device=rank.device)[:, None]

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from methods.base import KVPolicy
-from methods.engine.cache import RoomyLayer
+from methods.engine.cache import RoomyLayer, held_layer
 from methods.engine.evict import KeptKeys, layer_of
 from methods.engine.host.row_ops import RowOps
 from methods.engine.rotary import Angles, angles_of
@@ -108,7 +108,7 @@ def keys_of_all(
     """Keys and values of every token, after those of the cache, which they enter: [B, K, S, d]."""
     key_BTKd, value_BTKd = (heads_of(attention, name, x_BTD) for name in ("k", "v"))
     cache, layer = inputs.past_key_values, attention.layer_idx
-    room = None if cache is None or len(cache.layers) <= layer else cache.layers[layer]
+    room = held_layer(cache, layer)
     if isinstance(room, RoomyLayer):  # where they stay, without a copy in between
         key_slots, value_slots = room.extend(key_BTKd.transpose(1, 2))
         ops.rotate(key_BTKd, angles, out=key_slots.transpose(1, 2))

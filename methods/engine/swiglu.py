@@ -34,7 +34,10 @@ def swiglu(mlp: Any, x_RD: Tensor, ops: RowOps, index_N: Tensor | None = None) -
     Args:
         index_N: the rows, int64; None means all.
     """
-    weights = weights_for_few(mlp, x_RD, (x_RD if index_N is None else index_N).shape[0])
+    rows = (x_RD if index_N is None else index_N).shape[0]
+    if not rows:
+        return x_RD[:0]
+    weights = weights_for_few(mlp, x_RD, rows)
     if weights is not None:
         return ops.mlp(weights, x_RD, index_N)
     x_ND = x_RD if index_N is None else x_RD.index_select(0, index_N)

@@ -116,10 +116,7 @@ class Unit:
         K and V enter the cache for every token under `keep`, for these tokens under `evict`.
         """
         if not self.attends:
-            x_RD = self.x_BTD.flatten(0, 1)
-            if not rows.number:
-                return x_RD[:0]
-            return swiglu(self.part.mlp, x_RD, self.ops, rows.index_N)
+            return swiglu(self.part.mlp, self.x_BTD.flatten(0, 1), self.ops, rows.index_N)
         attended = attend_rows(
             self.part.attention, self.x_BTD, rows, self.inputs, kv_policy, self.ops
         )
@@ -139,6 +136,4 @@ class Unit:
         return True
 
     def _mlp_fast(self, x: Tensor) -> Tensor:
-        if not x.numel():
-            return x
         return swiglu(self.part.mlp, x.flatten(0, -2), self.ops).view_as(x)

@@ -24,8 +24,8 @@ static void turn(const float *key, int64_t row, int64_t keys, int64_t size, floa
 /* Scores of the block's keys become weights relative to the row's new maximum. */
 static void soften(Tile *t, int r, int64_t begin, int64_t columns, int64_t size, float scale) {
     float *s = t->scores + r * BLOCK, *out = t->out + r * MAX_HEAD;
-    int64_t seen = t->seen[r] - begin;
-    seen = seen < 0 ? 0 : (seen < columns ? seen : columns);
+    int64_t seen = least(t->seen[r] - begin, columns);
+    if (seen < 0) seen = 0;
     float top = t->max[r], sum = 0.0f;
 #pragma omp simd reduction(max : top)
     for (int64_t j = 0; j < seen; j++) top = s[j] * scale > top ? s[j] * scale : top;
@@ -51,7 +51,7 @@ static void attend_tile(Tile *t, const float *turned, const float *value, int64_
         int64_t columns = least(keys - begin, BLOCK);
         for (int64_t j = 0; j < columns; j += WIDE * LANES) {
             const float *columns_at = turned + (begin + j) / PANEL * size * PANEL + j % PANEL;
-            vecs = least((columns - j + LANES - 1) / LANES, WIDE);
+            vecs = least(parts_of(columns - j, LANES), WIDE);
             product(t->q, size, 0, columns_at, PANEL, vecs, 0, 0, t->scores + j, BLOCK);
         }
         for (int r = 0; r < TILE; r++) soften(t, r, begin, columns, size, scale);
@@ -72,7 +72,7 @@ void attend(const float *q, const float *key, int64_t key_head, int64_t key_row,
             float scale, float *turned, float *out, int64_t count, int64_t heads, int64_t kv_heads,
             int64_t size) {
     int64_t keys = last[count - 1] + 1, group = heads / kv_heads, rows = count * group;
-    int64_t tiles = (rows + TILE - 1) / TILE, panels = (keys + PANEL - 1) / PANEL;
+    int64_t tiles = tiles_of(rows), panels = parts_of(keys, PANEL);
 #pragma omp parallel
     {
 #pragma omp for schedule(static)

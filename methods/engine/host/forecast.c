@@ -7,10 +7,6 @@
 #define DEPTH 1024 /* inputs of the first map that stay in the cache meanwhile */
 /* MAX_RANK comes from build.py */
 
-static void silu(float *h, int64_t count) {
-    for (int64_t i = 0; i < count; i++) h[i] = h[i] / (1.0f + exponential(-h[i]));
-}
-
 /* hidden [rows, rank] = down(x[index]) for whole tiles. */
 static void narrow(const float *x, const int64_t *index, Rows rows, int64_t width, int64_t rank,
                    const float *down, const float *bias, float *hidden) {
@@ -61,7 +57,8 @@ void forecast(const float *x, const float *residual, float *into, const int64_t 
         float hidden[TILES * TILE * MAX_RANK];
         Rows rows = rows_of(task, tasks, count);
         narrow(x, index, rows, width, rank, down, down_bias, hidden);
-        if (with_silu) silu(hidden, tiles_of(rows.count) * TILE * rank);
+        for (int64_t i = 0; with_silu && i < tiles_of(rows.count) * TILE * rank; i++)
+            hidden[i] = silu(hidden[i]);
         widen(hidden, index, rows, width, rank, up, bias, residual, into);
     }
 }

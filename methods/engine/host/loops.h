@@ -14,21 +14,24 @@
 #define LANES 8
 #define WIDE 2
 #endif
-#define TILE 6 /* rows: TILE * WIDE sums, WIDE weights and one input fill the registers */
+#define TILE 6  /* rows: TILE * WIDE sums, WIDE weights and one input fill the registers */
 #define LINE 16 /* floats of a cache line */
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+/* How many parts of at most `size` make up `count`. */
+static inline int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
 /* `count` rows split into tasks of at most `most` tiles, as many for each thread. */
 typedef struct { int64_t first, count; } Rows;
 
-static inline int64_t tiles_of(int64_t count) { return (count + TILE - 1) / TILE; }
+static inline int64_t tiles_of(int64_t count) { return parts_of(count, TILE); }
 
 static inline int64_t tasks_of(int64_t count, int64_t most) {
     int64_t threads = omp_get_max_threads();
-    return (tiles_of(count) + threads * most - 1) / (threads * most) * threads;
+    return parts_of(tiles_of(count), threads * most) * threads;
 }
 
 static inline Rows rows_of(int64_t task, int64_t tasks, int64_t count) {
@@ -100,5 +103,7 @@ static inline float exponential(float x) {
     union { int32_t bits; float value; } power = {((int32_t)n + 127) << 23};
     return (p * r * r + r + 1.0f) * power.value;
 }
+
+static inline float silu(float x) { return x / (1.0f + exponential(-x)); }
 
 #endif

@@ -10,17 +10,17 @@
 
 /* Packed rows are panels of up to WIDE vectors of rows by columns, [inputs, vecs * LANES], one
    behind the other. Panels of like size waste no place but in the last vector. */
-static int64_t panels_of(int64_t rows) { return (rows + WIDE * LANES - 1) / (WIDE * LANES); }
+static int64_t panels_of(int64_t rows) { return parts_of(rows, WIDE * LANES); }
 
 static Rows panel_at(int64_t rows, int64_t n) {
-    int64_t vecs = (rows + LANES - 1) / LANES, panels = panels_of(rows);
+    int64_t vecs = parts_of(rows, LANES), panels = panels_of(rows);
     int64_t begin = n * vecs / panels, end = (n + 1) * vecs / panels;
     return (Rows){begin * LANES, (end - begin) * LANES};
 }
 
 /* Rows index[0], index[1], ... of x [., width] packed; 0, 1, ... if index is null. */
 static void pack(const float *x, const int64_t *index, int64_t rows, int64_t width, float *packed) {
-    int64_t parts = (width + BAND - 1) / BAND;
+    int64_t parts = parts_of(width, BAND);
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < panels_of(rows) * parts; task++) {
         Rows p = panel_at(rows, task / parts);
@@ -37,7 +37,7 @@ static void pack(const float *x, const int64_t *index, int64_t rows, int64_t wid
 /* sums [outputs, size] of some outputs, whose weights begin at `weight`, and one panel. */
 static void multiply(const float *weight, int64_t outputs, int64_t inputs, const float *panel,
                      int64_t size, float *sums) {
-    int64_t parts = (inputs + DEPTH - 1) / DEPTH, depth = (inputs + parts - 1) / parts;
+    int64_t depth = parts_of(inputs, parts_of(inputs, DEPTH)); /* parts of like size */
     for (int64_t k = 0; k < inputs; k += depth)
         for (int64_t first = 0; first < outputs; first += TILE) {
             const float *row[TILE];
@@ -64,7 +64,7 @@ static void widen(const float *packed, int64_t rows, int64_t width, const float 
             multiply(up + own.first * width, own.count, width, in, p.count, u);
             float *to = hidden + p.first * neurons + own.first * p.count;
             for (int64_t i = 0; i < own.count * p.count; i++)
-                to[i] = g[i] / (1.0f + exponential(-g[i])) * u[i];
+                to[i] = silu(g[i]) * u[i];
         }
     }
 }
@@ -95,7 +95,7 @@ static void narrow(const float *hidden, int64_t rows, int64_t neurons, const flo
 void mlp(const float *x, const int64_t *index, int64_t rows, int64_t width, const float *gate,
          const float *up, const float *down, int64_t neurons, float *scratch,
          const float *residual, float *out) {
-    float *hidden = scratch + (rows + LANES - 1) / LANES * LANES * width;
+    float *hidden = scratch + parts_of(rows, LANES) * LANES * width;
 #pragma omp parallel
     {
         pack(x, index, rows, width, scratch);

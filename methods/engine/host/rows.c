@@ -29,7 +29,7 @@ void rms_norm(const float *x, const float *weight, float eps, float *out, int64_
 void silu_mul(float *restrict gate, const float *restrict up, int64_t count) {
 #pragma omp parallel for simd schedule(static)
     for (int64_t i = 0; i < count; i++)
-        gate[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
+        gate[i] = silu(gate[i]) * up[i];
 }
 
 /* Rotary embedding of x [rows, heads, size]; row i has the angles of place[i], or of i % period.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +10,7 @@ from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from methods.base import LinearUnit, SwiGLU
-from methods.engine.host import build, compiled
+from methods.engine.host import compiled
 from methods.engine.host.build import reason_without
 from methods.engine.host.compiled import CompiledRowOps
 from methods.engine.host.row_ops import RowOps
@@ -303,65 +301,3 @@ def test_a_routed_model_equals_the_masked_one(kernels, policy):
     with routed(model, method, "gathered", kernels=kernels):
         assert routing_of(model).ops.compiled == (kernels == "compiled")
         same(model(input_ids=ids).logits, expected, 2e-4)
-
-
-class TestBuilding:
-    @pytest.fixture(autouse=True)
-    def _fresh(self, monkeypatch, tmp_path):
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        self.clear()
-        yield
-        monkeypatch.undo()
-        self.clear()
-
-    @staticmethod
-    def clear():
-        build.library.cache_clear()
-        build.reason_without.cache_clear()
-
-    def test_once_a_machine(self, tmp_path):
-        build.library()
-        (built,) = (tmp_path / "cache" / "routebench" / "loops").iterdir()
-        stamp = built.stat().st_mtime_ns
-        self.clear()
-        build.library()
-        assert built.stat().st_mtime_ns == stamp
-
-    def test_other_flags_make_another(self, monkeypatch, tmp_path):
-        build.library()
-        self.clear()
-        monkeypatch.setenv("CFLAGS", "-O1 -DUNUSED='a b'")
-        build.library()
-        assert len(list((tmp_path / "cache" / "routebench" / "loops").iterdir())) == 2
-
-    def test_without_a_place_to_keep_it(self, monkeypatch, tmp_path):
-        blocked = tmp_path / "file"
-        blocked.write_text("")
-        monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
-        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-        assert build.library().partition is not None
-        assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-    def test_flags_that_are_none(self, monkeypatch):
-        monkeypatch.setenv("CFLAGS", "'")
-        assert "do not load" in build.reason_without()
-
-    def test_without_a_compiler_pytorch_runs(self, monkeypatch):
-        monkeypatch.setenv("PATH", "")
-        monkeypatch.delenv("CC", raising=False)
-        model = small_model()
-        method = Scripted(random_tables(all_sites(model, "unit"), rows=1))
-        with routed(model, method, "gathered"):
-            assert not routing_of(model).ops.compiled
-        wrong = pytest.raises(ValueError, match="kernels=compiled: no C compiler")
-        with wrong, routed(model, method, "gathered", kernels="compiled"):
-            pass
-
-    def test_a_compiler_that_fails(self, monkeypatch, tmp_path):
-        broken = tmp_path / "cc"
-        broken.write_text("#!/bin/sh\necho 'fatal: no OpenMP' >&2\nexit 1\n")
-        broken.chmod(0o755)
-        monkeypatch.setenv("CC", str(broken))
-        assert "no OpenMP" in build.reason_without()
-        folder = tmp_path / "cache" / "routebench" / "loops"
-        assert list(folder.iterdir()) == []
