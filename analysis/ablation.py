@@ -7,12 +7,19 @@ Reads the points of `experiment=ablation`: a method with an option `without`, on
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # run the code of this clone, whichever clone's environment it is
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import logging
 
 import pandas as pd
 
-from analysis import frames, tables
+from analysis import frames
 from analysis.cli import AnalysisError, Paths, run
+from analysis.drawing import tables
 
 log = logging.getLogger(__name__)
 

@@ -8,16 +8,22 @@ the two better). The dense model is a contender at cost 1; an upper bound (the o
 
 from __future__ import annotations
 
-import logging
+import sys
 from pathlib import Path
+
+if __name__ == "__main__":  # run the code of this clone, whichever clone's environment it is
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import logging
 from typing import Any, cast
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis import frames, style, tables
+from analysis import frames
 from analysis.cli import Paths, run
+from analysis.drawing import style, tables
 from analysis.tradeoff import Looks, measure_grid
 
 log = logging.getLogger(__name__)

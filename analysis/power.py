@@ -10,8 +10,13 @@ independent answers would give. The second: seeds per method, from the std over 
 
 from __future__ import annotations
 
-import math
 import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # run the code of this clone, whichever clone's environment it is
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import math
 from collections.abc import Mapping, Sequence
 
 from scipy import stats

@@ -8,9 +8,14 @@ Writes `<out_dir>/report.html`, which needs no other file and sends no request, 
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # run the code of this clone, whichever clone's environment it is
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -21,25 +26,24 @@ from analysis import (
     kv,
     layers,
     pareto,
-    report_sections,
     routing_maps,
     significance,
     speedup,
-    style,
-    tables,
     tradeoff,
     training_time,
 )
 from analysis.cli import Paths, run
-from analysis.inline_svg import DARK_SERIES
-from analysis.report_data import Data, Setting, by_setting, load
-from analysis.report_maps import inspected, map_sections
-from analysis.report_parts import Section
-from analysis.report_records import records_of
+from analysis.drawing import style, tables
+from analysis.report_page import sections as report_sections
+from analysis.report_page.data import Data, Setting, by_setting, load
+from analysis.report_page.inline_svg import DARK_SERIES
+from analysis.report_page.maps import inspected, map_sections
+from analysis.report_page.parts import Section
+from analysis.report_page.records import records_of
 
 log = logging.getLogger(__name__)
 
-TEMPLATES = Path(__file__).resolve().parent / "templates"
+TEMPLATES = Path(__file__).resolve().parent / "report_page" / "templates"
 PLOTS = "plots"
 Saved = Callable[[pd.DataFrame, str, Path], list[Path]]
 

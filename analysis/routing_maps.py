@@ -7,8 +7,13 @@ Reads `<results_dir>/<fingerprint>/routing/*.parquet`, which runners/inspect_rou
 
 from __future__ import annotations
 
-import logging
+import sys
 from pathlib import Path
+
+if __name__ == "__main__":  # run the code of this clone, whichever clone's environment it is
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import logging
 from typing import Any
 
 import numpy as np
@@ -17,8 +22,8 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis import coloured_text, style, tables
 from analysis.cli import AnalysisError, Paths, run
+from analysis.drawing import coloured_text, style, tables
 
 log = logging.getLogger(__name__)
 

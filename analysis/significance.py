@@ -9,19 +9,25 @@ bootstrap over documents. P-values of a task are corrected for the number of pai
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # run the code of this clone, whichever clone's environment it is
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import itertools
 import logging
 from collections.abc import Iterator
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from analysis import frames, tables
+from analysis import frames
 from analysis.cli import Paths, run
+from analysis.drawing import tables
 
 log = logging.getLogger(__name__)
 

@@ -5,9 +5,14 @@ python analysis/tradeoff.py results_dir=results [out_dir=results/plots]
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # run the code of this clone, whichever clone's environment it is
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import logging
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -16,9 +21,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogFormatterMathtext, LogLocator, NullFormatter
 
-from analysis import frames, style, tables
+from analysis import frames
 from analysis.bands import with_bands
 from analysis.cli import Paths, run
+from analysis.drawing import style, tables
 
 log = logging.getLogger(__name__)
 

@@ -5,14 +5,20 @@ python analysis/training_time.py results_dir=results [out_dir=results/plots]
 
 from __future__ import annotations
 
-import logging
+import sys
 from pathlib import Path
+
+if __name__ == "__main__":  # run the code of this clone, whichever clone's environment it is
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import logging
 from typing import Any
 
 import pandas as pd
 
-from analysis import frames, tables
+from analysis import frames
 from analysis.cli import Paths, run
+from analysis.drawing import tables
 
 log = logging.getLogger(__name__)
 

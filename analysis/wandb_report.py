@@ -9,6 +9,12 @@ saves it in the project (needs `entity=` and WANDB_API_KEY). Needs the extra `re
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # run the code of this clone, whichever clone's environment it is
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import logging
 import os
 from collections.abc import Sequence
@@ -16,9 +22,10 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import frames, pareto, tables, tradeoff, training_time
+from analysis import frames, pareto, tradeoff, training_time
 from analysis.cli import AnalysisError, paths_of, run_words, words
-from analysis.report_data import Data, by_setting, load
+from analysis.drawing import tables
+from analysis.report_page.data import Data, by_setting, load
 
 log = logging.getLogger(__name__)
 

@@ -11,25 +11,29 @@ millionth: ours is summed in float64).
 
 from __future__ import annotations
 
-import math
 import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # run the code of this clone, whichever clone's environment it is
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import math
 import tempfile
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import lm_eval
 from lm_eval.models.huggingface import HFLM
 
 from methods.engine.checkpoint import from_pretrained
-from methods.engine.wrap import routed
-from runners.build import Base
+from methods.engine.routed import routed
+from runners.base_model.load import Base
 from runners.errors import UserError
-from runners.harness import HarnessModel
+from runners.evaluation.harness import HarnessModel
+from runners.evaluation.tasks import TaskSet, task_set
 from runners.routed_lm import base_of
-from runners.stopwatch import interleaved, ratio, timed
-from runners.tasks import TaskSet, task_set
+from runners.timing.stopwatch import interleaved, ratio, timed
 
 Scores = dict[str, dict[str, float]]
 

@@ -9,20 +9,25 @@ past=4096`, where times are those of a replayed CUDA graph.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # run the code of this clone, whichever clone's environment it is
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from arguments import settings_of  # beside this script
 from torch import Tensor
 from torch.nn import functional
 
-from methods.engine.kernels.attend_rows import attend
-from methods.engine.kernels.linear_rows import linear_rows, linear_rows_add
-from methods.engine.kernels.mlp_rows import swiglu_rows
-from methods.engine.kernels.partition import Partition, partition
-from methods.engine.kernels.route import LinearScore, LowRank, route_and_forecast
+from benchmarks.arguments import settings_of
+from methods.engine.ops.triton.attend_rows import attend
+from methods.engine.ops.triton.linear_rows import linear_rows, linear_rows_add
+from methods.engine.ops.triton.mlp_rows import swiglu_rows
+from methods.engine.ops.triton.partition import Partition, partition
+from methods.engine.ops.triton.route import LinearScore, LowRank, route_and_forecast
 
 SHARES = (0.3, 0.5, 0.7, 1.0)
 SAMPLE = 256

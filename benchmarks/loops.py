@@ -8,22 +8,27 @@ Settings are key=value; the defaults are a layer of SmolLM2-135M, rank 64. Ratio
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # run the code of this clone, whichever clone's environment it is
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from arguments import settings_of  # beside this script
 from torch.nn import functional
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from benchmarks.arguments import settings_of
 from methods.base import LinearUnit, SwiGLU
-from methods.engine.host.build import NoCompiler
-from methods.engine.host.compiled import CompiledRowOps
-from methods.engine.host.row_ops import RowOps
-from methods.engine.low_rank import turned
-from methods.engine.rotary import Angles
-from runners.stopwatch import interleaved, ratio, timed
+from methods.engine.ops.cpu.build import NoCompiler
+from methods.engine.ops.cpu.compiled import CompiledRowOps
+from methods.engine.ops.low_rank import turned
+from methods.engine.ops.rotary import Angles
+from methods.engine.ops.row_ops import RowOps
+from runners.timing.stopwatch import interleaved, ratio, timed
 
 CPU = torch.device("cpu")
 

@@ -8,15 +8,19 @@ Every turn starts with empty results and without any cached stage. The two point
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # run the code of this clone, whichever clone's environment it is
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
-from pathlib import Path
 
-from runners.assets import cache_root
+from runners.base_model.embedded import cache_root
 from runners.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,12 +8,18 @@ set, its revision, the number of records and the sha256 of each file.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # run the code of this clone, whichever clone's environment it is
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from runners.fetching import check_fetch, fetch
-from runners.interrupt import listening
-from runners.launch import launch, one_line_errors
+from runners.evaluation.fetching import check_fetch, fetch
+from runners.launching.command_line import launch, one_line_errors
+from runners.runtime.signals import listening
 
 
 @hydra.main(config_path="../conf", config_name="fetch", version_base="1.3")

@@ -6,12 +6,18 @@ python analysis/routing_maps.py results_dir=results
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # run the code of this clone, whichever clone's environment it is
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import hydra
 from omegaconf import DictConfig
 
+from runners.inspection.tables import record_routing
 from runners.job import plain, with_saved
-from runners.launch import launch, one_line_errors
-from runners.routing_stats import record_routing
+from runners.launching.command_line import launch, one_line_errors
 
 
 @hydra.main(config_path="../conf", config_name="inspect_routing", version_base="1.3")

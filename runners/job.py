@@ -14,20 +14,20 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from runners import processes
-from runners.assets import sha256_of
-from runners.disk import full_disk
+from runners.base_model.embedded import sha256_of
 from runners.errors import UserError
-from runners.failures import note
-from runners.headline import drift, headline
-from runners.interrupt import Interrupted, listening
-from runners.launch import CONF
-from runners.store import RunFolder, fingerprint
-from runners.workers import at_work
+from runners.launching.command_line import CONF
+from runners.runtime import processes
+from runners.runtime.failures import note
+from runners.runtime.signals import Interrupted, listening
+from runners.runtime.workers import at_work
+from runners.store.files import full_disk
+from runners.store.run_folder import RunFolder, fingerprint
+from runners.store.summary import drift, headline
 
 if TYPE_CHECKING:
     from runners.point import Point
-    from runners.tracking import Safe
+    from runners.tracking.base import Safe
 
 log = logging.getLogger(__name__)
 
@@ -65,10 +65,10 @@ def measure_speed(cfg: DictConfig) -> None:
 
 
 def _time(config: dict[str, Any], folder: RunFolder) -> None:
-    from runners.mirror import mirror_speed
     from runners.point import Point
-    from runners.timing import measure
-    from runners.tracking import open_tracker
+    from runners.timing.measure import measure
+    from runners.tracking.base import open_tracker
+    from runners.tracking.mirror import mirror_speed
 
     with open_tracker(config, folder.path, job="speed", **identity(config)) as tracker:
         point = Point(config, folder, tracker)
@@ -145,7 +145,7 @@ def _agreed(config: Mapping[str, Any], find: Callable[[], bool]) -> bool:
     """What the first of the launched processes finds; alone, what `find` gives."""
     if processes.count() == 1:
         return find()
-    from runners import ranks
+    from runners.runtime import distributed as ranks
 
     ranks.join(config["device"])
     return ranks.told(find)
@@ -153,7 +153,7 @@ def _agreed(config: Mapping[str, Any], find: Callable[[], bool]) -> bool:
 
 def too_little_memory(error: Exception) -> UserError | None:
     """The user's version of a failed allocation."""
-    from runners.out_of_memory import out_of_memory
+    from runners.runtime.out_of_memory import out_of_memory
 
     if not out_of_memory(error):
         return None
@@ -163,7 +163,7 @@ def too_little_memory(error: Exception) -> UserError | None:
 
 def _train_and_score(config: dict[str, Any], folder: RunFolder, *, evaluate: bool) -> None:
     from runners.point import Point
-    from runners.tracking import open_tracker
+    from runners.tracking.base import open_tracker
 
     started = time.perf_counter()
     job = "sweep" if evaluate else "train"
@@ -180,7 +180,7 @@ def _train_and_score(config: dict[str, Any], folder: RunFolder, *, evaluate: boo
 
 def _score(config: dict[str, Any], folder: RunFolder) -> None:
     from runners.point import Point
-    from runners.tracking import open_tracker
+    from runners.tracking.base import open_tracker
 
     started = time.perf_counter()
     with open_tracker(config, folder.path, job="score", **identity(config)) as tracker:
@@ -192,7 +192,7 @@ def _score(config: dict[str, Any], folder: RunFolder) -> None:
 def _finish(
     config: dict[str, Any], folder: RunFolder, tracker: Safe, point: Point, started: float
 ) -> None:
-    from runners.mirror import mirror
+    from runners.tracking.mirror import mirror
 
     result = {**identity(config), **point.evaluate()}
     result["seconds"] = time.perf_counter() - started

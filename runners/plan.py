@@ -5,13 +5,17 @@ python runners/plan.py method=informed sparsity=0.3,0.5,0.7 hardware=h100 -m
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":  # run the code of this clone, whichever clone's environment it is
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import logging
+
 from runners.errors import UserError
-from runners.launch import prepare
-from runners.plan_points import configs
+from runners.launching.command_line import prepare
+from runners.launching.points import configs
 
 
 def main(arguments: list[str]) -> None:
@@ -22,10 +26,10 @@ def main(arguments: list[str]) -> None:
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     points = configs(prepare(arguments, "plan"))
-    from runners.disk import write_json_atomic
-    from runners.plan_table import table
-    from runners.planning import Planner, to_json
-    from runners.progress import progress
+    from runners.planning.estimate import Planner, to_json
+    from runners.planning.table import table
+    from runners.runtime.progress import progress
+    from runners.store.files import write_json_atomic
 
     hardware, options = points[0][1]
     planner = Planner(hardware, options)

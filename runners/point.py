@@ -15,34 +15,30 @@ import torch
 
 from methods.base import Budget, Method, OutOfReach, Probe, Stage
 from methods.engine.checkpoint import restore, save_pretrained
+from methods.engine.decoder.placement import input_device, spread
 from methods.engine.lora import Adapter, attach_lora, describe
-from methods.engine.placement import input_device, spread
-from runners import processes
-from runners.assets import cache_root
-from runners.build import build_budget, build_method, load_base, method_options
-from runners.corpus import SPLITS, Source
+from runners.base_model.embedded import cache_root
+from runners.base_model.load import build_budget, build_method, load_base, method_options
+from runners.corpus.packing import ReadOnce
+from runners.corpus.reading import read_split
+from runners.corpus.rows import Texts
+from runners.corpus.source import SPLITS, Source
 from runners.errors import UserError
-from runners.evaluation import evaluate, evaluation_key
-from runners.items import write_items
-from runners.loop import Loop
-from runners.packing import ReadOnce
-from runners.probe import ModelProbe
-from runners.products import Products, content_key
-from runners.provenance import code_version, provenance
-from runners.reading import read_split
-from runners.resume import Checkpoints
-from runners.store import RunFolder
-from runners.texts import Texts
-from runners.tracking import Safe
+from runners.evaluation.evaluate import evaluate, evaluation_key
+from runners.runtime import processes
+from runners.store.items import write_items
+from runners.store.provenance import code_version, provenance
+from runners.store.run_folder import RunFolder
+from runners.store.stage_cache import Products, content_key
+from runners.tracking.base import Safe
+from runners.training.checkpoints import Checkpoints
+from runners.training.loop import Loop
+from runners.training.probe import ModelProbe
 
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
-PASSES = ("passes", "ranks", "split", "batches", "training", "random_state", "resume")
-STAGE_CODE = [
-    ROOT / "methods",
-    *(ROOT / "runners" / f"{n}.py" for n in ("loop", "losses", "optimise", "probe", *PASSES)),
-]
+STAGE_CODE = [ROOT / "methods", ROOT / "runners" / "training"]
 
 
 class Point:

@@ -19,16 +19,16 @@ from typing import Any
 from lm_eval.api.registry import register_model
 
 from methods.engine.checkpoint import BadCheckpoint, from_pretrained, read_settings
-from methods.engine.wrap import routed
-from runners import device_map as places
-from runners.build import Base, load_base
-from runners.check import CHOICES, check_sparsity
-from runners.corpus import load_documents
+from methods.engine.routed import routed
+from runners.base_model import device_map as places
+from runners.base_model.load import Base, load_base
+from runners.corpus.packing import ReadOnce, pack_tokens
+from runners.corpus.reading import after_tokens
+from runners.corpus.source import load_documents
 from runners.errors import UserError
-from runners.harness import HarnessModel
-from runners.packing import ReadOnce, pack_tokens
-from runners.probe import ModelProbe, ProbeText
-from runners.reading import after_tokens
+from runners.evaluation.harness import HarnessModel
+from runners.launching.check import CHOICES, check_sparsity
+from runners.training.probe import ModelProbe, ProbeText
 
 log = logging.getLogger(__name__)
 

@@ -6,11 +6,17 @@ python runners/speed.py model=llama3_1_8b_shape speed.decisions=random speed.tra
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # run the code of this clone, whichever clone's environment it is
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import hydra
 from omegaconf import DictConfig
 
 from runners.job import measure_speed
-from runners.launch import launch
+from runners.launching.command_line import launch
 
 
 @hydra.main(config_path="../conf", config_name="sweep", version_base="1.3")

@@ -5,11 +5,17 @@ python runners/sweep.py method=informed sparsity=0.3,0.5,0.7 -m
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # run the code of this clone, whichever clone's environment it is
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import hydra
 from omegaconf import DictConfig
 
 from runners.job import run_point
-from runners.launch import launch
+from runners.launching.command_line import launch
 
 
 @hydra.main(config_path="../conf", config_name="sweep", version_base="1.3")

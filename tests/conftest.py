@@ -17,8 +17,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from runners.assets import byte_tokenizer, tiny_model
-from runners.corpus import Document
+from runners.base_model.embedded import byte_tokenizer, tiny_model
+from runners.corpus.source import Document
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"

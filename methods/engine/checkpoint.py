@@ -16,7 +16,7 @@ from torch import Tensor
 
 from methods.base import LoraSpec, Method
 from methods.engine.lora import Adapter, attach_lora, describe
-from methods.engine.wrap import attach
+from methods.engine.routed import attach
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

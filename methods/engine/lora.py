@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from methods.base import LoraSpec, Method
-from methods.engine.adapter import layers_of
-from methods.engine.families import require_family
-from methods.engine.offload import stand_ins
-from methods.engine.placement import placed
+from methods.engine.decoder.adapter import layers_of
+from methods.engine.decoder.families import require_family
+from methods.engine.decoder.offload import stand_ins
+from methods.engine.decoder.placement import placed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

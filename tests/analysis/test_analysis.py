@@ -11,18 +11,9 @@ import pandas as pd
 import pytest
 from matplotlib import image
 
-from analysis import (
-    ablation,
-    frames,
-    kv,
-    layers,
-    style,
-    tables,
-    tradeoff,
-    training_time,
-    two_by_two,
-)
+from analysis import ablation, frames, kv, layers, tradeoff, training_time, two_by_two
 from analysis.cli import AnalysisError, Paths
+from analysis.drawing import style, tables
 from tests.analysis.store import stage, write_point
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,8 +14,9 @@ import pandas as pd
 import pytest
 import yaml
 
-from analysis import configs, frames, report
+from analysis import frames, report
 from analysis.cli import AnalysisError, Paths
+from analysis.report_page import configs
 from tests.analysis.store import stage, write_point
 from tests.analysis.test_speedup import case
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from methods.base import Budget, Decision, RouteContext, Site, StageBudget
-from methods.engine.wrap import routed
+from methods.engine.routed import routed
 
 LayerRule = Callable[[int, Any, Tensor, "ByHand"], Tensor]
 ONE = StageBudget(1, 1, 8)

@@ -10,10 +10,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from methods.base import Method
-from methods.engine.families import FAMILIES
-from runners.build import build_budget, build_method
-from runners.loop import Loop
-from runners.probe import ModelProbe, ProbeText
+from methods.engine.decoder.families import FAMILIES
+from runners.base_model.load import build_budget, build_method
+from runners.training.loop import Loop
+from runners.training.probe import ModelProbe, ProbeText
 from tests.conftest import CONF, compose_tiny, token_rows
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from methods.engine.checkpoint import from_pretrained, save_pretrained
-from methods.engine.wrap import routed
-from runners.build import build_budget, build_method, method_options
+from methods.engine.routed import routed
+from runners.base_model.load import build_budget, build_method, method_options
 from tests.conftest import token_rows
 from tests.methods.conftest import method_config, probe_for
 

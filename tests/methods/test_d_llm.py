@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from methods.base import Decision, RoutedView, Site
 from methods.d_llm import DLLM
-from methods.engine.wrap import attach, routed
+from methods.engine.routed import attach, routed
 from tests.methods.by_hand import BUDGET, ByHand, context, evaluate
 from tests.methods.conftest import small_ids, small_model
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from methods.base import Decision, RoutedView, Site
-from methods.engine.wrap import attach, routed
+from methods.engine.routed import attach, routed
 from methods.flexidepth import FlexiDepth
 from tests.methods.by_hand import BUDGET, ByHand, cross_entropy, evaluate, train_forward
 from tests.methods.conftest import small_ids, small_model

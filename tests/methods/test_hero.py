@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from methods.base import Site
-from methods.engine.wrap import attach, routed
+from methods.engine.routed import attach, routed
 from methods.hero import HeRo
 from tests.methods.by_hand import BUDGET, ByHand, cross_entropy, evaluate, train_forward
 from tests.methods.conftest import small_ids, small_model

@@ -14,15 +14,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 OWN = {"methods", "runners", "analysis", "tests"}
 ENGINE = sorted(
-    path
-    for folder in ("engine", "engine/host")
-    for path in (ROOT / "methods" / folder).glob("*.py")
+    path for path in (ROOT / "methods" / "engine").rglob("*.py") if "triton" not in path.parts
 )
 CONTRACT = [ROOT / "methods" / f"{name}.py" for name in ("base", "recipe", "views")]
 PARTS = [*sorted((ROOT / "methods" / "parts").glob("*.py")), *CONTRACT]
 METHOD_FILES = [p for p in sorted((ROOT / "methods").glob("*.py")) if p not in CONTRACT]
-RUNNERS = sorted((ROOT / "runners").glob("*.py"))
-ANALYSIS = sorted((ROOT / "analysis").glob("*.py"))
+RUNNERS = sorted((ROOT / "runners").rglob("*.py"))
+ANALYSIS = sorted((ROOT / "analysis").rglob("*.py"))
 
 
 def imported(path: Path) -> Iterator[str]:

@@ -7,9 +7,9 @@ import torch
 
 from methods.base import Shape, Site
 from methods.engine.checkpoint import from_pretrained, save_pretrained
-from methods.engine.wrap import attach, routed, routing_of
+from methods.engine.routed import attach, routed, routing_of
 from methods.informed_plus import InformedPlus
-from runners.build import build_budget, build_method, method_options
+from runners.base_model.load import build_budget, build_method, method_options
 from tests.conftest import token_rows
 from tests.methods.conftest import method_config, probe_for
 

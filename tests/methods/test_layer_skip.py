@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from methods.base import Budget, Site, StageBudget
-from methods.engine.wrap import attach, routed
+from methods.engine.routed import attach, routed
 from methods.layer_skip import LayerSkip, uniform_order
-from runners.loop import Loop
-from runners.probe import ModelProbe, ProbeText
+from runners.training.loop import Loop
+from runners.training.probe import ModelProbe, ProbeText
 from tests.methods.conftest import small_ids, small_model
 
 LAYERS = 5

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from methods.base import Site
-from methods.engine.wrap import attach
+from methods.engine.routed import attach
 from methods.mod import MoD
 from methods.parts.expert_choice import top_share
 from tests.methods.by_hand import BUDGET, ByHand, cross_entropy, evaluate, train_forward

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from analysis import frames
-from methods.engine.wrap import attach, routed
+from methods.engine.routed import attach, routed
 from methods.oracle import Oracle
 from tests.analysis.store import write_point
 from tests.methods.by_hand import evaluate

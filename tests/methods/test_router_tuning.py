@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from methods.base import RoutedView, Site
-from methods.engine.wrap import attach
+from methods.engine.routed import attach
 from methods.router_tuning import RouterTuning
 from tests.methods.by_hand import BUDGET, ByHand, cross_entropy, evaluate, train_forward
 from tests.methods.conftest import small_ids, small_model

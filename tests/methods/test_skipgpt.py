@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from methods.base import Budget, RoutedView, Site, StageBudget
-from methods.engine.wrap import attach, routed, routing_of
+from methods.engine.routed import attach, routed, routing_of
 from methods.skipgpt import SkipGPT
 from tests.methods.conftest import small_ids, small_model
 

@@ -160,10 +160,10 @@ def _import_all() -> None:
     import scipy.linalg
     import torch
 
-    import runners.harness
+    import runners.evaluation.harness
     import runners.point
     import runners.sweep
-    import runners.tracking
+    import runners.tracking.base
 
     torch.set_num_threads(1)
     del datasets, hydra, lm_eval, scipy, runners

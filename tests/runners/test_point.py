@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from runners.point import Point, merge_dense
-from runners.store import RunFolder
-from runners.tracking import Safe
+from runners.store.run_folder import RunFolder
+from runners.tracking.base import Safe
 
 
 @pytest.fixture

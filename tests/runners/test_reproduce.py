@@ -8,8 +8,9 @@ import shlex
 import pytest
 from hydra.core.hydra_config import HydraConfig
 
-from analysis import configs, frames
-from runners.command import started_with
+from analysis import frames
+from analysis.report_page import configs
+from runners.store.command import started_with
 
 
 @pytest.mark.slow

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from runners import failures, job
+from runners import job
+from runners.runtime import failures
 from tests.conftest import Commands
 from tests.runners.wandb_file import runs
 

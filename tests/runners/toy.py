@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from methods.base import Decision, Method, RouteContext, Shape, Site, StageBudget
-from methods.engine.wrap import attach
-from runners.loop import Loop
-from runners.probe import ModelProbe, ProbeText
+from methods.engine.routed import attach
+from runners.training.loop import Loop
+from runners.training.probe import ModelProbe, ProbeText
 from tests.conftest import token_rows
 
 SITES = (Site(1, "mlp"), Site(2, "mlp"))

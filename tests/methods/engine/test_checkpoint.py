@@ -16,7 +16,7 @@ from methods.engine.checkpoint import (
     load_tensors,
     save_pretrained,
 )
-from methods.engine.wrap import attach, routed
+from methods.engine.routed import attach, routed
 from methods.informed import Informed
 from tests.methods.conftest import small_ids, small_model
 
@@ -109,7 +109,7 @@ DAMAGES = {
     "no target": settings(target=None),
     "no options": settings(options=None),
     "foreign class": settings(target="os.system"),
-    "engine class": settings(target="methods.engine.wrap.Routing"),
+    "engine class": settings(target="methods.engine.routed.Routing"),
     "base class of torch": settings(target="methods.informed.nn"),
     "missing module": settings(target="methods.nope.Nope"),
     "missing class": settings(target="methods.informed.Nope"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from methods.base import RoutedView, Site
-from methods.engine.wrap import attach
+from methods.engine.routed import attach
 from methods.informed import Informed
 from methods.parts.balance import MOST_SHIFTS, SHIFT_STEP, balanced_penalty, shift_kinds
 from methods.parts.calibration import realising_threshold

@@ -8,10 +8,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from methods.base import Site
 from methods.engine.observe import observed
-from methods.engine.wrap import attach
+from methods.engine.routed import attach
 from methods.informed_plus import InformedPlus
 from runners.errors import UserError
-from runners.probe import ModelProbe, ProbeText
+from runners.training.probe import ModelProbe, ProbeText
 from tests.methods.conftest import small_ids, small_model
 from tests.methods.engine.test_placement import LAYERS, PLACES
 

@@ -1,0 +1,1 @@
+"""Draw and tabulate: style, tables, coloured text."""

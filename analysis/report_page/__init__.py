@@ -1,0 +1,1 @@
+"""Render the store as one HTML page."""

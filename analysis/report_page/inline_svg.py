@@ -1,0 +1,65 @@
+"""Figures as SVG inside a page: no request, text stays text, colours follow the page's theme."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import matplotlib as mpl
+from markupsafe import Markup, escape
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from analysis.drawing import style
+
+INK = {"#000000": "currentColor", "#ffffff": "var(--paper)", "#dddddd": "var(--grid)"}
+THEMED = {
+    **{colour.lower(): f"var(--series-{place})" for place, colour in enumerate(style.COLOURS)},
+    style.REFERENCE.lower(): "var(--reference)",
+    **INK,
+}
+"""Colours of `style` as variables of the page's style sheet; black is its text colour."""
+DARK_SERIES = ("#4aa8e0", "#f0803c", "#2fc79a", "#dd9cc0", "#7cc8f2", "#f0b83a", "#e6e9ed")
+"""What `style.COLOURS` become on a dark page."""
+SWATCH_IN = (0.42, 0.16)
+
+
+def inline(figure: Figure, *, prefix: str, label: str) -> Markup:
+    """An `<svg>` element of the figure, which is closed.
+
+    Args:
+        prefix: of every id, different for each picture of a page.
+        label: for readers that do not see the picture.
+    """
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    plt.close(figure)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"<!--.*?-->|\s+xmlns(:\w+)?=\"[^\"]*\"", "", text, flags=re.DOTALL)
+    text = text.replace("xlink:href", "href")
+    text = re.sub(r'(\sid="|href="#|url\(#)', rf"\1{prefix}-", text)
+    text = re.sub(r"#[0-9a-f]{6}\b", lambda found: THEMED.get(found[0], found[0]), text)
+    box = re.search(r'viewBox="[^"]*"', text)
+    assert box is not None
+    opening = f'<svg {box[0]} role="img" aria-label="{escape(label)}">'
+    return Markup(re.sub(r"<svg[^>]*>", lambda _: opening, text, count=1))
+
+
+def swatches(
+    looks: dict[str, dict[str, Any]], *, prefix: str, extra: Iterable[tuple[str, Any]] = ()
+) -> list[tuple[str, Markup]]:
+    """A legend: (name, its line and marker as `<svg>`) of each look, then of `extra`."""
+    drawn = []
+    for place, (name, look) in enumerate([*looks.items(), *extra]):
+        figure = plt.figure(figsize=SWATCH_IN)
+        panel = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+        panel.plot([0, 0.5, 1], [0, 0, 0], markevery=[1], **look)
+        panel.set_xlim(0, 1)
+        panel.set_axis_off()
+        drawn.append((name, inline(figure, prefix=f"{prefix}{place}", label=name)))
+    return drawn

@@ -1,0 +1,1 @@
+"""Keep keys and values, whole or without bypassed tokens."""

@@ -1,0 +1,1 @@
+"""Find and swap the parts of a Hugging Face decoder."""

@@ -1,0 +1,1 @@
+"""Execute a routed layer: masked, gathered, fused, one token."""

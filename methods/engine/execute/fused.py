@@ -1,0 +1,179 @@
+"""Gathered execution through fused kernels: nothing waits for the device, everything is in place.
+
+Each step is one function of `methods.engine.kernels`, a Triton kernel on CUDA and its PyTorch
+reference elsewhere. Counts stay on the device: grids are as large as they may need to be, and
+tiles beyond the count end at once, so a forward can be captured in a CUDA graph.
+
+Shapes: B sequences, T tokens, N = B * T rows, D width, H heads, K key-value heads, d head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from methods.base import LinearUnit
+from methods.engine.decoder.adapter import all_linear
+from methods.engine.decoder.unit import Unit
+from methods.engine.execute.attention import keys_of_all, split_heads
+from methods.engine.execute.masked import scaled
+from methods.engine.ops.rotary import angles_of
+from methods.engine.ops.swiglu import is_swiglu
+from methods.engine.ops.triton.attend_rows import attend
+from methods.engine.ops.triton.choose import Kernels
+from methods.engine.ops.triton.linear_rows import linear_rows, linear_rows_add
+from methods.engine.ops.triton.mlp_rows import swiglu_rows
+from methods.engine.ops.triton.partition import Partition
+from methods.engine.ops.triton.route import (
+    LinearScore,
+    LowRank,
+    forecast_bypassed,
+    route_and_forecast,
+)
+from methods.engine.routed import Routing
+
+PROJECTIONS = {"attention": ("q_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
+
+
+class FusedExecutor:
+    """Runs units under KV policy `keep` whose projections are plain linear layers.
+
+    Args:
+        kernels: passed on to every kernel.
+    """
+
+    def __init__(self, routing: Routing, kernels: Kernels) -> None:
+        self.routing, self.kernels = routing, kernels
+
+    def covers(self, unit: Unit) -> bool:
+        """False where the general gathered path has to run: `evict`, adapters, other masks."""
+        if unit.attends and self.routing.method.kv_policy != "keep":
+            return False
+        if self.routing.training or torch.is_grad_enabled():
+            return False
+        if not self.routing.state.padding()[1]:
+            return False
+        parts: list[Any] = []
+        if unit.attends:
+            parts += [getattr(unit.part.attention, name, None) for name in PROJECTIONS["attention"]]
+        if unit.site.kind != "attention":
+            mlp: Any = unit.part.mlp
+            if not is_swiglu(mlp):
+                return False
+            parts += [getattr(mlp, name, None) for name in PROJECTIONS["mlp"]]
+        return all_linear(parts)
+
+    def __call__(self, unit: Unit) -> Tensor:
+        """Residual stream after the unit, [B, T, D]."""
+        clock, after = self.routing.clock, unit.residual_BTD.clone()
+        residual_ND = after.view(-1, after.shape[-1])
+        with clock.part("router"):
+            rows, scale_BT = self._route(unit, residual_ND)
+        with clock.part(unit.site.kind):
+            if unit.attends:
+                self._attention(unit, residual_ND, rows)
+            if unit.site.kind == "block":
+                self._mlp(unit, unit.part.mlp_norm(after), residual_ND, rows)
+            if unit.site.kind == "mlp":
+                self._mlp(unit, unit.x_BTD, residual_ND, rows)
+        return after if scale_BT is None else scaled(unit.residual_BTD, after, scale_BT)
+
+    def _route(self, unit: Unit, residual_ND: Tensor) -> tuple[Partition, Tensor | None]:
+        """Decide, add the estimate of bypassed tokens, and sort the rows: (rows, scale)."""
+        routing, state = self.routing, self.routing.state
+        assert state.valid_BT is not None
+        x_ND, valid_N = _flat(unit.x_BTD), state.valid_BT.reshape(-1)
+        shape = state.valid_BT.shape
+        options: dict[str, Any] = {"tokens": shape[1], "kernels": self.kernels}
+        linear = routing.method.linear(unit.site)
+        if linear is not None and not routing.watched and routing.draw is None:
+            score = LinearScore(linear.score_D, linear.offset, routing.method.threshold)
+            done = route_and_forecast(
+                x_ND, residual_ND, valid_N, score, _low_rank(linear), **options
+            )
+            routing.counters.add(unit.site, done.execute_N.view(shape))
+            return done.rows, None
+        decision = routing.decide(unit)
+        execute_BT = decision.execute_BT
+        routing.counters.add(unit.site, execute_BT)
+        forecast = None if linear is None else _low_rank(linear)
+        execute_N = execute_BT.reshape(-1)
+        if linear is None:
+            estimate = routing.method.approximate(unit.site, unit.x_BTD)
+            if estimate is not None:
+                away = execute_N | ~valid_N
+                residual_ND += _flat(estimate).masked_fill(away[:, None], 0)
+        rows = forecast_bypassed(x_ND, residual_ND, valid_N, execute_N, forecast, **options)
+        return rows, decision.scale_BT
+
+    def _attention(self, unit: Unit, residual_ND: Tensor, rows: Partition) -> None:
+        attention: Any = unit.part.attention
+        inputs = unit.inputs
+        angles = angles_of(inputs.position_embeddings)
+        key, value = keys_of_all(attention, unit.x_BTD, inputs, angles, self.routing.ops)
+        tokens = unit.x_BTD.shape[1]
+        query = linear_rows(
+            _flat(unit.x_BTD),
+            rows.index_N,
+            rows.executed,
+            attention.q_proj.weight,
+            attention.q_proj.bias,
+            kernels=self.kernels,
+        )
+        past = inputs.past
+        if not isinstance(past, Tensor):
+            # a sliding window has dropped keys before the first
+            past = min(past, key.shape[2] - tokens)
+        out_NHd = attend(
+            self.routing.ops.rotate(split_heads(attention, "q", query), angles.at(rows.index_N)),
+            rows.index_N,
+            rows.counts_B,
+            rows.starts_B,
+            key,
+            value,
+            tokens=tokens,
+            past=past,
+            scale=attention.scaling,
+            window=inputs.window,
+            first_valid_B=self.routing.state.padding()[0],
+            kernels=self.kernels,
+        )
+        linear_rows_add(
+            out_NHd.flatten(1),
+            residual_ND,
+            rows.index_N,
+            rows.executed,
+            attention.o_proj.weight,
+            attention.o_proj.bias,
+            kernels=self.kernels,
+        )
+
+    def _mlp(self, unit: Unit, x_BTD: Tensor, residual_ND: Tensor, rows: Partition) -> None:
+        mlp: Any = unit.part.mlp
+        swiglu_rows(
+            _flat(x_BTD),
+            residual_ND,
+            rows.index_N,
+            rows.executed,
+            mlp.gate_proj.weight,
+            mlp.up_proj.weight,
+            mlp.down_proj.weight,
+            gate_bias_F=mlp.gate_proj.bias,
+            up_bias_F=mlp.up_proj.bias,
+            down_bias_D=mlp.down_proj.bias,
+            kernels=self.kernels,
+        )
+
+
+def _flat(x_BTD: Tensor) -> Tensor:
+    return x_BTD.reshape(-1, x_BTD.shape[-1])
+
+
+def _low_rank(linear: LinearUnit) -> LowRank | None:
+    if linear.down_rD is None or linear.up_Dr is None:
+        return None
+    return LowRank(
+        linear.down_rD, linear.up_Dr, linear.bias_D, linear.down_bias_r, silu=linear.silu
+    )

@@ -1,0 +1,53 @@
+"""Sites whose router and forecaster are plain maps, applied without calling the method."""
+
+from __future__ import annotations
+
+import torch
+
+from methods.base import Decision, LinearUnit, Site
+from methods.engine.decoder.unit import Unit
+from methods.engine.ops.low_rank import turned
+from methods.engine.routed import Routing
+
+
+class LinearSites:
+    """`Method.linear` of every site, read once; for passes whose decisions nobody watches."""
+
+    def __init__(self, routing: Routing) -> None:
+        self.routing = routing
+        self._units: dict[Site, LinearUnit | None] = {}
+        self._turned: dict[Site, LinearUnit] = {}
+
+    def forget(self) -> None:
+        """The method's weights may have changed."""
+        self._units.clear()
+        self._turned.clear()
+
+    def at(self, site: Site) -> LinearUnit | None:
+        """None where the method has to be called."""
+        if self.routing.watched or torch.is_grad_enabled():
+            return None
+        if site not in self._units:
+            self._units[site] = self.routing.method.linear(site)
+        return self._units[site]
+
+    def for_rows(self, site: Site) -> LinearUnit:
+        """The same as the forecast of many rows reads it, of a site whose `at` is not None."""
+        linear = self._units[site]
+        assert linear is not None
+        if not self.routing.ops.compiled:
+            return linear
+        if site not in self._turned:
+            self._turned[site] = turned(linear)
+        return self._turned[site]
+
+    def decide(self, unit: Unit) -> Decision:
+        """What `Routing.decide` gives outside training, to float tolerance of the scores.
+
+        The gate, which no gathered path reads, is the mask itself.
+        """
+        linear = self.at(unit.site)
+        assert linear is not None
+        scores_BT = unit.scores(linear.score_D, linear.offset)
+        execute_BT = self.routing.settle(unit, scores_BT > self.routing.method.threshold)
+        return Decision(execute_BT, execute_BT, scores_BT)

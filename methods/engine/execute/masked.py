@@ -1,0 +1,58 @@
+"""Masked execution: compute every token, then blend. The reference for every faster path."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from methods.base import Decision
+from methods.engine.cache.evict import FlaggedKeys, layer_of, visible
+from methods.engine.decoder.unit import Unit
+from methods.engine.routed import Routing
+
+
+class MaskedExecutor:
+    """Executed tokens get the unit's output, bypassed ones the method's estimate (or nothing)."""
+
+    def __init__(self, routing: Routing) -> None:
+        self.routing = routing
+
+    def __call__(self, unit: Unit) -> Tensor:
+        """Residual stream after the unit, [B, T, D]."""
+        decision = self.routing.decide(unit)
+        executed = self._execute(unit, decision)
+        if self.routing.unit_observer is not None:
+            self.routing.unit_observer(unit, decision, executed)
+        return self.blend(unit, decision, executed)
+
+    def blend(self, unit: Unit, decision: Decision, after_BTD: Tensor) -> Tensor:
+        """Residual stream after the unit, from what it gives if every token executes it."""
+        executed, scale = after_BTD, decision.scale_BT
+        estimate = self.routing.method.approximate(unit.site, unit.x_BTD)
+        if scale is not None:
+            executed = scaled(unit.residual_BTD, after_BTD, scale)
+            estimate = None if estimate is None else estimate * scale[..., None].to(estimate.dtype)
+        bypassed = unit.residual_BTD if estimate is None else unit.residual_BTD + estimate
+        if not self.routing.training or scale is not None:
+            return torch.where(decision.execute_BT[..., None], executed, bypassed)
+        gate = decision.gate_BT[..., None].to(executed.dtype)
+        return gate * executed + (1 - gate) * bypassed
+
+    def _execute(self, unit: Unit, decision: Decision) -> Tensor:
+        """Run the unit for every token; under `evict`, queries see executed tokens' keys only."""
+        execute, method = decision.execute_BT, self.routing.method
+        if method.kv_policy != "evict" or not unit.attends:
+            self.routing.counters.add(unit.site, execute)
+            return unit.run()
+        kept, cache = execute, unit.inputs.past_key_values
+        if cache is not None:
+            kept = layer_of(cache, unit.site.layer, FlaggedKeys).note(execute)
+        tokens = execute.shape[1]
+        self.routing.counters.add(unit.site, execute, kept.long().cumsum(1)[:, -tokens:])
+        mask = visible(kept, unit.inputs.attention_mask, past=int(unit.inputs.past), tokens=tokens)
+        return unit.run(unit.inputs.masked_by(mask))
+
+
+def scaled(residual_BTD: Tensor, after_BTD: Tensor, scale_BT: Tensor) -> Tensor:
+    """Residual stream with what the unit added scaled; `after` itself where the scale is 1."""
+    return torch.lerp(residual_BTD, after_BTD, scale_BT[..., None].to(after_BTD.dtype))

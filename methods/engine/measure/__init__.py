@@ -1,0 +1,1 @@
+"""Count decisions, FLOPs and bytes; capture graphs."""

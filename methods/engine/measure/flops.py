@@ -1,0 +1,87 @@
+"""Analytic FLOPs of a routed forward over the dense one; a multiply and an add count two."""
+
+from __future__ import annotations
+
+from methods.base import Method, Shape
+from methods.engine.measure.counters import Usage
+
+
+def dense_flops(
+    shape: Shape, *, tokens: int, context: int, head_tokens: int | None = None
+) -> float:
+    """Forward FLOPs of the untouched model, LM head included, norms and rotations left out.
+
+    Args:
+        tokens: valid tokens.
+        context: sum over tokens of the keys each attends to.
+        head_tokens: tokens whose logits are computed; None means all.
+    """
+    per_layer = tokens * (_query_side(shape) + _key_value_side(shape) + _mlp(shape))
+    per_layer += context * _scores(shape)
+    return shape.layers * per_layer + _head(shape, tokens if head_tokens is None else head_tokens)
+
+
+def routed_flops(method: Method, usage: Usage, *, head_tokens: int | None = None) -> float:
+    """The same for what `usage` says was executed, routers and forecasters included.
+
+    Under KV policy `keep` keys and values are computed for every token.
+    """
+    shape, total = usage.shape, 0.0
+    for unit in shape.units():
+        done = usage.executed.get(unit, usage.tokens)
+        if unit.kind == "mlp":
+            total += done * _mlp(shape)
+            continue
+        keeps = method.kv_policy == "keep" and unit not in usage.dropped
+        kv_tokens = usage.tokens if keeps else done
+        total += done * _query_side(shape) + kv_tokens * _key_value_side(shape)
+        total += usage.executed_context.get(unit, usage.context) * _scores(shape)
+    for site, done in usage.decided.items():
+        cost = method.cost(site)
+        total += usage.tokens * cost.route + (usage.tokens - done) * cost.approximate
+    return total + _head(shape, usage.tokens if head_tokens is None else head_tokens)
+
+
+def flops_ratio(method: Method, usage: Usage, *, head_tokens: int | None = None) -> float:
+    """Routed over dense FLOPs on the tokens that `usage` counted."""
+    dense = dense_flops(
+        usage.shape, tokens=usage.tokens, context=usage.context, head_tokens=head_tokens
+    )
+    return routed_flops(method, usage, head_tokens=head_tokens) / dense
+
+
+def _head(shape: Shape, tokens: int) -> float:
+    return tokens * 2.0 * shape.width * shape.vocab
+
+
+def kv_bytes_ratio(method: Method, usage: Usage) -> float:
+    """Keys and values that the routed model keeps over those that the dense one keeps.
+
+    Under KV policy `keep` those of every layer whose attention is not dropped; under `evict` the
+    executed share of (token, attention unit) pairs; under `forecast` that share, and for the rest
+    the numbers from which their K and V are forecast.
+    """
+    if method.kv_policy == "keep":
+        return 1.0 - sum(u.kind == "attention" for u in usage.dropped) / usage.shape.layers
+    own = 1.0 - usage.sparsity("attention")
+    if method.kv_policy == "evict":
+        return own
+    dense = 2.0 * usage.shape.kv_heads * usage.shape.head_dim * usage.shape.layers
+    codes = sum(method.cost(u).stored * usage.rate(u) for u in usage.decided if u.kind != "mlp")
+    return own + codes / dense
+
+
+def _query_side(shape: Shape) -> float:
+    return 2.0 * 2.0 * shape.width * shape.heads * shape.head_dim
+
+
+def _key_value_side(shape: Shape) -> float:
+    return 2.0 * 2.0 * shape.width * shape.kv_heads * shape.head_dim
+
+
+def _scores(shape: Shape) -> float:
+    return 4.0 * shape.heads * shape.head_dim
+
+
+def _mlp(shape: Shape) -> float:
+    return 3.0 * 2.0 * shape.width * shape.mlp_width

@@ -1,0 +1,85 @@
+"""Bytes that decoding must read: the bound of its speed, since each weight serves few tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from methods.base import Method, Site
+from methods.engine.decoder.adapter import layers_of
+from methods.engine.measure.counters import Usage
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+
+def dense_bytes(model: PreTrainedModel, usage: Usage) -> float:
+    """Bytes that the untouched model reads in the forwards that `usage` counted.
+
+    Every weight once a forward (norms and the LM head included, of the embeddings only the rows
+    that are looked up), and the keys and values of every token in sight.
+    """
+    shape = usage.shape
+    weights = sum(weight_bytes(part.layer) for part in layers_of(model)) + _ends(model)
+    keys = shape.layers * usage.context * _key_bytes(model, usage)
+    return usage.forwards * weights + keys + usage.tokens * _embedding_row(model)
+
+
+def routed_bytes(model: PreTrainedModel, method: Method, usage: Usage) -> float:
+    """The same for what was executed, routers and forecasters included.
+
+    A unit's weights are read in a forward in which any token executes it; under KV policy `keep`
+    its key and value projections always are. A forecaster is read where any token is bypassed.
+    Routers and forecasters are linear maps in float32, whose FLOPs per token are two a weight.
+    """
+    total = float(usage.forwards * _ends(model) + usage.tokens * _embedding_row(model))
+    parts = layers_of(model)
+    for unit in usage.shape.units():
+        part, active = parts[unit.layer], usage.active.get(unit, usage.forwards)
+        module = part.attention if unit.kind == "attention" else part.mlp
+        norm = part.attention_norm if unit.kind == "attention" else part.mlp_norm
+        normed = 0 if unit in usage.dropped else usage.forwards
+        total += normed * weight_bytes(norm) + active * weight_bytes(module)
+        if unit.kind == "attention":
+            context = usage.executed_context.get(unit, usage.context)
+            total += context * _key_bytes(model, usage)
+            if method.kv_policy == "keep" and unit not in usage.dropped:
+                idle = usage.forwards - active
+                total += idle * _key_value_weights(module)
+    for site in usage.decided:
+        total += _added(method, site, usage)
+    return total
+
+
+def _key_value_weights(attention: nn.Module) -> int:
+    """Bytes of what makes keys and values, the norm of keys included where a family has one."""
+    names = ("k_proj", "v_proj", "k_norm")
+    return sum(weight_bytes(part) for n, part in attention.named_children() if n in names)
+
+
+def _added(method: Method, site: Site, usage: Usage) -> float:
+    """Router and forecaster of one site, four bytes a weight."""
+    cost, bypassing = method.cost(site), usage.bypassing.get(site, 0)
+    return 4.0 * (usage.forwards * cost.route / 2.0 + bypassing * cost.approximate / 2.0)
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters."""
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def _ends(model: PreTrainedModel) -> int:
+    """Final norm and LM head."""
+    head, norm = model.get_output_embeddings(), model.get_decoder().norm
+    return weight_bytes(head) + weight_bytes(norm)  # type: ignore[arg-type]
+
+
+def _embedding_row(model: PreTrainedModel) -> int:
+    weight = model.get_input_embeddings().get_parameter("weight")
+    return weight.shape[1] * weight.element_size()
+
+
+def _key_bytes(model: PreTrainedModel, usage: Usage) -> int:
+    """Key and value of one token in one layer."""
+    size = next(model.parameters()).element_size()
+    return 2 * usage.shape.kv_heads * usage.shape.head_dim * size

@@ -1,0 +1,1 @@
+"""Compute on rows: the PyTorch reference of each operation."""

@@ -1,0 +1,1 @@
+"""Compute on rows by C loops compiled for this processor."""

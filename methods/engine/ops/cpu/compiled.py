@@ -1,0 +1,275 @@
+"""The row-wise operations as compiled loops; what a loop does not cover takes the PyTorch way."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from methods.base import LinearUnit, SwiGLU
+from methods.engine.ops.cpu.build import MAX_HEAD, MAX_RANK, PANEL, library
+from methods.engine.ops.norm import is_plain_rms
+from methods.engine.ops.rotary import Angles
+from methods.engine.ops.row_ops import RowOps
+from methods.engine.ops.rows import Rows
+
+LANES = 16
+"""Widths and ranks of the forecast, heads in attention and packed rows are a multiple of this."""
+MOST_PACKED = 2**20
+"""Rows times width that the MLP packs: more leave the cache, and the library is as fast."""
+FEW_QUERIES = 8
+"""Fewer do not pay for the keys that the attention loop copies."""
+
+
+class CompiledRowOps(RowOps):
+    """`RowOps` for float32 on a CPU, without gradient.
+
+    Raises:
+        NoCompiler: the loops cannot be compiled here.
+    """
+
+    compiled = True
+
+    def __init__(self) -> None:
+        self.loops: ctypes.CDLL = library()
+
+    def norm(self, module: Any, x: Tensor) -> Tensor:
+        """One pass; PyTorch takes three."""
+        if not is_plain_rms(module, x) or not _covered(x, module.weight):
+            return super().norm(module, x)
+        out = torch.empty_like(x)
+        self._norm(module, x, out)
+        return out
+
+    def normed_scores(
+        self, module: Any, x_BTD: Tensor, score_D: Tensor, offset: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Scores are taken from rows that the norm has just written."""
+        plain = is_plain_rms(module, x_BTD)
+        if not plain or not _covered(x_BTD, module.weight, score_D, offset):
+            return super().normed_scores(module, x_BTD, score_D, offset)
+        out, scores_BT = torch.empty_like(x_BTD), x_BTD.new_empty(x_BTD.shape[:-1])
+        self._norm(module, x_BTD, out, score_D, offset, scores_BT)
+        return out, scores_BT
+
+    def _norm(self, module: Any, x: Tensor, out: Tensor, *scoring: Tensor) -> None:
+        width = x.shape[-1]
+        self.loops.rms_norm(
+            x.data_ptr(),
+            module.weight.data_ptr(),
+            module.variance_epsilon,
+            out.data_ptr(),
+            x.numel() // width,
+            width,
+            *(map(Tensor.data_ptr, scoring) if scoring else (None, None, None)),
+        )
+
+    def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
+        """One pass; PyTorch takes two."""
+        if not _covered(gate, up):
+            return super().silu_mul(gate, up)
+        self.loops.silu_mul(gate.data_ptr(), up.data_ptr(), gate.numel())
+        return gate
+
+    def mlp(self, weights: SwiGLU, x_RD: Tensor, index_N: Tensor | None = None) -> Tensor:
+        """Weights are read where they lie; the library packs them for rows that are too few."""
+        count = (x_RD if index_N is None else index_N).shape[0]
+        if not _few(weights, x_RD, count):
+            return super().mlp(weights, x_RD, index_N)
+        out = x_RD.new_empty(count, x_RD.shape[-1])
+        self._mlp(weights, x_RD, index_N, count, None, out)
+        return out
+
+    def add_mlp(
+        self,
+        weights: SwiGLU,
+        x_BTD: Tensor,
+        residual_BTD: Tensor,
+        into_BTD: Tensor,
+        index_N: Tensor,
+    ) -> None:
+        """The last product writes to the stream."""
+        count = index_N.shape[0]
+        if not _few(weights, x_BTD, count) or not _covered(residual_BTD, into_BTD):
+            super().add_mlp(weights, x_BTD, residual_BTD, into_BTD, index_N)
+            return
+        self._mlp(weights, x_BTD, index_N, count, residual_BTD, into_BTD)
+
+    def _mlp(
+        self,
+        weights: SwiGLU,
+        x: Tensor,
+        index_N: Tensor | None,
+        count: int,
+        residual: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        neurons, width = weights.gate_FD.shape
+        scratch = x.new_empty(-(-count // LANES) * LANES * (width + neurons))
+        self.loops.mlp(
+            x.data_ptr(),
+            _pointer(index_N),
+            count,
+            width,
+            weights.gate_FD.data_ptr(),
+            weights.up_FD.data_ptr(),
+            weights.down_DF.data_ptr(),
+            neurons,
+            scratch.data_ptr(),
+            _pointer(residual),
+            out.data_ptr(),
+        )
+
+    def rotate(self, x: Tensor, angles: Angles, out: Tensor | None = None) -> Tensor:
+        """One pass, angles read where they are; PyTorch takes three and two gathers."""
+        into = torch.empty_like(x) if out is None else out
+        lies = into.stride(-1) == 1 and into.dim() in (3, 4)
+        if not (lies and _plain(into) and _covered(x, angles.cos_Pd, angles.sin_Pd)):
+            return super().rotate(x, angles, out)
+        *_, tokens, heads, size = x.shape
+        place, gaps = angles.place_N, into.stride()[:-1]
+        self.loops.rotate(
+            x.data_ptr(),
+            angles.cos_Pd.data_ptr(),
+            angles.sin_Pd.data_ptr(),
+            None if place is None else place.data_ptr(),
+            angles.cos_Pd.shape[0],
+            into.data_ptr(),
+            *(gaps if len(gaps) == 3 else (0, *gaps)),
+            x.numel() // (heads * size),
+            tokens,
+            heads,
+            size,
+        )
+        return into
+
+    def split(self, execute_BT: Tensor, valid_BT: Tensor) -> tuple[Rows, Tensor]:
+        """One pass over the two masks."""
+        if not (execute_BT.is_cpu and valid_BT.is_cpu and execute_BT.dtype is torch.bool):
+            return super().split(execute_BT, valid_BT)
+        execute_BT, valid_BT = execute_BT.contiguous(), valid_BT.contiguous()
+        batch, tokens = execute_BT.shape
+        size = batch * tokens
+        found = torch.empty(2 * size, dtype=torch.int64)  # executed places, then bypassed ones
+        numbers = (ctypes.c_int64 * (batch + 1))()
+        at = found.data_ptr()
+        self.loops.partition(
+            execute_BT.data_ptr(), valid_BT.data_ptr(), at, at + 8 * size, numbers, batch, tokens
+        )
+        *counts, others = numbers
+        rows = Rows(found.narrow(0, 0, sum(counts)), counts, tokens)
+        return rows, found.narrow(0, size, others)
+
+    def room(self, residual_BTD: Tensor, filled: bool) -> Tensor:
+        """Nothing is copied where every row is written anyway."""
+        if not filled or not _covered(residual_BTD):
+            return super().room(residual_BTD, filled)
+        return torch.empty_like(residual_BTD)
+
+    def add(
+        self, residual_BTD: Tensor, into_BTD: Tensor, index_N: Tensor, delta_ND: Tensor
+    ) -> None:
+        """Rows in parallel, without the check of indices."""
+        if not _covered(residual_BTD, into_BTD):
+            super().add(residual_BTD, into_BTD, index_N, delta_ND)
+            return
+        if not _covered(delta_ND):
+            delta_ND = delta_ND.to(torch.float32).contiguous()
+        self.loops.add_rows(
+            residual_BTD.data_ptr(),
+            into_BTD.data_ptr(),
+            index_N.data_ptr(),
+            delta_ND.data_ptr(),
+            *delta_ND.shape,
+        )
+
+    def attend(
+        self, query_NHd: Tensor, key_KSd: Tensor, value_KSd: Tensor, last_N: Tensor, scale: float
+    ) -> Tensor | None:
+        """Block by block without a mask; keys are copied once, by columns."""
+        size = query_NHd.shape[-1]
+        fits = size % LANES == 0 and size <= MAX_HEAD and last_N.shape[0] >= FEW_QUERIES
+        lie = key_KSd.stride(2) == value_KSd.stride(2) == 1
+        if not (fits and lie and _plain(query_NHd, key_KSd, value_KSd)):
+            return None
+        query_NHd = query_NHd.contiguous()
+        out = torch.empty_like(query_NHd)
+        turned = out.new_empty(key_KSd.shape[0], -(-key_KSd.shape[1] // PANEL) * PANEL, size)
+        self.loops.attend(
+            query_NHd.data_ptr(),
+            key_KSd.data_ptr(),
+            *key_KSd.stride()[:2],
+            value_KSd.data_ptr(),
+            *value_KSd.stride()[:2],
+            last_N.data_ptr(),
+            scale,
+            turned.data_ptr(),
+            out.data_ptr(),
+            *query_NHd.shape[:2],
+            key_KSd.shape[0],
+            size,
+        )
+        return out
+
+    def forecast(
+        self,
+        linear: LinearUnit,
+        x_BTD: Tensor,
+        residual_BTD: Tensor,
+        into_BTD: Tensor,
+        index_N: Tensor,
+    ) -> None:
+        """Tiles of rows through both maps; PyTorch gathers, keeps intermediates and scatters."""
+        down, up = linear.down_rD, linear.up_Dr
+        if down is None or up is None:
+            return
+        rank, width = down.shape
+        fits = rank % LANES == 0 and width % LANES == 0 and rank <= MAX_RANK
+        columns = down.stride() == (1, rank) and up.stride() == (1, width)
+        biases = [bias for bias in (linear.down_bias_r, linear.bias_D) if bias is not None]
+        lie = columns and _plain(down, up) and _covered(x_BTD, residual_BTD, into_BTD, *biases)
+        if not (fits and lie):
+            super().forecast(linear, x_BTD, residual_BTD, into_BTD, index_N)
+            return
+        self.loops.forecast(
+            x_BTD.data_ptr(),
+            residual_BTD.data_ptr(),
+            into_BTD.data_ptr(),
+            index_N.data_ptr(),
+            index_N.shape[0],
+            width,
+            rank,
+            down.data_ptr(),
+            _pointer(linear.down_bias_r),
+            up.data_ptr(),
+            _pointer(linear.bias_D),
+            linear.silu,
+        )
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _few(weights: SwiGLU, x: Tensor, count: int) -> bool:
+    """True if the MLP's loop is the faster way for so many rows of x, and covers them."""
+    fits = count > 0 and count * x.shape[-1] <= MOST_PACKED
+    return fits and _covered(x, *weights)
+
+
+def _plain(*tensors: Tensor) -> bool:
+    """True for float32 on the host, where nothing is differentiated."""
+    for tensor in tensors:  # a loop: this is asked for every operation of every unit
+        if tensor.dtype is not torch.float32 or not tensor.is_cpu:
+            return False
+    return not torch.is_grad_enabled()
+
+
+def _covered(*tensors: Tensor) -> bool:
+    """True if loops may read and write these from their first address on."""
+    for tensor in tensors:
+        if not tensor.is_contiguous():
+            return False
+    return _plain(*tensors)

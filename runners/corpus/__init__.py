@@ -1,0 +1,1 @@
+"""Read text and cut it into rows of tokens."""

@@ -1,0 +1,1 @@
+"""Measure perplexity and task accuracy."""

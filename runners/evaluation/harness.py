@@ -1,0 +1,254 @@
+"""lm-eval's Hugging Face model for a dense or routed model.
+
+Scores are those of the stock `hf` class. Three things differ: a routed model is told what padding
+is (a router would see it as text, and count it); in float32 a context is computed once for all its
+choices; and rolling log-likelihoods hold the logits of a few hundred tokens at a time.
+
+Shapes: R rows of a forward pass, T tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from lm_eval import utils
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from methods.engine.decoder.placement import input_device
+from runners.evaluation.perplexity import Window, window_nlls
+from runners.evaluation.shared_contexts import Answer, SharedContexts
+from runners.runtime.out_of_memory import Fitting
+
+log = logging.getLogger(__name__)
+
+Request = tuple[Any, list[int], list[int]]
+"""What lm-eval caches the answer under (or None), context and continuation as token ids."""
+
+
+@dataclass
+class Generation:
+    """What `generate` has produced so far."""
+
+    tokens: int = 0
+    """New tokens, the end token included, what follows a row's end not."""
+    seconds: float = 0.0
+
+
+class HarnessModel(HFLM):
+    """A built causal LM as lm-eval wants it.
+
+    Args:
+        model: dense, or inside a `routed` block.
+        batch_size: rows (context and one continuation) of a forward pass; `auto` as in lm-eval.
+        share_contexts: compute a context once for all its continuations. None does so in float32,
+            where scores are the same to about 1e-5 nats; in half precision rounding depends on the
+            shape of a pass, and the stock batches give the stock scores to the bit.
+        options: any other argument of lm-eval's `hf` class (`max_length`, `softmax_dtype`, ...).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int | str,
+        share_contexts: bool | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            pretrained=model,  # type: ignore[arg-type]
+            tokenizer=tokenizer,  # type: ignore[arg-type]
+            batch_size=batch_size,
+            **options,
+        )
+        self._device = input_device(model)
+        if share_contexts is None:
+            share_contexts = next(model.parameters()).dtype == torch.float32
+        self.share_contexts = share_contexts and self.batch_size != "auto"
+        self.generation = Generation()
+        self._row_lengths: list[int] | None = None
+        self.fitting = Fitting(model)
+        self._shared_halvings = 0
+
+    @property
+    def oom_halvings(self) -> int:
+        """How often memory did not suffice for a pass, which was then made in parts."""
+        return self.fitting.halvings + self._shared_halvings
+
+    def get_model_info(self) -> dict[str, Any]:
+        """As in the base class, which asks the hub for a revision; here nothing is asked."""
+        model = self.model
+        return {"model_num_parameters": model.num_parameters(), "model_dtype": model.dtype}
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Answer]:
+        """As in the base class, without bars in a log file."""
+        answers: list[Answer] = super().loglikelihood(requests, disable_tqdm=_quiet(disable_tqdm))
+        return answers
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """As in the base class, without bars in a log file."""
+        texts: list[str] = super().generate_until(requests, disable_tqdm=_quiet(disable_tqdm))
+        return texts
+
+    @torch.no_grad()
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, in nats, in the windows of the base class.
+
+        The base class holds [rows, max_length, V] logits, tens of GiB for a long context; here
+        the head is applied to parts, and the sum is in float64.
+        """
+        windows = [w for i, request in enumerate(requests) for w in self._windows(i, *request.args)]
+        windows.sort(key=lambda window: -len(window.inputs))
+        rows = self.batch_size if isinstance(self.batch_size, int) else 1
+        totals = [0.0] * len(requests)
+        for start in range(0, len(windows), rows):
+            batch = windows[start : start + rows]
+            nlls = self.fitting.run(batch, lambda part: window_nlls(self.model, part))
+            for window, nll in zip(batch, nlls, strict=True):
+                totals[window.document] -= nll
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def _windows(self, index: int, text: str) -> list[Window]:
+        pairs = utils.get_rolling_token_windows(
+            token_list=self.tok_encode(text),
+            prefix_token=self.prefix_token_id,
+            max_seq_len=self.max_length,
+            context_len=1,
+        )
+        windows = []
+        for context, continuation in map(utils.make_disjoint_window, pairs):
+            inputs = (*context, *continuation)[:-1][-self.max_length :]
+            windows.append(Window(index, 0, tuple(inputs), tuple(continuation)))
+        return windows
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[Request],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[Answer]:
+        if self.share_contexts:
+            return self._score_shared(requests)
+        # lm-eval runs its longest rows first, so that a batch that is too large is noticed early
+        while True:
+            rows = override_bs or self.batch_size
+            score = partial(self._score_stock, requests, disable_tqdm, override_bs)
+            found = self.fitting.attempt(score, rows != 1)
+            if found is not None:
+                return found
+            largest = rows if isinstance(rows, int) else max(self.batch_sizes.values(), default=2)
+            self.batch_size_per_gpu, override_bs = max(1, largest // 2), None
+            log.warning(
+                "out of memory: evaluation goes on with %d rows a pass", self.batch_size_per_gpu
+            )
+
+    def _score_stock(
+        self, requests: Sequence[Request], disable_tqdm: bool, override_bs: int | None
+    ) -> list[Answer]:
+        """As in the base class, its rows' lengths known."""
+        self._row_lengths = self._expected_rows(requests)
+        try:
+            answers: list[Answer] = super()._loglikelihood_tokens(
+                list(requests), _quiet(disable_tqdm), override_bs
+            )
+        finally:
+            self._row_lengths = None
+        return answers
+
+    def _score_shared(self, requests: Sequence[Request]) -> list[Answer]:
+        assert isinstance(self.batch_size, int)
+        shared = SharedContexts(
+            self.model,
+            rows_per_pass=self.batch_size,
+            max_length=self.max_length,
+            softmax_dtype=self.softmax_dtype,
+        )
+        answers = shared.score([(context, end) for _, context, end in requests])
+        self._shared_halvings += shared.halvings
+        for (request, _, _), answer in zip(requests, answers, strict=True):
+            if request is not None:
+                self.cache_hook.add_partial("loglikelihood", request, answer)
+        return answers
+
+    def _expected_rows(self, requests: Sequence[Request]) -> list[int]:
+        """Input tokens of each row that the base class will run, in its order: longest first.
+
+        It merges requests that differ in their last token alone, because one row answers them.
+        """
+        inputs = [tuple((context + end)[:-1]) for _, context, end in requests]
+        rows = set(inputs) if self.logits_cache else inputs
+        return sorted((min(len(row), self.max_length) for row in rows), reverse=True)
+
+    def _model_call(
+        self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
+        """Logits of right-padded rows; a routed model also gets the mask of their real tokens."""
+        if self._row_lengths is None or getattr(self.model, "routing", None) is None:
+            return super()._model_call(inps, attn_mask, labels)
+        rows, longest = inps.shape
+        lengths, self._row_lengths = self._row_lengths[:rows], self._row_lengths[rows:]
+        assert len(lengths) == rows and lengths[0] == longest, "lm-eval orders its rows otherwise"
+        ends = torch.tensor(lengths, device=inps.device)[:, None]
+        mask_RT = (torch.arange(longest, device=inps.device) < ends).long()
+        with torch.no_grad():
+            logits: Tensor = self.model(input_ids=inps, attention_mask=mask_RT).logits
+        return logits
+
+    def _detect_batch_size(self, requests: Any = None, pos: int = 0) -> int:
+        """As in the base class; its trial passes are dense, so that they are not counted."""
+        pending, self._row_lengths = self._row_lengths, None
+        routing = getattr(self.model, "routing", None)
+        with routing.dense() if routing is not None else contextlib.nullcontext():
+            size: int = super()._detect_batch_size(requests, pos)
+        self._row_lengths = pending
+        return size
+
+    @torch.no_grad()
+    def _model_generate(
+        self, context: Tensor, max_length: int, stop: list[str], **options: Any
+    ) -> Tensor:
+        started = time.perf_counter()
+        out = self._generate_fitting(context, max_length, stop, options)
+        new = out[:, context.shape[1] :].cpu()
+        self.generation.seconds += time.perf_counter() - started
+        self.generation.tokens += _new_tokens(new, int(self.tokenizer.pad_token_id))
+        return out
+
+    def _generate_fitting(
+        self, context: Tensor, max_length: int, stop: list[str], options: dict[str, Any]
+    ) -> Tensor:
+        """Rows generated together, or in parts that memory holds; then padded to one length."""
+        base, mask = super()._model_generate, options.pop("attention_mask", None)
+
+        def generate(rows: Sequence[int]) -> list[Tensor]:
+            own = {} if mask is None else {"attention_mask": mask[list(rows)]}
+            return list(base(context[list(rows)], max_length, stop, **own, **options))
+
+        pad = float(self.tokenizer.pad_token_id)
+        done = self.fitting.run(range(context.shape[0]), generate)
+        return pad_sequence(done, batch_first=True, padding_value=pad)
+
+
+def _new_tokens(new_RT: Tensor, pad: int) -> int:
+    """Generated tokens without the padding behind each row's end; an end token is often the pad."""
+    real_RT = new_RT != pad
+    last = (real_RT * torch.arange(1, new_RT.shape[1] + 1)).amax(dim=1, keepdim=True)
+    ended = last < new_RT.shape[1]
+    return int((last + ended).sum()) if new_RT.numel() else 0
+
+
+def _quiet(disable: bool) -> bool:
+    return disable or not sys.stderr.isatty()

@@ -1,0 +1,217 @@
+"""Log-likelihoods of continuations with each context computed once.
+
+Multiple choice asks for several continuations of one context. lm-eval runs the context anew for
+each; here its keys and values are computed once and copied, where that saves tokens, and the head
+sees the continuations alone. Scores are those of separate passes to float tolerance; in half
+precision the rounding differs, because a pass has another shape.
+
+Shapes: R rows of a forward pass, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from methods.engine.decoder.placement import input_device, spread
+from runners.runtime.out_of_memory import Fitting
+
+Tokens = tuple[int, ...]
+PAYS = 1.3
+"""Tokens of separate rows over those of shared ones from which on a context is shared; its second
+pass, over the continuations, is a small one."""
+SHORTER_ROWS = 4
+"""A pass over rows shorter than the longest takes at most this many times its rows."""
+Answer = tuple[float, bool]
+"""Sum of log p of the continuation in nats, and whether greedy decoding would give it."""
+
+
+@dataclass
+class Group:
+    """One context and its continuations."""
+
+    context: Tokens
+    continuations: dict[Tokens, list[int]] = field(default_factory=dict)
+    """Continuation -> requests that ask for it."""
+
+    @property
+    def rows(self) -> int:
+        """Rows of a pass over the continuations."""
+        return len(self.continuations)
+
+    @property
+    def longest_end(self) -> int:
+        """Tokens of the longest continuation; its last one is predicted only."""
+        return max(map(len, self.continuations)) - 1
+
+    def sharing_pays(self) -> bool:
+        """Whether one pass over the context and a padded one over its continuations is cheaper."""
+        separate = sum(len(self.context) + len(end) - 1 for end in self.continuations)
+        shared = len(self.context) + self.rows * self.longest_end
+        return separate > PAYS * shared
+
+    def separated(self) -> list[Group]:
+        """One group per continuation."""
+        return [Group(self.context, {end: asked}) for end, asked in self.continuations.items()]
+
+
+class SharedContexts:
+    """Scores (context, continuation) pairs, contexts shared.
+
+    Args:
+        model: causal LM, routed or not.
+        rows_per_pass: rows (context and one continuation) of a forward pass, where they are as
+            long as the longest one; of shorter ones as many as have the same number of tokens.
+        max_length: tokens that the model reads at most; a longer context is cut on the left.
+        softmax_dtype: of the log-probabilities; None for the logits' own.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        rows_per_pass: int,
+        max_length: int,
+        softmax_dtype: torch.dtype | None,
+    ) -> None:
+        self.model, self.rows_per_pass = model, rows_per_pass
+        self.max_length, self.softmax_dtype = max_length, softmax_dtype
+        self.device = input_device(model)
+        self.fitting = {single: Fitting(model) for single in (True, False)}
+        """A part is of groups; those with several continuations are larger."""
+
+    @torch.no_grad()
+    def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Answer]:
+        """Answer of each (context, continuation) pair of token ids.
+
+        Raises:
+            ValueError: an empty context or continuation, or a continuation longer than the model's
+                maximum length.
+        """
+        groups: dict[Tokens, Group] = {}
+        for index, (context, continuation) in enumerate(pairs):
+            if not context or not 0 < len(continuation) <= self.max_length:
+                raise ValueError("a context or continuation is empty or longer than the model's")
+            whole = tuple([*context, *continuation][-(self.max_length + 1) :])
+            start, end = whole[: -len(continuation)], whole[-len(continuation) :]
+            group = groups.setdefault(start, Group(start))
+            group.continuations.setdefault(end, []).append(index)
+
+        answers: list[Answer] = [(0.0, False)] * len(pairs)
+        for batch, single in _batches(list(groups.values()), self.rows_per_pass):
+            if single:
+                scored = self.fitting[True].run(batch, self._score_single)
+            else:
+                scored = self.fitting[False].run(batch, self._score_shared, self._score_apart)
+            askers = [asked for group in batch for asked in group.continuations.values()]
+            for indices, answer in zip(askers, scored, strict=True):
+                for index in indices:
+                    answers[index] = answer
+        return answers
+
+    def _score_single(self, groups: Sequence[Group]) -> list[Answer]:
+        """One continuation per context: a single pass over both."""
+        ends = [next(iter(group.continuations)) for group in groups]
+        inputs = [group.context + end[:-1] for group, end in zip(groups, ends, strict=True)]
+        ids_RT, mask_RT = _pad(inputs, left=True)
+        keep = max(map(len, ends))
+        logits = self._forward(ids_RT, mask_RT, logits_to_keep=keep, use_cache=False).logits
+        return [self._answer(logits[row, keep - len(end) :], end) for row, end in enumerate(ends)]
+
+    def _score_apart(self, group: Group) -> list[Answer]:
+        """A context whose continuations do not fit into memory together."""
+        apart = [Group(group.context, {end: []}) for end in group.continuations]
+        return self.fitting[True].run(apart, self._score_single)
+
+    @property
+    def halvings(self) -> int:
+        """How often memory did not suffice."""
+        return sum(fitting.halvings for fitting in self.fitting.values())
+
+    def _score_shared(self, groups: Sequence[Group]) -> list[Answer]:
+        """Each context once, then its continuations on copies of its keys and values."""
+        context_ids, context_mask = _pad([group.context for group in groups], left=True)
+        cache = DynamicCache(config=self.model.config)
+        first = self._forward(
+            context_ids, context_mask, logits_to_keep=1, use_cache=True, past_key_values=cache
+        ).logits
+        rows = [(owner, end) for owner, group in enumerate(groups) for end in group.continuations]
+        # on the host, they choose from keys on several devices
+        place = "cpu" if spread(self.model) else self.device
+        owners = torch.tensor([owner for owner, _ in rows], device=place)
+        logits = first[owners]
+        if max(len(end) for _, end in rows) > 1:
+            cache.batch_select_indices(owners)
+            ids_RT, mask_RT = _pad([end[:-1] for _, end in rows], left=False)
+            mask = torch.cat([context_mask[owners.cpu()], mask_RT], dim=1)
+            rest = self._forward(ids_RT, mask, use_cache=True, past_key_values=cache).logits
+            logits = torch.cat([logits, rest], dim=1)
+        return [self._answer(logits[i, : len(end)], end) for i, (_, end) in enumerate(rows)]
+
+    def _forward(self, ids_RT: Tensor, mask: Tensor, **options: Any) -> Any:
+        positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids_RT.shape[1] :]
+        return self.model(
+            input_ids=ids_RT.to(self.device),
+            attention_mask=mask.to(self.device),
+            position_ids=positions.to(self.device),
+            **options,
+        )
+
+    def _answer(self, logits_TV: Tensor, continuation: Tokens) -> Answer:
+        """Score of a continuation from the logits that predict it, [tokens, V]."""
+        target = torch.tensor(continuation, device=logits_TV.device)
+        log_p = torch.log_softmax(logits_TV, dim=-1, dtype=self.softmax_dtype)
+        chosen = log_p.gather(1, target[:, None])
+        return float(chosen.sum()), bool((logits_TV.argmax(-1) == target).all())
+
+
+def _batches(groups: list[Group], rows_per_pass: int) -> Iterator[tuple[list[Group], bool]]:
+    """Groups of similar length that fit into a pass; True marks single continuations."""
+    kinds: dict[bool, list[Group]] = {True: [], False: []}
+    for group in groups:
+        if group.sharing_pays():
+            kinds[False].append(group)
+        else:
+            kinds[True].extend(group.separated())
+    longest = max((len(g.context) + g.longest_end for g in groups), default=0)
+    for single, members in kinds.items():
+        members.sort(key=lambda group: (-_length(group, single), group.context))
+        batch: list[Group] = []
+        for group in members:
+            if batch and not _fits([*batch, group], single, rows_per_pass, longest):
+                yield batch, single
+                batch = []
+            batch.append(group)
+        if batch:
+            yield batch, single
+
+
+def _length(group: Group, single: bool) -> int:
+    """Tokens of a group's row in its first pass."""
+    return len(group.context) + (group.longest_end if single else 0)
+
+
+def _fits(groups: Sequence[Group], single: bool, rows_per_pass: int, longest: int) -> bool:
+    """Whether no pass over these has more tokens than `rows_per_pass` rows of the longest."""
+    rows = sum(group.rows for group in groups)
+    tokens = len(groups) * max(_length(group, single) for group in groups)
+    if not single:
+        tokens = max(tokens, rows * max(group.longest_end for group in groups))
+    return rows <= SHORTER_ROWS * rows_per_pass and tokens <= rows_per_pass * longest
+
+
+def _pad(sequences: Sequence[Tokens], *, left: bool) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, int64 [R, T]; padding is id 0 and masked."""
+    longest = max(map(len, sequences))
+    ids = torch.zeros(len(sequences), longest, dtype=torch.long)
+    mask = torch.zeros(len(sequences), longest, dtype=torch.long)
+    for row, sequence in enumerate(sequences):
+        place = slice(longest - len(sequence), longest) if left else slice(0, len(sequence))
+        ids[row, place] = torch.tensor(sequence, dtype=torch.long)
+        mask[row, place] = 1
+    return ids, mask

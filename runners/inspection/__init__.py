@@ -1,0 +1,1 @@
+"""Tabulate which tokens a routed model executes."""

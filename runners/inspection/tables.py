@@ -1,0 +1,228 @@
+"""What a routed model does with each token: decisions, forecast errors, growth of the error.
+
+Three Parquet files, tidy: `tokens` (a row a token), `decisions` (a row a token and routed site)
+and `depth` (a row a layer).
+
+Shapes: B rows, T tokens of a row, N = B * T, D model width.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from methods.base import Decision, Method, Site, UnitView
+from methods.engine.checkpoint import BadCheckpoint, from_pretrained
+from methods.engine.decoder.adapter import layers_of
+from methods.engine.decoder.placement import input_device
+from methods.engine.observe import observed
+from methods.engine.routed import routed, routing_of
+from runners.base_model.load import Base, load_base
+from runners.corpus.source import Document, stream_documents
+from runners.errors import UserError
+from runners.inspection.token_classes import token_classes
+from runners.store.files import write_bytes_atomic
+
+log = logging.getLogger(__name__)
+
+PROMPT = "prompt"
+"""Name of the row that holds the user's text."""
+Rows = dict[str, pd.DataFrame]
+
+
+def record_routing(config: Mapping[str, Any]) -> Path:
+    """Run the saved model of a config over test text and a prompt; write the three files.
+
+    Returns:
+        The folder that holds them.
+    """
+    base = load_base(config)
+    try:
+        method = from_pretrained(config["saved"], base.model)
+    except BadCheckpoint as error:
+        raise UserError(str(error)) from error
+    if not method.sites():
+        raise UserError(f"saved={config['saved']} routes nowhere: there is nothing to inspect")
+    documents = stream_documents(split="test", **config["data"])
+    rows = token_rows(base, documents, tokens=config["tokens"], context=config["context"])
+    if config["prompt"]:
+        rows.append((PROMPT, base.tokenizer(str(config["prompt"]))["input_ids"]))
+    folder = Path(config["out_dir"] or Path(config["saved"]).resolve().parent / "routing")
+    tables = routing_tables(base, method, rows)
+    for name, table in tables.items():
+        buffer = io.BytesIO()
+        table.to_parquet(buffer, index=False, compression="zstd")
+        write_bytes_atomic(folder / f"{name}.parquet", buffer.getvalue())
+    executed = tables["decisions"]["executed"].mean()
+    log.info("%d tokens, %.3f executed: %s", len(tables["tokens"]), executed, folder)
+    return folder
+
+
+def token_rows(
+    base: Base, documents: Iterable[Document], *, tokens: int, context: int
+) -> list[tuple[str, list[int]]]:
+    """The first `context` tokens of each document, until there are `tokens`."""
+    rows: list[tuple[str, list[int]]] = []
+    left = tokens
+    for document in documents:
+        ids = base.tokenizer(document.text, verbose=False)["input_ids"][: min(context, left)]
+        if len(ids) >= 2:
+            rows.append((document.name, ids))
+            left -= len(ids)
+        if left < 2:
+            break
+    if not rows:
+        raise UserError("no text to inspect: every document is shorter than 2 tokens")
+    return rows
+
+
+@torch.no_grad()
+def routing_tables(base: Base, method: Method, rows: Sequence[tuple[str, list[int]]]) -> Rows:
+    """Dense and routed pass over each row.
+
+    Returns:
+        `tokens`: token (running number), row, position, id, text, token_class, frequency (share of
+        this id among all tokens here), dense_loss and routed_loss (nats, of predicting this token;
+        none for the first of a row).
+        `decisions`: token, layer, kind, executed, score, error_l2 and error_cosine: of what a
+        bypassed token gets against the unit's true output, on the dense model's inputs, as
+        |forecast - output| / |output| and cosine; nothing (a skip) has error 1 and cosine 0.
+        `depth`: layer, l2 and cosine of the routed residual stream against the dense one where
+        it leaves the layer, means over tokens.
+    """
+    frequency = Counter(token for _, ids in rows for token in ids)
+    total = sum(frequency.values())
+    tokens, decisions, depths = [], [], []
+    first = 0
+    for name, ids in rows:
+        passes = _passes(base.model, method, ids)
+        texts = [str(base.tokenizer.decode([token])) for token in ids]
+        tokens.append(
+            pd.DataFrame(
+                {
+                    "token": range(first, first + len(ids)),
+                    "row": name,
+                    "position": range(len(ids)),
+                    "id": ids,
+                    "text": texts,
+                    "token_class": token_classes(texts),
+                    "frequency": [frequency[token] / total for token in ids],
+                    "dense_loss": passes["dense_loss"],
+                    "routed_loss": passes["routed_loss"],
+                }
+            )
+        )
+        for frame in passes["decisions"]:
+            decisions.append(frame.assign(token=range(first, first + len(ids))))
+        depths.append(passes["depth"].assign(weight=len(ids)))
+        first += len(ids)
+    table = pd.concat(decisions, ignore_index=True)
+    table["kind"] = table["kind"].astype("category")
+    return {
+        "tokens": pd.concat(tokens, ignore_index=True),
+        "decisions": table[["token", *(c for c in table.columns if c != "token")]],
+        "depth": _weighted(pd.concat(depths, ignore_index=True)),
+    }
+
+
+def _passes(model: PreTrainedModel, method: Method, ids: Sequence[int]) -> dict[str, Any]:
+    """One row through the dense and the routed model."""
+    ids_1T = torch.tensor([list(ids)], device=input_device(model))
+    errors: dict[Site, tuple[Tensor, Tensor]] = {}
+    sites = frozenset(method.sites())
+
+    def visit(view: UnitView) -> None:
+        if view.site in sites:
+            errors[view.site] = _errors(method, view)
+
+    with observed(model, visit), _residuals(model) as dense_stream:
+        dense_loss = _losses(model(input_ids=ids_1T, use_cache=False).logits, ids_1T)
+    frames: list[pd.DataFrame] = []
+
+    def observe(site: Site, decision: Decision, _: Tensor) -> None:
+        nothing = torch.full_like(decision.scores_BT[0].float(), float("nan"))
+        l2, cosine = errors.get(site, (nothing, nothing))
+        frames.append(
+            pd.DataFrame(
+                {
+                    "layer": site.layer,
+                    "kind": site.kind,
+                    "executed": decision.execute_BT[0].cpu().numpy(),
+                    "score": decision.scores_BT[0].float().cpu().numpy(),
+                    "error_l2": l2.cpu().numpy(),
+                    "error_cosine": cosine.cpu().numpy(),
+                }
+            ).astype({"layer": "int16"})
+        )
+
+    with routed(model, method), _residuals(model) as routed_stream:
+        routing_of(model).observer = observe
+        routed_loss = _losses(model(input_ids=ids_1T, use_cache=False).logits, ids_1T)
+    return {
+        "dense_loss": dense_loss,
+        "routed_loss": routed_loss,
+        "decisions": frames,
+        "depth": _depth(dense_stream, routed_stream),
+    }
+
+
+def _errors(method: Method, view: UnitView) -> tuple[Tensor, Tensor]:
+    """Relative L2 and cosine of the bypass against the unit's output, float32 [N]."""
+    y_ND = view.y_ND.float()
+    forecast = method.approximate(view.site, view.x_ND)
+    if forecast is None:
+        return torch.ones(len(y_ND)), torch.zeros(len(y_ND))
+    forecast = forecast.float()
+    norm = y_ND.norm(dim=-1).clamp_min(1e-12)
+    return (forecast - y_ND).norm(dim=-1) / norm, functional.cosine_similarity(forecast, y_ND)
+
+
+@contextmanager
+def _residuals(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """Collects the residual stream behind each layer, float32 [N, D]."""
+    stream: list[Tensor] = []
+
+    def keep(_: Any, __: Any, out: Any) -> None:
+        hidden = out[0] if isinstance(out, tuple) else out
+        stream.append(hidden.float().reshape(-1, hidden.shape[-1]))
+
+    hooks = [parts.layer.register_forward_hook(keep) for parts in layers_of(model)]
+    try:
+        yield stream
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _losses(logits_1TV: Tensor, ids_1T: Tensor) -> list[float]:
+    """Nats of predicting each token; NaN for the first."""
+    losses = functional.cross_entropy(logits_1TV[0, :-1].float(), ids_1T[0, 1:], reduction="none")
+    return [float("nan"), *losses.tolist()]
+
+
+def _depth(dense: Sequence[Tensor], routed_stream: Sequence[Tensor]) -> pd.DataFrame:
+    rows = []
+    for layer, (true, own) in enumerate(zip(dense, routed_stream, strict=True)):
+        l2 = (own - true).norm(dim=-1) / true.norm(dim=-1).clamp_min(1e-12)
+        cosine = functional.cosine_similarity(own, true)
+        rows.append({"layer": layer, "l2": float(l2.mean()), "cosine": float(cosine.mean())})
+    return pd.DataFrame(rows)
+
+
+def _weighted(depths: pd.DataFrame) -> pd.DataFrame:
+    """Mean over rows, each weighted by its tokens."""
+    scaled = depths.assign(**{c: depths[c] * depths["weight"] for c in ("l2", "cosine")})
+    sums = scaled.groupby("layer", as_index=False)[["l2", "cosine", "weight"]].sum()
+    sums[["l2", "cosine"]] = sums[["l2", "cosine"]].div(sums["weight"], axis=0)
+    return sums.drop(columns="weight")

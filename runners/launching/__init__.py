@@ -1,0 +1,1 @@
+"""Read a command line, check it and start the points it asks for."""

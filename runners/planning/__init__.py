@@ -1,0 +1,1 @@
+"""Estimate what a sweep will cost."""

@@ -1,0 +1,1 @@
+"""Share a machine: processes, signals, memory, progress."""

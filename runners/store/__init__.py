@@ -1,0 +1,1 @@
+"""Keep what a point did: its folder, log, items and cached stages."""

@@ -1,0 +1,48 @@
+"""Figures of each item and document, as one small Parquet file beside a result record."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from runners.store.files import write_bytes_atomic
+
+COLUMNS = ("measure", "name", "metric", "item", "value", "weight", "dense")
+
+
+def write_items(
+    path: Path, items: Mapping[str, Mapping[str, Any]], dense: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """One row per item: what two methods are compared on, item by item.
+
+    Columns: `measure` (accuracy | perplexity), `name` of the task or text, `metric`, `item` (the
+    same for the same item in every point), `value` (right or wrong; nll in nats of a document),
+    `weight` (tokens or words of a document, else 1), `dense` (the value of the dense model).
+
+    Args:
+        items: `scores.Items` as a dictionary, by task or text.
+        dense: the dense model's, in the same order.
+    """
+    frames = []
+    for name, own in items.items():
+        frame = pd.DataFrame(
+            {
+                "measure": own["measure"],
+                "name": name,
+                "metric": own["metric"],
+                "item": own["keys"],
+                "value": own["values"],
+                "weight": own["weights"],
+            }
+        )
+        beside = dict(zip(dense[name]["keys"], dense[name]["values"], strict=True))
+        frame["dense"] = frame["item"].map(beside).astype(float)
+        frames.append(frame)
+    table = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(COLUMNS))
+    buffer = io.BytesIO()
+    table.to_parquet(buffer, index=False, compression="zstd")
+    write_bytes_atomic(path, buffer.getvalue())

@@ -1,0 +1,142 @@
+"""What a result was made with: code, packages, hardware, weights."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from methods.engine.decoder.offload import stored
+from runners.runtime import processes
+from runners.store.command import started_with
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PACKAGES = ("torch", "transformers", "lm_eval", "hydra-core", "wandb", "numpy", "routebench")
+VERSION_DIGITS = 16
+
+
+def provenance() -> dict[str, Any]:
+    """Command, git state, package versions and hardware, as JSON types (None where unknown)."""
+    return {
+        "command": started_with(),
+        "git": git_state(REPOSITORY),
+        "packages": {name: _package_version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device_name(),
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "processes": processes.count(),
+    }
+
+
+def git_state(folder: Path) -> dict[str, Any]:
+    """`{commit, dirty}`; both None if `folder` is not the top of a git work tree."""
+    unknown = {"commit": None, "dirty": None}
+    top = _git(folder, "rev-parse", "--show-toplevel")
+    if top is None or Path(top).resolve() != folder.resolve():
+        return unknown
+    changes = _git(folder, "status", "--porcelain")
+    return {
+        "commit": _git(folder, "rev-parse", "--verify", "HEAD"),
+        "dirty": None if changes is None else bool(changes),
+    }
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *arguments],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _package_version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def device_name() -> str:
+    """The accelerator that torch would use, or the processor's model."""
+    if torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def hash_model(model: nn.Module) -> str:
+    """sha256 over name, shape, dtype and bytes of every parameter and buffer, in name order.
+
+    Tied weights count once. Tensors are read one at a time, so a model on an accelerator, or one
+    whose weights are offloaded, needs host memory for its largest tensor only. Where the weights
+    lie does not count.
+    """
+    digest = hashlib.sha256()
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, source in getattr(model, "all_tied_weights_keys", {}).items():
+        if source in tensors:  # offloaded, the two are no longer one object
+            tensors.pop(name, None)
+    for name in sorted(tensors):
+        tensor = stored(model, name, tensors[name])
+        digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
+        digest.update(_bytes_of(tensor))
+    return digest.hexdigest()
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def code_version(*sources: str | Path | ModuleType) -> str:
+    """Hash of source text, 16 hex digits: changes when, and only when, the code does.
+
+    Args:
+        sources: files, folders (every `*.py` below) or imported modules and packages. Only their
+            own names and text count, not where they are installed.
+
+    Raises:
+        FileNotFoundError: a source that has no file.
+    """
+    digest = hashlib.sha256()
+    for source in sources:
+        root = _path_of(source)
+        files = [root] if root.is_file() else sorted(root.rglob("*.py"))
+        if not files:
+            raise FileNotFoundError(f"no Python source at {root}")
+        for file in files:
+            name = file.relative_to(root.parent).as_posix()
+            text = file.read_bytes().replace(b"\r\n", b"\n")
+            digest.update(f"{name}|{len(text)}|".encode())
+            digest.update(text)
+    return digest.hexdigest()[:VERSION_DIGITS]
+
+
+def _path_of(source: str | Path | ModuleType) -> Path:
+    if not isinstance(source, ModuleType):
+        return Path(source).resolve()
+    if source.__file__ is None:
+        raise FileNotFoundError(f"module {source.__name__} has no source file")
+    file = Path(source.__file__).resolve()
+    return file.parent if hasattr(source, "__path__") else file

@@ -1,0 +1,1 @@
+"""Time the routed model against the dense one."""

@@ -1,0 +1,181 @@
+"""Prefill and decode of one method on one model: seconds, bounds, memory, where the time goes.
+
+`speedup` is dense over routed seconds; `bound` is what it would be if time followed the FLOPs
+(prefill) or the bytes that must be read (decode); `efficiency` is their ratio.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from methods.base import Method, Site
+from methods.engine.cache.growing import roomy_cache
+from methods.engine.decoder.placement import input_device
+from methods.engine.measure.clock import PartClock
+from methods.engine.measure.counters import Usage
+from methods.engine.measure.flops import flops_ratio
+from methods.engine.measure.traffic import dense_bytes, routed_bytes
+from methods.engine.ops.cpu.choose import row_ops
+from methods.engine.ops.triton.choose import Kernels
+from methods.engine.routed import Routing, routed, routing_of
+from runners.timing.decoder import Decoder
+from runners.timing.stopwatch import Timing, interleaved, ratio, timed
+
+Draw = Callable[[Site, Tensor], Tensor]
+
+
+FIRST_TOKENS = (8, 1)
+"""Several tokens and one take different paths."""
+
+
+class Bench:
+    """Times one routed model against the untouched one, on the same token rows.
+
+    Args:
+        model: untouched; routed only inside calls.
+        method: calibrated, or as it was created if `draw` decides.
+        ids_RT: int64 rows of text, as long as the longest case.
+        draw: decisions instead of the router's (which still runs); None takes the router's.
+        warmup, repeats: rounds before the clock, and timed ones.
+        kernels: of the gathered path.
+        graphs: decode by CUDA graphs, dense and routed alike.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        method: Method,
+        ids_RT: Tensor,
+        *,
+        draw: Draw | None,
+        warmup: int,
+        repeats: int,
+        kernels: Kernels = "auto",
+        graphs: bool = False,
+    ) -> None:
+        self.model, self.method, self.ids_RT, self.draw = model, method, ids_RT, draw
+        self.warmup, self.repeats = warmup, repeats
+        self.kernels: Kernels = kernels
+        self.graphs = graphs
+        self.device = input_device(model)
+
+    @torch.no_grad()
+    def prefill(self, tokens: int, batch: int) -> dict[str, Any]:
+        """A whole prompt into an empty cache, logits of the last token only."""
+        ids = self._rows(batch, tokens)
+        usage: list[Usage] = []
+
+        def forward() -> None:
+            self.model(input_ids=ids, past_key_values=roomy_cache(self.model), logits_to_keep=1)
+
+        def run_routed() -> float:
+            with self._routed() as routing:
+                taken = timed(forward, self.device)
+                usage.append(routing.counters.read())
+            return taken
+
+        dense, sparse = self._interleave(
+            [lambda: timed(forward, self.device), run_routed], f"prefill {batch} x {tokens}"
+        )
+        bound = 1.0 / flops_ratio(self.method, usage[-1], head_tokens=batch)
+        entry = self._entry(dense, sparse, batch * tokens, bound, usage[-1])
+        entry["time_to_first_token_s"] = {"dense": dense.median, "routed": sparse.median}
+        return {"seq": tokens, "batch": batch, **entry, "parts_s": self._parts(forward)}
+
+    @torch.no_grad()
+    def decode(self, context: int, batch: int, steps: int) -> dict[str, Any]:
+        """`steps` tokens after a real cache of `context` tokens, one forward each.
+
+        With `graphs` both models replay a CUDA graph of one step, over a static cache.
+        """
+        ids = self._rows(batch, context + steps)
+        dense_steps = Decoder(self.model, ids, context, graphs=self.graphs)
+        with self._routed() as routing:
+            routed_steps = Decoder(self.model, ids, context, graphs=self.graphs)
+            routing.reset_counters()
+            routed_steps.run(steps, graph=False)
+            usage = routing.counters.read()
+            clock = PartClock(self.device)
+            routing.clock = clock
+            whole = timed(lambda: routed_steps.run(steps, graph=False), self.device)
+
+        def run_routed() -> float:
+            with self._routed():
+                return timed(lambda: routed_steps.run(steps), self.device)
+
+        dense, sparse = self._interleave(
+            [lambda: timed(lambda: dense_steps.run(steps), self.device), run_routed],
+            f"decode {batch} x {context}",
+        )
+        reads = dense_bytes(self.model, usage)
+        bound = reads / routed_bytes(self.model, self.method, usage)
+        entry = self._entry(dense, sparse, batch * steps, bound, usage)
+        for name in ("cache_bytes", "cache_allocated_bytes"):
+            entry[name] = {
+                "dense": getattr(dense_steps, name),
+                "routed": getattr(routed_steps, name),
+            }
+        parts = _with_rest(clock, whole)
+        return {"context": context, "batch": batch, "steps": steps, **entry, "parts_s": parts}
+
+    def _interleave(self, runs: list[Callable[[], float]], label: str) -> list[Timing]:
+        return interleaved(
+            runs, device=self.device, warmup=self.warmup, repeats=self.repeats, label=label
+        )
+
+    def _entry(
+        self, dense: Timing, sparse: Timing, tokens: int, bound: float, usage: Usage
+    ) -> dict[str, Any]:
+        speedup = ratio(dense, sparse)
+        return {
+            "dense_tps": tokens / dense.median,
+            "routed_tps": tokens / sparse.median,
+            "speedup": speedup["median"],
+            "speedup_p20": speedup["p20"],
+            "speedup_p80": speedup["p80"],
+            "bound": bound,
+            "efficiency": speedup["median"] / bound,
+            "sparsity": usage.sparsity(),
+            "dense_s": dense.spread(),
+            "routed_s": sparse.spread(),
+            "peak_memory_bytes": {
+                "dense": dense.peak_memory_bytes,
+                "routed": sparse.peak_memory_bytes,
+            },
+        }
+
+    def _parts(self, forward: Callable[[], None]) -> dict[str, float]:
+        """Seconds by kind of work, of one further routed pass under a clock."""
+        with self._routed() as routing:
+            clock = PartClock(self.device)
+            routing.clock = clock
+            return _with_rest(clock, timed(forward, self.device))
+
+    @property
+    def compiled_loops(self) -> bool:
+        """Whether row-wise work runs as compiled loops."""
+        return row_ops(self.kernels, self.model).compiled
+
+    @contextmanager
+    def _routed(self) -> Iterator[Routing]:
+        """Routed, after passes that read what is read once a block: users enter one, not many."""
+        with routed(self.model, self.method, "gathered", kernels=self.kernels):
+            routing = routing_of(self.model)
+            routing.draw = self.draw
+            for tokens in FIRST_TOKENS:
+                self.model(input_ids=self._rows(1, tokens), use_cache=False)
+            routing.reset_counters()
+            yield routing
+
+    def _rows(self, batch: int, tokens: int) -> Tensor:
+        return self.ids_RT[:batch, :tokens].to(self.device)
+
+
+def _with_rest(clock: PartClock, whole: float) -> dict[str, float]:
+    return {**clock.seconds, "other": max(0.0, whole - sum(clock.seconds.values()))}

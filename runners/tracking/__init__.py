@@ -1,0 +1,1 @@
+"""Mirror a run to W&B or TensorBoard."""

@@ -1,0 +1,149 @@
+"""Local files of every form give the same text, a part at a time; mistakes are one line."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from runners.corpus.files import check_files, files_of, texts_of
+from runners.corpus.source import load_documents
+from runners.errors import UserError
+from runners.launching.command_line import prepare
+
+TEXTS = [f"text {number} \u00e9\u2028" for number in range(40)]
+LINES = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(TEXTS)).encode()
+WRITE = {
+    "jsonl": lambda path: path.write_bytes(LINES),
+    "jsonl.gz": lambda path: path.write_bytes(gzip.compress(LINES)),
+    "jsonl.zst": lambda path: path.write_bytes(pa.Codec("zstd").compress(LINES, asbytes=True)),
+    "parquet": lambda path: table(path, TEXTS, 7),
+}
+
+
+def table(path: Path, texts, rows: int) -> None:
+    """The texts beside another column, in row groups of `rows`."""
+    content = pa.table({"id": list(range(len(texts))), "text": texts})
+    parquet.write_table(content, path, row_group_size=rows, compression="none")
+
+
+@pytest.mark.parametrize("ending", WRITE)
+def test_every_form_gives_the_same(tmp_path, ending):
+    WRITE[ending](tmp_path / f"train.{ending}")
+    check_files(tmp_path, ["train", "test"], "text")
+    found = load_documents(split="train", dir=str(tmp_path), shuffle_buffer=0)
+    assert [d.text for d in found] == [t for i, t in enumerate(TEXTS) if i % 20 not in (1, 2)]
+    assert found[0].name == "train-1"
+
+
+def test_shards_are_in_the_order_of_their_names(tmp_path, monkeypatch):
+    """Whatever order the file system lists them in, and whatever their form."""
+    for number, ending in zip((3, 1, 2, 0), itertools.cycle(WRITE), strict=False):
+        WRITE[ending](tmp_path / f"train-{number:05}-of-00004.{ending}")
+    (tmp_path / "training.jsonl").write_text("another file")
+    listed, glob = files_of(tmp_path, "train"), Path.glob
+    assert [file.name[6:11] for file in listed] == ["00000", "00001", "00002", "00003"]
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: [*glob(self, pattern)][::-1])
+    assert files_of(tmp_path, "train") == listed
+
+
+def test_parquet_is_read_row_group_by_row_group(tmp_path):
+    """Bytes of the third group are destroyed; the first two are read, and checked, all the same."""
+    file = tmp_path / "train.parquet"
+    table(file, [f"text {n} " + "x" * 100 for n in range(30)], 10)
+    meta = parquet.ParquetFile(file).metadata
+    column = meta.row_group(2).column(1)
+    start = column.dictionary_page_offset or column.data_page_offset
+    content = bytearray(file.read_bytes())
+    content[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
+    file.write_bytes(content)
+    check_files(tmp_path, ["train"], "text")
+    assert len(list(itertools.islice(texts_of(file, "text"), 20))) == 20
+    with pytest.raises(UserError, match=r"train\.parquet cannot be read as Parquet: ") as caught:
+        list(texts_of(file, "text"))
+    assert "\n" not in str(caught.value)
+
+
+def test_only_the_text_of_one_row_group_is_in_memory(tmp_path):
+    """64 MB in 32 row groups, half of it another column; a few rows take a few MB."""
+    rows, size = 32, 2**20
+    content = pa.table({"other": ["y" * size] * rows, "text": ["x" * size] * rows})
+    file = tmp_path / "train.parquet"
+    options = {"row_group_size": 1, "compression": "none", "use_dictionary": False}
+    parquet.write_table(content, file, **options)
+    del content
+    before, most = pa.total_allocated_bytes(), 0
+    for _ in texts_of(file, "text"):
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert most < 8 * size
+    assert file.stat().st_size > 60 * size
+
+
+LINE = {
+    b"not json": "no JSON",
+    b"\xff\xfe{": "no JSON",
+    b"[1]": "no JSON object with a field 'text'",
+    b'{"other": 1, "b": 2}': "has no column 'text' but 'other', 'b'",
+    b'{"text": null}': "holds no text but a NoneType",
+    b'{"text": 3}': "holds no text but a int",
+}
+
+
+@pytest.mark.parametrize("line", LINE)
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz"])
+def test_a_bad_line_is_named(tmp_path, line, ending):
+    content = b'{"text": "fine"}\n\n' + line + b"\n"
+    packed = gzip.compress(content) if ending.endswith("gz") else content
+    (tmp_path / f"test.{ending}").write_bytes(packed)
+    with pytest.raises(UserError, match=rf"test\.{ending}, line 3.*{LINE[line]}") as caught:
+        load_documents(split="test", dir=str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_values_and_columns_that_are_no_text(tmp_path):
+    parquet.write_table(pa.table({"text": ["a", None]}), tmp_path / "train.parquet")
+    with pytest.raises(UserError, match="row 2: no text but a NoneType"):
+        load_documents(split="train", dir=str(tmp_path))
+    parquet.write_table(pa.table({"text": [1, 2]}), tmp_path / "train.parquet")
+    with pytest.raises(UserError, match="column 'text' holds int64, no text"):
+        check_files(tmp_path, ["train"], "text")
+
+
+BROKEN = {
+    "train.parquet": (b"PAR1 torn off", "cannot be read as Parquet"),
+    "train-1.jsonl.gz": (gzip.compress(LINES)[:40], "cannot be read as JSON Lines"),
+    "train.jsonl.zst": (LINES, "cannot be read as JSON Lines"),
+    "train.jsonl": (b'{"content": "a", "n": 1}\n', "has no column 'text' but 'content', 'n'"),
+    "validation.jsonl": (LINES, r"holds no train\.jsonl and no shards train-\*"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_sweep_says_so_before_a_model_is_loaded(tmp_path, name, monkeypatch):
+    """Hydra has not begun; of a good file, only its schema or first line was read."""
+    monkeypatch.setattr("runners.base_model.load.load_base", None)
+    content, complaint = BROKEN[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=complaint) as caught:
+        prepare(["data=files", f"data.dir={tmp_path}", "tracking=off"], "sweep")
+    assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_a_missing_column_names_those_that_there_are(tmp_path):
+    table(tmp_path / "train-00000-of-00001.parquet", TEXTS, 7)
+    words = ["data=files", f"data.dir={tmp_path}", "data.text_field=content", "tracking=off"]
+    with pytest.raises(UserError, match=r"no column 'content' but 'id', 'text' \(data\.text_field"):
+        prepare(words, "sweep")
+    assert prepare([*words[:2], "tracking=off"], "sweep")
+
+
+@pytest.mark.parametrize("word", ["documents_limit=0", "documents_limit=a", "shuffle_buffer=-1"])
+def test_numbers_are_checked(tmp_path, word):
+    table(tmp_path / "train.parquet", TEXTS, 7)
+    with pytest.raises(UserError, match=r"data\.[a-z]+_[a-z]+ must be"):
+        prepare(["data=files", f"data.dir={tmp_path}", f"data.{word}"], "sweep")

@@ -1,0 +1,130 @@
+"""Perplexity against brute force: one token at a time, and another bootstrap."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runners.corpus.source import Document
+from runners.errors import UserError
+from runners.evaluation.bootstrap import bootstrap_interval
+from runners.evaluation.perplexity import perplexity, windows_of
+from tests.conftest import documents
+
+
+def brute_force(model, tokenizer, texts, *, tokens, context, stride):
+    """Negative log-likelihoods per document, each token from a forward pass of its own."""
+    found = []
+    for text in texts:
+        ids = tokenizer(text.text)["input_ids"][:tokens]
+        losses = []
+        for place in range(1, len(ids)):
+            start = 0
+            while start + context < place:
+                start += stride
+            logits = model(input_ids=torch.tensor([ids[start:place]])).logits[0, -1]
+            losses.append(-float(logits.double().log_softmax(-1)[ids[place]]))
+        found.append(losses)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("context", "stride", "batch_size"), [(64, 64, 1), (64, 64, 3), (16, 16, 4), (16, 5, 3)]
+)
+def test_equals_brute_force(tiny_llama, tokenizer, context, stride, batch_size):
+    texts = [Document(f"d{n}", documents(1, first=n)[0].text[: 9 + 11 * n]) for n in range(4)]
+    expected = brute_force(tiny_llama, tokenizer, texts, tokens=40, context=context, stride=stride)
+    found = perplexity(
+        tiny_llama,
+        tokenizer,
+        texts,
+        tokens_per_document=40,
+        context=context,
+        stride=stride,
+        batch_size=batch_size,
+        bootstrap_samples=10,
+    )
+    everything = [loss for losses in expected for loss in losses]
+    assert found["value"] == pytest.approx(math.exp(np.mean(everything)), rel=1e-4)
+    assert found["tokens"] == len(everything)
+    assert found["documents"] == 4
+    for entry, text, losses in zip(found["per_document"], texts, expected, strict=True):
+        assert entry["name"] == text.name
+        assert entry["tokens"] == len(losses)
+        assert entry["nll"] == pytest.approx(sum(losses), rel=1e-4)
+
+
+def test_interval_is_that_of_a_plain_bootstrap():
+    rng = random.Random(1)
+    tokens = np.array([rng.randint(50, 500) for _ in range(30)])
+    nll = np.array([n * rng.gauss(3.0, 0.3) for n in tokens])
+    low, high = bootstrap_interval(nll, tokens, 4000, 0)
+    values = []
+    for _ in range(4000):
+        drawn = [rng.randrange(30) for _ in range(30)]
+        values.append(math.exp(sum(nll[i] for i in drawn) / sum(tokens[i] for i in drawn)))
+    values.sort()
+    assert low == pytest.approx(values[100], rel=0.01)
+    assert high == pytest.approx(values[3900], rel=0.01)
+    assert low < math.exp(nll.sum() / tokens.sum()) < high
+    assert bootstrap_interval(nll, tokens, 4000, 0) == (low, high)
+    assert bootstrap_interval(nll, tokens, 4000, 1) != (low, high)
+
+
+def test_equal_documents_have_no_spread():
+    low, high = bootstrap_interval(np.full(5, 20.0), np.full(5, 10), 100, 0)
+    assert low == pytest.approx(math.exp(2.0))
+    assert high == pytest.approx(math.exp(2.0))
+
+
+@given(
+    length=st.integers(0, 60),
+    context=st.integers(1, 20),
+    data=st.data(),
+)
+def test_windows_score_each_token_once_with_enough_context(length, context, data):
+    stride = data.draw(st.integers(1, context))
+    ids = list(range(100, 100 + length))
+    windows = windows_of(ids, 0, context=context, stride=stride)
+    assert [t for window in windows for t in window.targets] == ids[1:]
+    for window in windows:
+        assert len(window.inputs) <= context
+        assert list(window.inputs) == ids[window.start : window.start + len(window.inputs)]
+        assert window.targets[-1] == window.inputs[-1] + 1
+        seen = len(window.inputs) - len(window.targets) + 1
+        assert window.start == 0 or seen >= context - stride + 1
+
+
+def test_limits(tiny_llama, tokenizer):
+    texts = [*documents(3), Document("one letter", "a")]
+    options = {"tokens_per_document": 10, "bootstrap_samples": 10}
+    found = perplexity(tiny_llama, tokenizer, texts, **options)
+    assert (found["documents"], found["tokens"]) == (3, 27)
+    found = perplexity(tiny_llama, tokenizer, texts, documents_limit=2, **options)
+    assert [entry["name"] for entry in found["per_document"]] == ["doc-0", "doc-1"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"stride": 0},
+        {"stride": 9, "context": 8},
+        {"batch_size": 0},
+        {"bootstrap_samples": 0},
+        {"tokens_per_document": 1},
+    ],
+)
+def test_impossible_sizes(tiny_llama, tokenizer, options):
+    with pytest.raises(UserError):
+        perplexity(tiny_llama, tokenizer, documents(2), **options)
+
+
+def test_nothing_to_score(tiny_llama, tokenizer):
+    with pytest.raises(UserError, match="no text"):
+        perplexity(tiny_llama, tokenizer, [Document("a", "x")])

@@ -1,0 +1,73 @@
+"""Provenance changes with what it names, and with nothing else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+from runners.base_model.embedded import tiny_model
+from runners.store.provenance import code_version, git_state, hash_model, provenance
+
+
+def test_is_json_and_has_no_environment(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "s3cret-wandb")
+    monkeypatch.setenv("HF_TOKEN", "s3cret-hub")
+    text = json.dumps(provenance())
+    assert "s3cret" not in text
+    assert json.loads(text)["packages"]["torch"] == torch.__version__
+
+
+def git(folder, *words):
+    identity = ("-c", "user.name=t", "-c", "user.email=t@t")
+    command = ["git", "-C", str(folder), *identity, *words]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_git_state(tmp_path):
+    assert git_state(tmp_path) == {"commit": None, "dirty": None}
+    git(tmp_path, "init", "-q")
+    (tmp_path / "a").write_text("1")
+    git(tmp_path, "add", "a")
+    git(tmp_path, "commit", "-qm", "first")
+    assert git_state(tmp_path) == {"commit": git(tmp_path, "rev-parse", "HEAD"), "dirty": False}
+    (tmp_path / "a").write_text("2")
+    assert git_state(tmp_path)["dirty"] is True
+    (tmp_path / "inside").mkdir()
+    assert git_state(tmp_path / "inside") == {"commit": None, "dirty": None}
+
+
+def test_model_hash():
+    model, _ = tiny_model(seed=0)
+    same, other = tiny_model(seed=0)[0], tiny_model(seed=1)[0]
+    assert hash_model(model) == hash_model(same)
+    assert hash_model(model) != hash_model(other)
+    assert hash_model(model) != hash_model(same.to(torch.bfloat16))
+    weight = model.model.layers[2].mlp.up_proj.weight
+    before = hash_model(model)
+    weight.data[3, 4] += 1e-3
+    assert hash_model(model) != before
+
+
+def test_code_version(tmp_path):
+    def package(name, text):
+        folder = tmp_path / name / "code"
+        folder.mkdir(parents=True)
+        (folder / "a.py").write_bytes(text)
+        (folder / "notes.txt").write_text(name)
+        return folder
+
+    base = code_version(package("one", b"x = 1\n"))
+    assert code_version(package("two", b"x = 1\n")) == base
+    assert code_version(package("windows", b"x = 1\r\n")) == base
+    changed = package("three", b"x = 2\n")
+    assert code_version(changed) != base
+    assert code_version(changed / "a.py") != code_version(tmp_path / "two" / "code" / "a.py")
+    (tmp_path / "two" / "code" / "b.py").touch()
+    assert code_version(tmp_path / "two" / "code") != base
+    with pytest.raises(FileNotFoundError):
+        code_version(tmp_path / "absent")
