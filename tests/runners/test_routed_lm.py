@@ -17,7 +17,7 @@ from runners.base_model.embedded import byte_tokenizer, tiny_model
 from runners.errors import UserError
 from runners.evaluation.tasks import task_set
 from runners.routed_lm import RoutedLM
-from tests.runners.test_harness import settings, write_data
+from tests.runners.evaluation.test_harness import settings, write_data
 
 OPTIONS = {"bypass": "skip"}
 

@@ -13,7 +13,7 @@ from methods.informed_plus import InformedPlus
 from runners.errors import UserError
 from runners.training.probe import ModelProbe, ProbeText
 from tests.methods.conftest import small_ids, small_model
-from tests.methods.engine.test_placement import LAYERS, PLACES
+from tests.methods.engine.decoder.test_placement import LAYERS, PLACES
 
 MLP = Site(1, "mlp")
 

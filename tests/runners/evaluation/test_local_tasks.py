@@ -12,7 +12,7 @@ from runners.evaluation.tasks import task_set
 from runners.evaluation.texts import known_texts, load_text, present_texts
 from runners.launching.check import check_evaluation
 from tests.conftest import compose_tiny
-from tests.runners.test_harness import settings, write_data, write_lines
+from tests.runners.evaluation.test_harness import settings, write_data, write_lines
 
 DATA_KEYS = {"dataset_path", "dataset_name", "dataset_kwargs", "metadata", "include", "tag"}
 

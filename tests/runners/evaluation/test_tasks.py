@@ -16,7 +16,7 @@ from runners.evaluation.builtin_tasks import CHOICES_OF, GENERATORS, items_folde
 from runners.evaluation.harness import HarnessModel
 from runners.evaluation.tasks import TEMPLATES, check_tasks, prepare_tasks, task_set
 from tests.conftest import documents
-from tests.runners.test_harness import log_likelihood
+from tests.runners.evaluation.test_harness import log_likelihood
 
 TEXT = documents(8, words=120)
 NAMES = sorted(GENERATORS)

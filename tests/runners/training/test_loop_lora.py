@@ -10,8 +10,8 @@ import torch
 from methods.base import LoraSpec, StageBudget
 from methods.engine.routed import routed
 from tests.conftest import token_rows
-from tests.runners.test_loop import stage, train, vectors
 from tests.runners.toy import toy, toy_loop
+from tests.runners.training.test_loop import stage, train, vectors
 
 
 def lora_stage(method, **options):

@@ -11,6 +11,7 @@ from methods.engine.cache.evict import KeptKeys
 from methods.engine.cache.growing import RoomyLayer, allocated_bytes, cache_bytes, roomy_cache
 from methods.engine.routed import routed, routing_of
 from tests.methods.conftest import small_ids, small_model
+from tests.methods.engine.execute.test_gathered import POLICIES, windowed
 from tests.methods.engine.scripted import (
     Scripted,
     all_sites,
@@ -18,7 +19,6 @@ from tests.methods.engine.scripted import (
     random_maps,
     random_tables,
 )
-from tests.methods.engine.test_gathered import POLICIES, windowed
 
 SAMPLERS = {
     "greedy": {"do_sample": False},

@@ -15,6 +15,7 @@ from methods.engine.routed import attach, routed, routing_of
 from methods.greedy import Greedy
 from methods.informed import Informed
 from tests.methods.conftest import small_ids, small_model
+from tests.methods.engine.execute.test_gathered import in_chunks, logits, windowed
 from tests.methods.engine.scripted import (
     Scripted,
     all_sites,
@@ -22,7 +23,6 @@ from tests.methods.engine.scripted import (
     random_maps,
     random_tables,
 )
-from tests.methods.engine.test_gathered import in_chunks, logits, windowed
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from methods.engine.decoder.families import FAMILIES
 from methods.engine.execute.one_token import OneToken
 from methods.engine.routed import routed, routing_of
 from tests.methods.conftest import small_ids
+from tests.methods.engine.execute.test_gathered import windowed
 from tests.methods.engine.scripted import all_sites
-from tests.methods.engine.test_gathered import windowed
 
 WIDTH, RANK = 32, 5
 
