@@ -4,7 +4,8 @@ python analysis/wandb_report.py results_dir=results [project=routebench] [entity
     [mode=offline] [out_dir=results/plots]
 
 `mode=offline` writes the report's definition to `<out_dir>/wandb_report.json`; `mode=online` also
-saves it in the project (needs `entity=` and WANDB_API_KEY). Needs the extra `report`.
+saves it in the project (needs `entity=` and WANDB_API_KEY). Needs
+`pip install -e '.[report]'`.
 """
 
 from __future__ import annotations
@@ -156,7 +157,7 @@ def _library() -> Any:
         import wandb_workspaces.reports.v2 as library
     except ImportError as error:
         raise AnalysisError(
-            "a W&B report needs the package wandb-workspaces (extra `report`)"
+            "a W&B report needs the package wandb-workspaces: pip install -e '.[report]'"
         ) from error
     return library
 

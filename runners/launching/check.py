@@ -85,7 +85,9 @@ def check_tracking(tracking: Mapping[str, Any]) -> None:
     if backend not in BACKENDS:
         raise UserError(f"tracking.backend must be one of {', '.join(BACKENDS)}, not {backend!r}")
     if backend == "tensorboard" and importlib.util.find_spec("tensorboard") is None:
-        raise UserError("tracking=tensorboard needs the package tensorboard (extra `tensorboard`)")
+        raise UserError(
+            "tracking=tensorboard needs the package tensorboard: pip install -e '.[tensorboard]'"
+        )
     if backend != "wandb":
         return
     if tracking["mode"] not in ("offline", "online"):
