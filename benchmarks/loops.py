@@ -25,7 +25,7 @@ from benchmarks.arguments import settings_of
 from methods.base import LinearUnit, SwiGLU
 from methods.engine.ops.cpu.build import NoCompiler
 from methods.engine.ops.cpu.compiled import CompiledRowOps
-from methods.engine.ops.low_rank import turned
+from methods.engine.ops.linear import transposed
 from methods.engine.ops.rotary import Angles
 from methods.engine.ops.row_ops import RowOps
 from runners.timing.stopwatch import interleaved, ratio, timed
@@ -58,7 +58,7 @@ def cases(s: Settings) -> dict[str, Callable[[RowOps], object]]:
     norm, into, score = LlamaRMSNorm(s.width), residual.clone(), torch.randn(s.width)
     down, up = torch.randn(s.rank, s.width), torch.randn(s.width, s.rank)
     maps = LinearUnit(score, torch.zeros(()), down, torch.randn(s.rank), up, torch.randn(s.width))
-    loops = turned(maps)
+    loops = transposed(maps)
     angle = torch.randn(s.tokens, s.head_dim)
     angles = Angles(angle.cos(), angle.sin()).at(index)
     query = torch.randn(len(index), s.heads, s.head_dim)

@@ -13,9 +13,9 @@ from methods.base import Decision, Method, Site, UnitView
 from methods.engine.cache.forecast_keys import projected_keys
 from methods.engine.decoder.adapter import shape_of
 from methods.engine.decoder.forward import ForwardState
+from methods.engine.decoder.neurons import neurons_of
 from methods.engine.decoder.swap import swapped
 from methods.engine.decoder.unit import Unit
-from methods.engine.ops.swiglu import neurons_of
 from methods.engine.routed import routed, routing_of
 
 if TYPE_CHECKING:

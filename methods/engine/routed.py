@@ -24,9 +24,8 @@ from methods.engine.decoder.unit import Unit
 from methods.engine.lora import applied, suspended
 from methods.engine.measure.clock import Clock, NoClock
 from methods.engine.measure.counters import Counters
-from methods.engine.ops.cpu.choose import row_ops
+from methods.engine.ops.choose import Kernels, row_ops
 from methods.engine.ops.row_ops import MODULES, RowOps
-from methods.engine.ops.triton.choose import Kernels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

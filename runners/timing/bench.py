@@ -21,8 +21,7 @@ from methods.engine.measure.clock import PartClock
 from methods.engine.measure.counters import Usage
 from methods.engine.measure.flops import flops_ratio
 from methods.engine.measure.traffic import dense_bytes, routed_bytes
-from methods.engine.ops.cpu.choose import row_ops
-from methods.engine.ops.triton.choose import Kernels
+from methods.engine.ops.choose import Kernels, row_ops
 from methods.engine.routed import Routing, routed, routing_of
 from runners.timing.decoder import Decoder
 from runners.timing.stopwatch import Timing, interleaved, ratio, timed

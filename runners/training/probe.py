@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from methods.base import Decision, Method, RoutedScores, Shape, Site, SwiGLU, UnitView
 from methods.engine.decoder.adapter import decoder, layers_of, shape_of
+from methods.engine.decoder.neurons import weights_of
 from methods.engine.decoder.placement import input_device
 from methods.engine.observe import bypassed, observed, observed_routed, unit_gradients
-from methods.engine.ops.swiglu import weights_of
 from methods.engine.routed import routed, routing_of
 from runners.errors import UserError
 from runners.runtime.progress import progress

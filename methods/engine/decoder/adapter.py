@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from torch import nn
 
@@ -24,11 +24,6 @@ class LayerParts:
     attention: nn.Module
     mlp_norm: nn.Module
     mlp: nn.Module
-
-
-def all_linear(modules: Iterable[Any]) -> bool:
-    """True if all are plain linear layers, whose weights say it all; an adapter must be called."""
-    return all(type(module) is nn.Linear for module in modules)
 
 
 def decoder(model: PreTrainedModel) -> nn.Module:

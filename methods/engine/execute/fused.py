@@ -1,6 +1,6 @@
 """Gathered execution through fused kernels: nothing waits for the device, everything is in place.
 
-Each step is one function of `methods.engine.kernels`, a Triton kernel on CUDA and its PyTorch
+Each step is one function of `methods.engine.ops.triton`, a Triton kernel on CUDA and its PyTorch
 reference elsewhere. Counts stay on the device: grids are as large as they may need to be, and
 tiles beyond the count end at once, so a forward can be captured in a CUDA graph.
 
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from methods.base import LinearUnit
-from methods.engine.decoder.adapter import all_linear
 from methods.engine.decoder.unit import Unit
 from methods.engine.execute.attention import keys_of_all, split_heads
 from methods.engine.execute.masked import scaled
+from methods.engine.ops.choose import Kernels
+from methods.engine.ops.linear import all_linear
 from methods.engine.ops.rotary import angles_of
 from methods.engine.ops.swiglu import is_swiglu
 from methods.engine.ops.triton.attend_rows import attend
-from methods.engine.ops.triton.choose import Kernels
 from methods.engine.ops.triton.linear_rows import linear_rows, linear_rows_add
 from methods.engine.ops.triton.mlp_rows import swiglu_rows
 from methods.engine.ops.triton.partition import Partition

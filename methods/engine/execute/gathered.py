@@ -13,8 +13,8 @@ from methods.engine.execute.fused import FusedExecutor
 from methods.engine.execute.linear_sites import LinearSites
 from methods.engine.execute.masked import MaskedExecutor, scaled
 from methods.engine.execute.one_token import OneToken
+from methods.engine.ops.choose import use_triton
 from methods.engine.ops.rows import Rows, rank_BT, take
-from methods.engine.ops.triton.choose import use_triton
 from methods.engine.routed import Routing
 
 
@@ -84,7 +84,7 @@ class GatheredExecutor:
             if not unit.owned or linear is None:
                 written = rows.number + others == rows.tokens * len(rows.counts)
                 forecasts = linear is not None and linear.down_rD is not None
-                after = ops.room(residual, filled=written and forecasts)
+                after = ops.output_buffer(residual, filled=written and forecasts)
         with clock.part(unit.site.kind):
             x_BTD = unit.x_BTD  # of the stream before it is written to
             added = decision.scale_BT is None and unit.add_mlp(rows, after)

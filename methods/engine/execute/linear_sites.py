@@ -6,7 +6,7 @@ import torch
 
 from methods.base import Decision, LinearUnit, Site
 from methods.engine.decoder.unit import Unit
-from methods.engine.ops.low_rank import turned
+from methods.engine.ops.linear import transposed
 from methods.engine.routed import Routing
 
 
@@ -16,12 +16,12 @@ class LinearSites:
     def __init__(self, routing: Routing) -> None:
         self.routing = routing
         self._units: dict[Site, LinearUnit | None] = {}
-        self._turned: dict[Site, LinearUnit] = {}
+        self._transposed: dict[Site, LinearUnit] = {}
 
     def forget(self) -> None:
         """The method's weights may have changed."""
         self._units.clear()
-        self._turned.clear()
+        self._transposed.clear()
 
     def at(self, site: Site) -> LinearUnit | None:
         """None where the method has to be called."""
@@ -37,9 +37,9 @@ class LinearSites:
         assert linear is not None
         if not self.routing.ops.compiled:
             return linear
-        if site not in self._turned:
-            self._turned[site] = turned(linear)
-        return self._turned[site]
+        if site not in self._transposed:
+            self._transposed[site] = transposed(linear)
+        return self._transposed[site]
 
     def decide(self, unit: Unit) -> Decision:
         """What `Routing.decide` gives outside training, to float tolerance of the scores.

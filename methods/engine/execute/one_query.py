@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from methods.engine.decoder.adapter import all_linear
 from methods.engine.decoder.unit import LayerInputs
+from methods.engine.ops.linear import all_linear
 from methods.engine.ops.rotary import rotate
 from methods.engine.ops.swiglu import NAMES, is_swiglu
 

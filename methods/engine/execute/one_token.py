@@ -15,7 +15,7 @@ from methods.base import LinearUnit, Site
 from methods.engine.decoder.unit import Unit
 from methods.engine.execute.linear_sites import LinearSites
 from methods.engine.execute.one_query import OneMlp, OneQuery, Rotation
-from methods.engine.ops.low_rank import estimate
+from methods.engine.ops.linear import estimate
 from methods.engine.routed import Routing
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from methods.base import SwiGLU
-from methods.engine.decoder.adapter import all_linear
-from methods.engine.decoder.offload import at_hand
+from methods.engine.ops.linear import all_linear
 from methods.engine.ops.row_ops import RowOps
 
 FEW_ROWS = 1024
@@ -25,8 +23,14 @@ def is_swiglu(mlp: Any) -> bool:
     return silu and all(hasattr(mlp, name) for name in NAMES)
 
 
+def matrices(mlp: Any) -> list[Any] | None:
+    """The projections of a SwiGLU; None if they are more than weights (a bias, an adapter)."""
+    parts = [getattr(mlp, name) for name in NAMES]
+    return parts if all_linear(parts) and all(part.bias is None for part in parts) else None
+
+
 def swiglu(mlp: Any, x_RD: Tensor, ops: RowOps, index_N: Tensor | None = None) -> Tensor:
-    """The MLP on some rows, [N, D], with its intermediates in place where nothing needs them.
+    """Run the MLP on some rows, [N, D], its intermediates in place where nothing needs them.
 
     At thousands of rows the intermediates are larger than the caches; writing each once instead
     of three times is a quarter of the time of the module's own forward.
@@ -44,7 +48,7 @@ def swiglu(mlp: Any, x_RD: Tensor, ops: RowOps, index_N: Tensor | None = None) -
     if not is_swiglu(mlp) or torch.is_grad_enabled():
         delta: Tensor = mlp(x_ND)
         return delta
-    down: Tensor = mlp.down_proj(_hidden(mlp, x_ND, ops))
+    down: Tensor = mlp.down_proj(ops.silu_mul(mlp.gate_proj(x_ND), mlp.up_proj(x_ND)))
     return down
 
 
@@ -53,52 +57,7 @@ def weights_for_few(mlp: Any, x: Tensor, rows: int) -> SwiGLU | None:
     few = 1 < rows <= FEW_ROWS and x.is_cpu and x.dtype == torch.float32
     if not few or torch.is_grad_enabled() or not is_swiglu(mlp):
         return None
-    parts = [getattr(mlp, name) for name in NAMES]
-    watched = any(part._forward_hooks or part._forward_pre_hooks for part in parts)
-    if watched or not _are_matrices(parts):
+    parts = matrices(mlp)
+    if parts is None or any(part._forward_hooks or part._forward_pre_hooks for part in parts):
         return None
     return SwiGLU(*(part.weight for part in parts))
-
-
-def neurons_of(mlp: Any, x_ND: Tensor) -> Tensor:
-    """What the down projection reads of tokens, [N, F], without gradient.
-
-    Raises:
-        ValueError: the MLP is no SwiGLU.
-    """
-    _require_swiglu(mlp)
-    return _hidden(mlp, x_ND, RowOps())
-
-
-def weights_of(mlp: Any) -> SwiGLU:
-    """The weights themselves where the model has them in place, copies where they are offloaded.
-
-    Raises:
-        ValueError: the MLP is no SwiGLU, or its projections are more than weights.
-    """
-    _require_swiglu(mlp)
-    parts = [getattr(mlp, name) for name in NAMES]
-    if not _are_matrices(parts):
-        raise ValueError(
-            "the projections of an MLP are more than matrices: no neuron of it can be kept"
-        )
-    held = []
-    for part in parts:
-        with at_hand(part):
-            held.append(part.weight.detach())
-    return SwiGLU(*held)
-
-
-def _require_swiglu(mlp: Any) -> None:
-    if not is_swiglu(mlp):
-        raise ValueError(f"{type(mlp).__name__} is no SwiGLU: no neuron of it can be kept")
-
-
-def _are_matrices(parts: Sequence[Any]) -> bool:
-    """True if the projections are weights only, without bias or adapter."""
-    return all_linear(parts) and all(part.bias is None for part in parts)
-
-
-def _hidden(mlp: Any, x_ND: Tensor, ops: RowOps) -> Tensor:
-    """What the down projection reads, without gradient: each intermediate is written once."""
-    return ops.silu_mul(mlp.gate_proj(x_ND), mlp.up_proj(x_ND))

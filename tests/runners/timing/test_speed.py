@@ -9,8 +9,8 @@ import torch
 
 from methods.base import Site
 from methods.engine.measure.flops import dense_flops
+from methods.engine.ops import choose
 from methods.engine.ops.cpu.build import reason_without
-from methods.engine.ops.triton import choose
 from methods.engine.routed import attach, routed, routing_of
 from methods.informed import Informed
 from runners.launching import check

@@ -162,10 +162,10 @@ class CompiledRowOps(RowOps):
         rows = Rows(found.narrow(0, 0, sum(counts)), counts, tokens)
         return rows, found.narrow(0, size, others)
 
-    def room(self, residual_BTD: Tensor, filled: bool) -> Tensor:
+    def output_buffer(self, residual_BTD: Tensor, filled: bool) -> Tensor:
         """Nothing is copied where every row is written anyway."""
         if not filled or not _covered(residual_BTD):
-            return super().room(residual_BTD, filled)
+            return super().output_buffer(residual_BTD, filled)
         return torch.empty_like(residual_BTD)
 
     def add(

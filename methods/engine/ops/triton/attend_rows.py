@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from methods.engine.ops.triton.choose import Kernels, use_triton
+from methods.engine.ops.choose import Kernels, use_triton
 
 
 def attend(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from methods.engine.ops.triton.choose import interpreting
+from methods.engine.ops.choose import interpreting
 
 try:
     import triton

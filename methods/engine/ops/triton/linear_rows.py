@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from methods.engine.ops.triton.choose import Kernels, use_triton
+from methods.engine.ops.choose import Kernels, use_triton
 
 
 def linear_rows(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
-from methods.engine.ops.triton.choose import Kernels, use_triton
+from methods.engine.ops.choose import Kernels, use_triton
 from methods.engine.ops.triton.linear_rows import add_rows, linear_rows_add
 
 

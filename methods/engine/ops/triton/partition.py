@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from methods.engine.ops.triton.choose import Kernels, use_triton
+from methods.engine.ops.choose import Kernels, use_triton
 
 
 class Partition(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from methods.engine.ops.triton.choose import Kernels, use_triton
+from methods.engine.ops.choose import Kernels, use_triton
 from methods.engine.ops.triton.partition import Partition, partition_reference
 
 

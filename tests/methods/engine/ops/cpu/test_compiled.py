@@ -13,7 +13,7 @@ from methods.base import LinearUnit, SwiGLU
 from methods.engine.ops.cpu import compiled
 from methods.engine.ops.cpu.build import reason_without
 from methods.engine.ops.cpu.compiled import CompiledRowOps
-from methods.engine.ops.low_rank import turned
+from methods.engine.ops.linear import transposed
 from methods.engine.ops.rotary import Angles
 from methods.engine.ops.row_ops import RowOps
 from methods.engine.routed import routed, routing_of
@@ -180,11 +180,11 @@ def test_add(alone):
     same(into, expected)
 
 
-def test_room(ops):
+def test_output_buffer(ops):
     residual = torch.randn(2, 3, 4)
-    assert torch.equal(ops.room(residual, filled=False), residual)
+    assert torch.equal(ops.output_buffer(residual, filled=False), residual)
     for filled in (False, True):
-        made = ops.room(residual, filled=filled)
+        made = ops.output_buffer(residual, filled=filled)
         assert made.shape == residual.shape and made.data_ptr() != residual.data_ptr()
 
 
@@ -251,7 +251,7 @@ def test_forecast(count, width, rank, biases, silu):
 
 
 def maps(width, rank, biases=True, silu=False):
-    return turned(
+    return transposed(
         LinearUnit(
             torch.randn(width),
             torch.tensor(0.0),

@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from methods.engine.ops.triton import choose
+from methods.engine.ops import choose
 from methods.engine.ops.triton.jit import Tuner
 
 H100 = GPUTarget("cuda", 90, 32)

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from methods.engine.ops.triton.choose import interpreting
+from methods.engine.ops.choose import interpreting
 
 collect_ignore = [] if interpreting() or torch.cuda.is_available() else ["interpreted"]

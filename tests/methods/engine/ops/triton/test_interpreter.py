@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from methods.engine.ops.triton.choose import interpreting
+from methods.engine.ops.choose import interpreting
 
 FOLDER = Path(__file__).parent / "interpreted"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from methods.engine.ops.choose import interpreting
 from methods.engine.ops.triton import attend_rows_launch, linear_rows_kernel, mlp_rows_kernel
-from methods.engine.ops.triton.choose import interpreting
 from methods.engine.ops.triton.jit import Tiles
 
 SMALL = (Tiles(16, 16, 16, 4, 2),)

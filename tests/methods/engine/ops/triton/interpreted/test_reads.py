@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from methods.engine.ops.choose import interpreting
 from methods.engine.ops.triton.attend_rows import attend
-from methods.engine.ops.triton.choose import interpreting
 from methods.engine.ops.triton.linear_rows import linear_rows, linear_rows_add
 from methods.engine.ops.triton.mlp_rows import swiglu_rows
 from methods.engine.ops.triton.route import LinearScore, LowRank, route_and_forecast

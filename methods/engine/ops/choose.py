@@ -1,12 +1,20 @@
-"""Which implementation of an operation runs."""
+"""Choose what runs the engine's operations: Triton kernels, compiled loops or PyTorch."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
+import torch
 from torch import Tensor
+
+from methods.engine.ops.cpu.build import reason_without
+from methods.engine.ops.cpu.compiled import CompiledRowOps
+from methods.engine.ops.row_ops import RowOps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Kernels = Literal["auto", "compiled", "triton", "torch"]
 SETTINGS = get_args(Kernels)
@@ -18,7 +26,7 @@ def interpreting() -> bool:
 
 
 def use_triton(setting: Kernels, tensor: Tensor) -> bool:
-    """Whether an operation on `tensor` runs its Triton kernel.
+    """Decide whether an operation on `tensor` runs its Triton kernel.
 
     Args:
         setting: `auto` takes the kernel for a CUDA tensor where Triton is installed.
@@ -37,3 +45,22 @@ def use_triton(setting: Kernels, tensor: Tensor) -> bool:
         missing = "an accelerator (CUDA)" if installed else "the package triton"
         raise ValueError(f"kernels=triton needs {missing}; kernels=auto runs without")
     return possible
+
+
+def row_ops(setting: Kernels, model: PreTrainedModel) -> RowOps:
+    """Choose the row-wise operations for a model.
+
+    Args:
+        setting: `auto` takes compiled loops for float32 on a CPU, if they can be compiled.
+
+    Raises:
+        ValueError: `compiled`, and they cannot.
+    """
+    if setting == "compiled":
+        if reason := reason_without():
+            raise ValueError(f"kernels=compiled: {reason}; kernels=auto runs without")
+        return CompiledRowOps()
+    # weights that are offloaded to disk have the device meta until they are asked for
+    on_host = any(weight.device.type in ("cpu", "meta") for weight in model.parameters())
+    wanted = setting == "auto" and on_host and model.dtype == torch.float32
+    return CompiledRowOps() if wanted and reason_without() is None else RowOps()

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from methods.engine.ops.triton import choose
-from methods.engine.ops.triton.choose import use_triton
+from methods.engine.ops import choose
+from methods.engine.ops.choose import use_triton
 
-ROOT = Path(__file__).resolve().parents[5]
+ROOT = Path(__file__).resolve().parents[4]
 
 
 class Cuda:
@@ -52,8 +52,8 @@ def test_imports_and_runs_without_triton():
     code = (
         "import sys, pkgutil, importlib, torch\n"
         "sys.modules['triton'] = None\n"
-        "import methods.engine.kernels as k\n"
-        "for found in pkgutil.iter_modules(k.__path__, 'methods.engine.kernels.'):\n"
+        "import methods.engine.ops.triton as k\n"
+        "for found in pkgutil.iter_modules(k.__path__, 'methods.engine.ops.triton.'):\n"
         "    importlib.import_module(found.name)\n"
         "mask = torch.ones(2, 3, dtype=torch.bool)\n"
         "partition = importlib.import_module('methods.engine.ops.triton.partition').partition\n"
@@ -67,8 +67,8 @@ def test_imports_and_runs_without_triton():
 
 def test_public_modules_do_not_load_triton():
     """The compiler is loaded with the first kernel, not with the engine."""
-    names = "partition route mlp_rows linear_rows attend_rows choose".split()
-    code = "import sys\n" + "".join(f"import methods.engine.kernels.{name}\n" for name in names)
+    names = "partition route mlp_rows linear_rows attend_rows".split()
+    code = "import sys\n" + "".join(f"import methods.engine.ops.triton.{name}\n" for name in names)
     code += "assert not any('kernel' in m.rsplit('.', 1)[-1] and m.endswith('_kernel')"
     code += " for m in sys.modules)\nassert 'methods.engine.ops.triton.jit' not in sys.modules\n"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

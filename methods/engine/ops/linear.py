@@ -1,18 +1,25 @@
-"""The estimate of a site whose forecaster is a pair of plain maps."""
+"""Linear layers that are weights alone, and the low-rank estimate of a routed site."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from methods.base import LinearUnit
 
 
+def all_linear(modules: Iterable[Any]) -> bool:
+    """True if all are plain linear layers, whose weights say it all; an adapter must be called."""
+    return all(type(module) is nn.Linear for module in modules)
+
+
 def estimate(linear: LinearUnit, x: Tensor) -> Tensor | None:
-    """What bypassed tokens get, float32: [N, D] -> [N, D] or [D] -> [D]; None means nothing."""
+    """Estimate what bypassed tokens get, float32: [N, D] -> [N, D] or [D] -> [D]; None: nothing."""
     if linear.down_rD is None or linear.up_Dr is None:
         return None
     hidden = _product(linear.down_rD, linear.down_bias_r, x.float())
@@ -21,8 +28,8 @@ def estimate(linear: LinearUnit, x: Tensor) -> Tensor | None:
     return _product(linear.up_Dr, linear.bias_D, hidden)
 
 
-def turned(linear: LinearUnit) -> LinearUnit:
-    """The same with both maps stored by columns, as row-wise loops read them."""
+def transposed(linear: LinearUnit) -> LinearUnit:
+    """Copy both maps column by column, as row-wise loops read them."""
     if linear.down_rD is None or linear.up_Dr is None:
         return linear
     down, up = (weight.t().contiguous().t() for weight in (linear.down_rD, linear.up_Dr))
