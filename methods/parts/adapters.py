@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from methods.base import Decision
 from methods.parts.gates import straight_through
+from methods.types import Decision
 
 
 class Adapter(nn.Module):

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from methods.base import Probe, RoutedView, Stage, middle
 from methods.parts.calibration import realising_threshold, weighted_quantile
 from methods.parts.routers import Routers
+from methods.types import Probe, RoutedView, Stage, middle
 
 SHIFT_STEP = 0.3
 """Of the scores, which are logarithms: a factor of 1.35 in expected harm."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from methods.base import OutOfReach, Probe, RoutedScores
+from methods.types import OutOfReach, Probe, RoutedScores
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from methods.base import Probe, Site, UnitView
 from methods.parts.ridge import Components, Moments
+from methods.types import Probe, Site, UnitView
 
 if TYPE_CHECKING:
     from methods.parts.forecaster import Forecasters

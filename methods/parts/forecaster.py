@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from methods.base import Probe, Site, Stage, StageBudget, UnitView
 from methods.parts.closed_form import fit_closed_form
 from methods.parts.neurons import keep_neurons, no_neurons
+from methods.types import Probe, Site, Stage, StageBudget, UnitView
 
 Activation = Literal["silu", "identity"]
 Fit = Literal["closed_form", "sgd"]

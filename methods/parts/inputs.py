@@ -8,10 +8,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from methods.base import Probe, Site
 from methods.parts.forecaster import Forecasters
 from methods.parts.recoverability import fit_recoverability
 from methods.parts.routers import Routers
+from methods.types import Probe, Site
 
 Source = Literal["post_norm", "residual"]
 Feature = Literal["forecast_norm", "code_norm", "predicted_error"]

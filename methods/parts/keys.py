@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from methods.base import Probe, Shape, Site, Stage, UnitView
 from methods.parts.forecaster import Forecasters
 from methods.parts.ridge import Moments
+from methods.types import Probe, Shape, Site, Stage, UnitView
 
 
 class KeyForecasts(nn.Module):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from methods.base import LinearUnit, Site
 from methods.parts.forecaster import Forecaster, Forecasters
 from methods.parts.routers import Router, Routers
+from methods.types import LinearUnit, Site
 
 
 def linear_unit(routers: Routers, forecasters: Forecasters | None, site: Site) -> LinearUnit | None:

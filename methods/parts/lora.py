@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from methods.base import LoraSpec, RoutedView, Stage, StageBudget
+from methods.types import LoraSpec, RoutedView, Stage, StageBudget
 
 
 def lora_spec(options: Mapping[str, Any] | None) -> LoraSpec | None:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from methods.base import Probe, Site, SwiGLU, UnitView
 from methods.parts.adapters import Adapter
+from methods.types import Probe, Site, SwiGLU, UnitView
 
 
 def no_neurons(width: int, count: int) -> Adapter:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from methods.base import Site
+from methods.types import Site
 
 
 def sparsity_penalty(execute_rate: Tensor, sparsity: float, *, weight: float) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
-from methods.base import Site
+from methods.types import Site
 
 
 class PerSite(nn.Module):

@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from methods.base import Probe, Site, UnitView
 from methods.parts.forecaster import Forecasters
 from methods.parts.ridge import Moments
 from methods.parts.routers import Routers
+from methods.types import Probe, Site, UnitView
 
 ROUTER_SHARE = 0.5
 """Share of the fitting text that a router reads: it has one output where a forecaster has D."""

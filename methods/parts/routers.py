@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from methods.base import Site
+from methods.types import Site
 
 RouterKind = Literal["linear", "mlp"]
 

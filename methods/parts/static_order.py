@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from methods.base import Probe, Site, UnitView
+from methods.types import Probe, Site, UnitView
 
 
 def block_influence(probe: Probe) -> dict[Site, float]:

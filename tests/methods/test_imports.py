@@ -16,7 +16,7 @@ OWN = {"methods", "runners", "analysis", "tests"}
 ENGINE = sorted(
     path for path in (ROOT / "methods" / "engine").rglob("*.py") if "triton" not in path.parts
 )
-CONTRACT = [ROOT / "methods" / f"{name}.py" for name in ("base", "recipe", "views")]
+CONTRACT = [ROOT / "methods" / f"{name}.py" for name in ("base", "types")]
 PARTS = [*sorted((ROOT / "methods" / "parts").glob("*.py")), *CONTRACT]
 METHOD_FILES = [p for p in sorted((ROOT / "methods").glob("*.py")) if p not in CONTRACT]
 RUNNERS = sorted((ROOT / "runners").rglob("*.py"))
@@ -54,7 +54,7 @@ def test_there_is_something_to_check():
 
 @pytest.mark.parametrize("path", PARTS, ids=lambda path: path.stem)
 def test_parts_and_base_use_torch_alone(path):
-    own = ("methods.base", "methods.parts", "methods.recipe", "methods.views")
+    own = ("methods.base", "methods.parts", "methods.types")
     assert outside(path, own, {"torch"}) == []
 
 

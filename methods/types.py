@@ -1,0 +1,381 @@
+"""The words of the contract: where a method routes, what it decides, how it is trained.
+
+Method files import these names from `methods.base`, parts from here.
+
+Shapes: B batch, T tokens, D model width, N valid tokens of a batch (padding removed), r rank,
+F neurons of an MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+Kind = Literal["attention", "mlp", "block"]
+KVPolicy = Literal["keep", "evict", "forecast"]
+Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
+"""Linear maps of a decoder layer that adapters may change."""
+
+
+@dataclass(frozen=True)
+class Ge:
+    """Marks an option that is at least this, as `Annotated[int, Ge(1)]`."""
+
+    ge: float
+
+
+@dataclass(frozen=True)
+class Gt:
+    """Marks an option that is greater than this."""
+
+    gt: float
+
+
+@dataclass(frozen=True)
+class Le:
+    """Marks an option that is at most this."""
+
+    le: float
+
+
+@dataclass(frozen=True)
+class Lt:
+    """Marks an option that is less than this."""
+
+    lt: float
+
+
+Count = Annotated[int, Ge(1)]
+Natural = Annotated[int, Ge(0)]
+Positive = Annotated[float, Gt(0.0)]
+NonNegative = Annotated[float, Ge(0.0)]
+Share = Annotated[float, Ge(0.0), Le(1.0)]
+Sparsity = Annotated[float, Ge(0.0), Lt(1.0)]
+
+
+class OutOfReach(ValueError):
+    """The routed sites cannot bypass as much as asked."""
+
+
+class Site(NamedTuple):
+    """One place where computation may be bypassed: a sublayer, or a whole block."""
+
+    layer: int
+    kind: Kind
+
+    @property
+    def units(self) -> tuple[Site, ...]:
+        """The attention and MLP units that one decision here covers (a block covers two)."""
+        if self.kind == "block":
+            return (Site(self.layer, "attention"), Site(self.layer, "mlp"))
+        return (self,)
+
+    @property
+    def key(self) -> str:
+        """Name usable inside an `nn.ModuleDict`."""
+        return f"{self.layer}_{self.kind}"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the model that a method routes."""
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_width: int
+    vocab: int
+
+    def units(self) -> list[Site]:
+        """Every attention and MLP unit in execution order; sparsity is a mean over these."""
+        kinds: tuple[Kind, Kind] = ("attention", "mlp")
+        return [Site(layer, kind) for layer in range(self.layers) for kind in kinds]
+
+
+@dataclass
+class Decision:
+    """What a method decided for each token at one site."""
+
+    execute_BT: Tensor
+    """bool: True runs the unit, False bypasses it. Drives the engine."""
+    gate_BT: Tensor
+    """float: equal to the mask in value outside training; carries the gradient in training."""
+    scores_BT: Tensor
+    """float32: execute where above the threshold; read by calibration and analysis."""
+    auxiliary: Tensor | None = None
+    """Scalar side loss of the router, training only (for example BCE to a top-k membership)."""
+    scale_BT: Tensor | None = None
+    """float: factor of what the token gets, the unit's output or the estimate; None means 1.
+    It carries the gradient of a gate that scales instead of sampling, and the blend itself then
+    follows the hard mask."""
+
+
+@dataclass
+class RouteContext:
+    """What a decision may use besides the unit's normalised input."""
+
+    residual_BTD: Tensor
+    """The residual stream before the unit's norm."""
+    positions_BT: Tensor
+    """int64: index of each token among the valid tokens of its sequence."""
+    valid_BT: Tensor
+    """bool: False for padding."""
+    training: bool
+    """True in a training stage; only then may a method sample or look along the sequence."""
+    anneal: float
+    """Progress of the current stage, 0 at its first step and 1 at its last."""
+    target: float | None = None
+    """Sparsity that this training step aims at; None outside training."""
+    output: Callable[[], Tensor] | None = None
+    """Computes what the unit would add to every token's residual stream, [B, T, D]. An oracle
+    may look; a method that does has not saved anything yet."""
+    memory: dict[str, Any] = field(default_factory=dict)
+    """What the method keeps from site to site of one forward call; every call starts with an
+    empty one, a decoded token's too."""
+
+
+@dataclass(frozen=True)
+class SiteCost:
+    """Analytic FLOPs that a method adds per token at one site (multiply and add count two)."""
+
+    route: float = 0.0
+    approximate: float = 0.0
+    stored: float = 0.0
+    """Numbers, not FLOPs: what a bypassed token keeps instead of K and V (policy `forecast`)."""
+
+
+@dataclass(frozen=True)
+class LinearUnit:
+    """A site whose decision and estimate are plain maps of the unit's normalised input x.
+
+    It executes where x @ score_D + offset is above the threshold; a bypassed token gets
+    up @ act(down @ x + down_bias) + bias, or nothing without `down_rD`. All float32.
+    """
+
+    score_D: Tensor
+    offset: Tensor
+    """0-dim."""
+    down_rD: Tensor | None = None
+    down_bias_r: Tensor | None = None
+    up_Dr: Tensor | None = None
+    bias_D: Tensor | None = None
+    silu: bool = False
+    """SiLU between the two maps; else none."""
+
+
+class SwiGLU(NamedTuple):
+    """Weights of an MLP down(silu(gate(x)) * up(x)) of F neurons, in the model's dtype."""
+
+    gate_FD: Tensor
+    up_FD: Tensor
+    down_DF: Tensor
+
+
+@dataclass
+class UnitView:
+    """One unit under the dense (or the routed) forward: what a forecaster learns from."""
+
+    site: Site
+    x_ND: Tensor
+    """Normalised input, padding removed."""
+    y_ND: Tensor
+    """The unit's output, before the residual addition."""
+    residual_ND: Tensor
+    """Residual stream that enters the unit."""
+    execute_N: Tensor | None = None
+    """bool, under the routed forward: which tokens execute the unit."""
+    keys: Callable[[], Tensor] | None = None
+    """Computes K and V of these tokens before rotation and key norm, [N, 2 * key-value heads *
+    head size], under the dense forward at an attention unit."""
+    neurons: Callable[[], Tensor] | None = None
+    """Computes what an MLP's down projection reads of these tokens, silu(gate(x)) * up(x), [N, F],
+    under the dense forward at an MLP unit."""
+
+
+@dataclass
+class RoutedView:
+    """One batch under the routed forward: what a router learns from."""
+
+    task_loss: Tensor
+    """Mean over predicted tokens: cross-entropy, or KL to the dense model."""
+    execute_rate: Tensor
+    """Differentiable mean gate over valid tokens and *all* units (never routed ones count 1)."""
+    site_rates: dict[Site, Tensor]
+    """The same for each routed site."""
+    auxiliary: Tensor
+    """Mean of the decisions' side losses (zero if there are none)."""
+    sparsity: float
+    """Target of this step: the point's own, or one of the stage's `targets`."""
+    decisions: dict[Site, Decision] = field(default_factory=dict)
+    """What each routed site decided, in execution order, with gradient."""
+    valid_BT: Tensor | None = None
+    """bool: False for padding."""
+    anneal: float = 1.0
+    """Progress of the stage, 0 at its first step and 1 at its last."""
+
+
+@dataclass
+class RoutedScores:
+    """A routed pass over calibration tokens."""
+
+    sparsity: float
+    """Realised: bypassed share of (token, unit) pairs over all units."""
+    scores: Tensor
+    """float32, flat: every score of every routed site."""
+    weights: Tensor
+    """float32, same length: units that each score decides for (a block's count 2)."""
+    total_weight: float
+    """Pairs over all units, never routed ones included."""
+    is_mlp: Tensor
+    """bool, same length: True for the score of an MLP unit."""
+
+
+class Probe(Protocol):
+    """A model and its text as a training-free fit may see them."""
+
+    shape: Shape
+
+    def stream(self, visit: Callable[[UnitView], None], split: str = "train") -> None:
+        """Call `visit` for every unit and batch under the dense forward, without gradient."""
+
+    def stream_routed(self, visit: Callable[[UnitView], None]) -> None:
+        """The same for every routed site under the routed forward, on train text.
+
+        Every unit runs for every token; those that bypass it go on with their estimate.
+        """
+
+    def loss(self, bypassed: Collection[Site], tokens: int | None = None) -> float:
+        """LM loss in nats per token with these sites bypassed by all.
+
+        On the calibration text, or with `tokens` on about so many tokens of the training text.
+        """
+
+    def sensitivity(self) -> dict[Site, float]:
+        """Root mean square, over tokens and dimensions, of d(LM loss)/d(unit output)."""
+
+    def swiglu(self, site: Site) -> SwiGLU:
+        """The weights of an MLP unit.
+
+        Raises:
+            ValueError: it is something else, or its projections are more than matrices.
+        """
+
+    def sample(self, share: float = 0.25) -> Probe:
+        """A probe of the same model on a share of its train and calibration text."""
+
+    def routed_scores(self, threshold: float) -> RoutedScores:
+        """Route calibration text with this threshold and report what it realised."""
+
+    def routed_loss(self) -> float:
+        """LM loss of the routed model at the method's threshold, nats per calibration token."""
+
+
+@dataclass(frozen=True)
+class StageBudget:
+    """How much one stage may spend."""
+
+    steps: int
+    batch_size: int
+    seq_len: int
+    accumulate: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the stage reads in all."""
+        return self.steps * self.accumulate * self.batch_size * self.seq_len
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Equal for all methods that are compared."""
+
+    name: str
+    fit_tokens: int
+    """Tokens of training text that a training-free fit reads."""
+    calibration_tokens: int
+    sensitivity_tokens: int
+    forecasters: StageBudget
+    """Unit-wise regression by gradient."""
+    routers: StageBudget
+    """Gradient training of routers (and of what is trained with them)."""
+    lora: StageBudget
+    """Fine-tuning of the backbone's low-rank adapters."""
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """Low-rank adapters on the backbone's projections (Hu et al., arXiv 2106.09685).
+
+    The defaults are those of informed routing's and SkipGPT's published fine-tuning.
+    """
+
+    rank: Count = 16
+    alpha: Count = 32
+    """The update is alpha / rank * B A x."""
+    dropout: Annotated[float, Ge(0.0), Lt(1.0)] = 0.1
+    """On the adapters' input, in training only."""
+    targets: Sequence[Projection] = ("q", "v", "gate")
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.targets) - set(PROJECTIONS))
+        if unknown or not self.targets:
+            raise ValueError(f"lora targets must be among {' '.join(PROJECTIONS)}, not {unknown}")
+        if self.rank < 1 or not 0.0 <= self.dropout < 1.0:
+            raise ValueError("lora needs rank >= 1 and dropout in [0, 1)")
+        object.__setattr__(self, "targets", tuple(self.targets))
+
+
+PROJECTIONS: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+@dataclass
+class Stage:
+    """One step of a recipe: either `fit` (no gradient) or `loss` with `parameters`."""
+
+    name: str
+    fit: Callable[[Probe], None] | None = None
+    loss: Callable[[UnitView], Tensor] | Callable[[RoutedView], Tensor] | None = None
+    forward: Literal["dense", "routed"] = "routed"
+    """`dense`: `loss` sees a UnitView per unit; `routed`: a RoutedView per batch."""
+    parameters: Sequence[nn.Parameter] = field(default_factory=list)
+    lora: LoraSpec | None = None
+    """Train these adapters of the backbone beside `parameters`. They act in the routed model only:
+    from this stage on until the method is dropped, never in the dense model or a teacher."""
+    hard: bool = False
+    """Decide as at evaluation (`ctx.training` is False): no sampling, no gradient through the
+    gates, so units need not run for the tokens that bypass them. For stages that train no
+    router."""
+    budget: StageBudget | None = None
+    lr: float = 1e-3
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup: float = 0.0
+    """Share of the steps with a linearly rising learning rate."""
+    relative_lr: bool = False
+    """True makes `lr` a share of each parameter's root mean square at the start (as Adafactor's
+    relative step, Shazeer and Stern, arXiv 1804.04235), so that units of any scale move alike."""
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of AdamW."""
+    clip_norm: float = 1.0
+    per_target: bool = False
+    """True if the product depends on the target sparsity; others are shared by a sweep."""
+    calibrate_first: bool = False
+    """Set the threshold for the target (or for each of `targets`) before the first step."""
+    targets: Sequence[float] = ()
+    """Train for several target sparsities in turn; each step runs at the threshold that was
+    calibrated for its target before the stage (0 without `calibrate_first`)."""
+    hold: float = 0.0
+    """Gain of a controller: after each step the threshold of its target moves by `hold` times
+    (target - realised sparsity), so that training runs at the target whatever the scores do."""
+    report: Callable[[Probe], dict[str, float]] | None = None
+    """Figures worth keeping in the result record, measured after the stage."""
+
+
+def middle(targets: Sequence[float], sparsity: float) -> float:
+    """The target that a fit reads which all points share: the middle one, or the only one."""
+    return sorted(targets)[len(targets) // 2] if targets else sparsity
