@@ -14,8 +14,8 @@ import pytest
 
 from tests.conftest import ROOT, SHRUNK
 
-FOLDERS = ("methods", "runners", "analysis", "conf", "tests")
-CHECKS = "equals_dense or target_is_met or causal or gathered"
+FOLDERS = ("methods", "runners", "analysis", "benchmarks", "conf", "tests", "docs")
+FILES = ("pyproject.toml", "mkdocs.yml", "CONTRIBUTING.md", "README.md", "Makefile")
 
 
 @pytest.fixture
@@ -25,7 +25,8 @@ def copy(tmp_path):
         shutil.copytree(
             ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__")
         )
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for file in FILES:
+        shutil.copy(ROOT / file, tmp_path)
     text = (ROOT / "CONTRIBUTING.md").read_text()
     blocks = dict(re.findall(r"^ +```(python|yaml)\n(.*?)^ +```$", text, re.M | re.S))
     plain = {kind: re.sub(r"^ {3}", "", block, flags=re.M) for kind, block in blocks.items()}
@@ -61,8 +62,16 @@ def test_the_walk_through_adds_a_method_that_sweeps_and_is_drawn(copy):
     assert "token_norm" in table.read_text()
 
 
-def test_the_contract_finds_it(copy):
-    contract = ("tests/methods/test_contract.py", "-q", "-p", "no:cacheprovider")
-    done = run(copy, "-m", "pytest", *contract, "-k", f"token_norm and ({CHECKS})")
+def test_the_tests_pass_with_it(copy):
+    """Those of `make test` that find it: the contract, import rules and pages of the site."""
+    found = ("-k", "token_norm or test_docs.py or test_no_type_check_on_a_method")
+    done = run(copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", *found, "tests")
     assert done.returncode == 0, done.stdout
-    assert re.search(r"\b[4-9] passed", done.stdout), done.stdout
+    (passed,) = re.findall(r"(\d+) passed", done.stdout)
+    assert int(passed) >= 40, done.stdout
+
+
+def test_lint_passes_with_it(copy):
+    for words in (("check", "."), ("format", "--check", ".")):
+        done = run(copy, "-m", "ruff", *words)
+        assert done.returncode == 0, done.stdout
