@@ -31,18 +31,15 @@ def model_config(config: Mapping[str, Any]) -> PretrainedConfig:
         return found
     if model["source"] == "shape":
         return AutoConfig.for_model(model["path"], **model["config"])
-    folder = local_folder(config)
+    folder, shape_file = local_folder(config), CONF / "model" / f"{model['name']}_shape.yaml"
+    if shape_file.is_file() and not weights_are_here(config):  # the same sizes, without a request
+        shape = yaml.safe_load(shape_file.read_text())
+        return AutoConfig.for_model(shape["path"], **shape["config"])
     try:
-        if model["source"] != "embedded" or folder is not None:
-            return AutoConfig.from_pretrained(folder or model["path"], **_options(model))
+        return AutoConfig.from_pretrained(folder or model["path"], **_options(model))
     except (OSError, ValueError) as error:
-        if not _shape_file(model["name"]).is_file():
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"no config of model {model['path']}: {reason}") from error
-    if not _shape_file(model["name"]).is_file():
-        raise UserError(f"no sizes of model {model['name']}: it is not here")
-    shape = yaml.safe_load(_shape_file(model["name"]).read_text())
-    return AutoConfig.for_model(shape["path"], **shape["config"])
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"no config of model {model['path']}: {reason}") from error
 
 
 def local_folder(config: Mapping[str, Any]) -> Path | None:
@@ -73,7 +70,3 @@ def _options(model: Mapping[str, Any]) -> dict[str, Any]:
     if model["source"] != "pretrained":
         return {}
     return {"revision": model["revision"], "trust_remote_code": model["trust_remote_code"]}
-
-
-def _shape_file(name: str) -> Path:
-    return CONF / "model" / f"{name}_shape.yaml"

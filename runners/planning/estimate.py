@@ -1,46 +1,55 @@
-"""What the points of a sweep would take: tokens, FLOPs, memory, hours; and what is there."""
+"""Estimate what the points of a sweep would take: tokens, FLOPs, memory, hours; and what is there.
+
+Formulas over the model's sizes and the method's own `cost`. How often a fit or a calibration reads
+its text is up to the method's code, so the recipe runs once on a tiny model of as many layers, on
+shorter text in the budget's proportions.
+"""
 
 from __future__ import annotations
 
 import functools
-import json
-import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import itertools
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from methods.base import Method, Stage
+from methods.base import Method, Shape, Stage, StageBudget
 from methods.engine.decoder.adapter import shape_of
+from methods.engine.measure.flops import dense_flops
 from runners.base_model.config import model_config, weights_are_here
-from runners.base_model.embedded import cache_root
+from runners.base_model.embedded import cache_root, random_model
 from runners.base_model.load import build_budget, build_method
+from runners.corpus.source import stream_documents
 from runners.errors import UserError
 from runners.job import describe, variant
-from runners.planning.dry_run import (
-    Cost,
-    forward_cost,
-    meta_model,
-    sensitivity_cost,
-    step_cost,
-    visit_cost,
-)
-from runners.planning.evaluation_tokens import evaluation_tokens
-from runners.planning.rehearsal import Rehearsal, Rehearsed
 from runners.point import Point, check_reach, recipe
 from runners.store.run_folder import RunFolder, fingerprint
 from runners.store.stage_cache import content_key
 from runners.tracking.base import Safe
+from runners.training.loop import Loop
+from runners.training.probe import ModelProbe, ProbeText
 
-log = logging.getLogger(__name__)
-
-PASS_TOKENS = 2048
-"""Tokens of one forward of a fit (`ModelProbe`)."""
-ADAM_BYTES = 8
-"""Two float32 moments a parameter; gradients are counted with the step."""
+PASS = 2048
+"""Tokens of one forward of a fit or a calibration."""
+REHEARSED, ROW = 2048, 32
+"""Tokens of training text that the tiny model reads at most, and of a row of it."""
+TINY = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "initializer_range": 0.1,
+    "tie_word_embeddings": True,
+}
+ADAM_BYTES = 12
+"""Gradient and two moments of a trained parameter, float32."""
+BYTES_PER_TOKEN = {"tiny": 1.0, "shape": 1.0}
+"""By model source; other tokenizers make a token of about four bytes of English."""
 
 
 @dataclass
@@ -86,7 +95,6 @@ class Planner:
 
     def __init__(self, hardware: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         self.hardware, self.options = hardware, options
-        self._costs: dict[str, Cost] = {}
 
     def point(self, config: dict[str, Any]) -> PlannedPoint:
         """Plan one point of a sweep from its resolved config.
@@ -94,125 +102,103 @@ class Planner:
         Raises:
             UserError: no sizes of the model, or an option that the method refuses.
         """
-        name = fingerprint(config)
-        folder = RunFolder(Path(config["results_dir"]) / name)
+        folder = RunFolder(Path(config["results_dir"]) / fingerprint(config))
         label = " ".join(filter(None, (describe(config), variant(config))))
-        planned = PlannedPoint(label, name, folder.is_complete())
-        model, dtype = _meta(_model_words(config), self._dtype(config))
+        planned = PlannedPoint(label, folder.path.name, folder.is_complete())
+        sizes, dtype = model_config(config), self._dtype(config)
         with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(sizes, dtype=dtype)
             method = build_method(config, model)
         try:
             check_reach(method, config["method"]["name"])
         except UserError as error:
             planned.refused = str(error)
             return planned
-        static = {"weights": _bytes(model), "added": _bytes(method)}
-        rehearsed = _rehearsed(config, model)
-        known = self._cached(config, folder) or [None] * len(rehearsed)
-        key = content_key(_shared_words(config))
-        for step, cached in zip(rehearsed, known, strict=True):
-            key = content_key(key, step.stage.name, step.stage.per_target and config["sparsity"])
-            part = self._stage(config, model, method, step, static, key, dtype)
-            part.cached = cached
+        held = {"weights": _bytes(model), "added": _bytes(method)}
+        cached = self._cached(config, folder)
+        key = content_key(*(config[name] for name in ("method", "model", "data", "budget", "seed")))
+        read = _rehearse(config, sizes)
+        for number, stage in enumerate(recipe(method, build_budget(config))):
+            key = content_key(key, stage.name, stage.per_target and config["sparsity"])
+            part = self._stage(stage, key, method, held, read[stage.name], config, dtype)
+            part.cached = cached[number] if cached else None
             planned.parts.append(part)
-        planned.parts += self._evaluations(config, model, method, static, dtype, planned)
+        planned.parts += self._evaluations(config, method, held, planned, dtype)
         return planned
 
     def _stage(
         self,
-        config: Mapping[str, Any],
-        model: PreTrainedModel,
-        method: Method,
-        step: Rehearsed,
-        static: Mapping[str, int],
+        stage: Stage,
         key: str,
+        method: Method,
+        held: Mapping[str, int],
+        read: float,
+        config: Mapping[str, Any],
         dtype: torch.dtype,
     ) -> Part:
-        """A stage's own cost and what its fits and calibrations read."""
-        read, stage = step.reading, step.stage
-        once = _pass_cost(model, dtype)
-        flops = (read.dense + read.routed) * once.flops / PASS_TOKENS
-        tokens = read.dense + read.routed + read.backward
-        passes = tokens / PASS_TOKENS
-        sizes = {"activations": once.bytes}
-        if read.backward:
-            slope = sensitivity_cost(model, batch=1, tokens=PASS_TOKENS)
-            flops += read.backward * slope.flops / PASS_TOKENS
-            sizes["activations"] = max(once.bytes, slope.bytes)
-        own = next((s for s in _stages(method, config) if s.name == stage.name), stage)
-        if read.visited and own.fit is not None:
-            fit = own.fit
-            seen = self._known(config, stage, lambda: visit_cost(model, method, fit, PASS_TOKENS))
-            flops += read.visited * seen.flops / PASS_TOKENS
-            sizes["statistics"] = seen.bytes
-        if own.loss is not None and own.budget is not None:
-            target = config["sparsity"]
-            cost = self._known(
-                config, stage, lambda: step_cost(model, method, own, config["objective"], target)
-            )
-            micro = own.budget.steps * own.budget.accumulate
-            flops += micro * cost.flops
-            tokens += own.budget.tokens
-            passes += micro * (2 if own.forward == "dense" else 3)
-            sizes["activations"] = max(sizes["activations"], cost.bytes)
-            sizes["optimiser"] = ADAM_BYTES * cost.trained
-        hours = self._hours(flops, passes * static["weights"], dtype)
-        return Part(stage.name, key, tokens, flops, {**static, **sizes}, hours)
+        """One stage: what its fits read, and the steps of its gradient, all units executed."""
+        assert method.shape is not None
+        shape, size = method.shape, dtype.itemsize
+        memory = {"activations": int(PASS * _alive(shape) * size)}
+        tokens, flops = read, read * _flops_per_token(shape, config["budget"]["seq_len"])
+        if stage.fit is not None:
+            memory["statistics"] = getattr(stage, "fit_bytes", 0)
+        if stage.loss is not None and stage.budget is not None:
+            spent, batch = stage.budget.tokens, stage.budget.batch_size * stage.budget.seq_len
+            once = _flops_per_token(shape, stage.budget.seq_len)
+            added = sum(sum((c.route, c.approximate)) for c in map(method.cost, method.sites()))
+            tokens += spent
+            if stage.forward == "dense":  # forecasters alone learn: no backward through the model
+                flops += spent * (once + 3 * added)
+            else:  # frozen weights have no gradient: a backward pass costs what a forward does
+                teacher = config["objective"] == "distill"
+                flops += spent * ((2 + teacher) * once + 3 * added)
+                memory["activations"] = int(batch * shape.layers * _kept(shape) * size)
+            trained = sum(p.numel() for p in stage.parameters) + _lora_parameters(stage, shape)
+            memory["optimiser"] = ADAM_BYTES * trained
+        return Part(stage.name, key, tokens, flops, {**held, **memory}, self._hours(flops, dtype))
 
     def _evaluations(
         self,
         config: Mapping[str, Any],
-        model: PreTrainedModel,
         method: Method,
-        static: Mapping[str, int],
-        dtype: torch.dtype,
+        held: Mapping[str, int],
         planned: PlannedPoint,
+        dtype: torch.dtype,
     ) -> list[Part]:
-        """The dense model's, which a sweep shares, and the routed one's (as if nothing were
-        bypassed)."""
-        tokens, unknown = evaluation_tokens(config, self.options)
-        planned.not_estimated = unknown
+        """The dense model's, which a sweep shares, and the routed one's, all units executed."""
+        assert method.shape is not None
+        tokens, planned.not_estimated = evaluation_tokens(config, self.options)
         settings = config["eval"]["perplexity"]
-        context = int(settings["context"])
-        once = forward_cost(model, batch=int(settings["batch_size"]), tokens=context, head=False)
-        per_token = once.flops / (settings["batch_size"] * context)
-        per_token += 2.0 * model.config.hidden_size * model.config.vocab_size
-        hours = self._hours(tokens * per_token, static["weights"] * tokens / PASS_TOKENS, dtype)
-        sizes = {**static, "activations": once.bytes}
+        row = min(settings["context"], settings["tokens_per_document"])
+        flops = tokens * _flops_per_token(method.shape, row)
+        rows = settings["batch_size"] * settings["context"]
+        sizes = {**held, "activations": int(rows * _alive(method.shape) * dtype.itemsize)}
+        hours = self._hours(flops, dtype)
         shared = content_key("dense", config["model"], config["data"], config["eval"])
-        parts = [Part("evaluate dense", shared, tokens, tokens * per_token, sizes, hours)]
+        parts = [Part("evaluate dense", shared, tokens, flops, sizes, hours)]
         if method.sites():
             own = content_key("routed", planned.fingerprint)
-            parts.append(Part("evaluate", own, tokens, tokens * per_token, sizes, hours))
+            parts.append(Part("evaluate", own, tokens, flops, sizes, hours))
         return parts
 
-    def _known(self, config: Mapping[str, Any], stage: Stage, make: Callable[[], Cost]) -> Cost:
-        """A stage's cost, which its target does not change: counted once for a sweep."""
-        key = content_key(_shared_words(config, without=("sparsity",)), stage.name)
-        if key not in self._costs:
-            self._costs[key] = make()
-        return self._costs[key]
+    def _hours(self, flops: float, dtype: torch.dtype) -> float:
+        peak = self.hardware["peak_tflops"][str(dtype).removeprefix("torch.")] * 1e12
+        return flops / (peak * float(self.options["utilisation"])) / 3600
 
-    def _hours(self, flops: float, moved_bytes: float, dtype: torch.dtype) -> float:
-        name = str(dtype).removeprefix("torch.")
-        peak = self.hardware["peak_tflops"][name] * 1e12 * self.options["utilisation"]
-        moved = moved_bytes / (self.hardware["bandwidth_gb_per_s"] * 1e9)
-        return max(flops / peak, moved) / 3600
+    def _dtype(self, config: Mapping[str, Any]) -> torch.dtype:
+        name = self.hardware["dtype"] if config["dtype"] == "auto" else config["dtype"]
+        dtype = getattr(torch, name)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
 
-    def _dtype(self, config: Mapping[str, Any]) -> str:
-        return str(self.hardware["dtype"] if config["dtype"] == "auto" else config["dtype"])
-
-    def _cached(self, config: dict[str, Any], folder: RunFolder) -> list[bool | None] | None:
+    def _cached(self, config: dict[str, Any], folder: RunFolder) -> list[bool] | None:
         """Of each stage whether its product is in the cache; None where that cannot be known."""
         if not self.options["cached"] or not weights_are_here(config):
             return None
-        try:
-            point = Point(config, folder, Safe(None))
-        except UserError as error:
-            log.warning("cached stages unknown: %s", error)
-            return None
         stages = cache_root(config["cache_dir"]) / "stages"
-        return [(stages / key / "report.json").is_file() for _, key in point.stage_keys()]
+        keys = Point(config, folder, Safe(None)).stage_keys()
+        return [(stages / key / "report.json").is_file() for _, key in keys]
 
 
 def totals(points: list[PlannedPoint]) -> dict[str, float]:
@@ -238,37 +224,104 @@ def to_json(points: list[PlannedPoint], hardware: Mapping[str, Any]) -> dict[str
     return {"hardware": dict(hardware), "points": listed, "total": totals(points)}
 
 
-def _model_words(config: Mapping[str, Any]) -> str:
-    return json.dumps({"model": config["model"], "cache_dir": config["cache_dir"]}, sort_keys=True)
+def evaluation_tokens(
+    config: Mapping[str, Any], options: Mapping[str, Any]
+) -> tuple[float, list[str]]:
+    """Tokens that one evaluation reads, and the names of texts and tasks that are not known.
+
+    Args:
+        options: the group `plan`: tokens of texts and tasks.
+    """
+    settings, texts, tasks = config["eval"], options["texts"], options["tasks"]
+    limit, long = settings["token_perplexity"]["tokens"], settings["long_context"]
+    total = _document_tokens(config, options)
+    total += sum(_least(texts.get(name, 0), limit) for name in settings["texts"])
+    if long:
+        total += sum(long["tokens"] * context / long["stride"] for context in long["contexts"])
+    for name in set(settings["tasks"]) & set(tasks):
+        shots = (settings["num_fewshot"] or {}).get(name, 0)
+        per_item = tasks[name]["tokens"] + shots * tasks[name]["shot"]
+        total += _least(tasks[name]["items"], settings["limit"]) * per_item
+    unknown = [name for name in settings["texts"] if name not in texts]
+    return total, unknown + [name for name in settings["tasks"] if name not in tasks]
 
 
-def _shared_words(config: Mapping[str, Any], without: Sequence[str] = ()) -> str:
-    """All that a recipe depends on beside its target, the weights and the text themselves."""
-    keys = ("method", "model", "data", "budget", "objective", "seed", "cache_dir")
-    words = {key: config[key] for key in keys}
-    words["method"] = {k: v for k, v in config["method"].items() if k not in without}
-    return json.dumps(words, sort_keys=True)
+def _document_tokens(config: Mapping[str, Any], options: Mapping[str, Any]) -> float:
+    """Of the data's own test split; a local one is measured."""
+    data, settings = config["data"], config["eval"]["perplexity"]
+    most, limit = settings["tokens_per_document"], settings["documents_limit"]
+    if data["source"] == "hub" and data["dir"] is None:
+        known = _least(options["documents"], data["documents_limit"])
+        return float((known if limit is None else limit) * min(options["document_tokens"], most))
+    size = BYTES_PER_TOKEN.get(config["model"]["source"], 4.0)
+    documents = itertools.islice(stream_documents(split="test", **data), limit)
+    return float(sum(min(len(document.text) / size, most) for document in documents))
+
+
+def _least(number: float, limit: float | None) -> float:
+    return number if limit is None else min(number, limit)
+
+
+def _rehearse(config: Mapping[str, Any], sizes: PretrainedConfig) -> dict[str, float]:
+    """Tokens that each stage's fits and calibrations read, from a run on a tiny model.
+
+    Returns:
+        By the stage's name, without the steps of a gradient.
+    """
+    budget = build_budget(config)
+    scale = max(1.0, budget.fit_tokens / REHEARSED)
+    model = _tiny(str(sizes.model_type), shape_of(sizes).layers)
+    method = build_method(config, model)
+    wanted = (budget.fit_tokens, budget.calibration_tokens, budget.sensitivity_tokens)
+    text = ProbeText(*(_rows(max(1, round(tokens / scale / ROW))) for tokens in wanted))
+    probe = ModelProbe(model, method, text)
+    objective, seed = config["objective"], config["seed"]
+    loop = Loop(model, method, probe, lambda _: _rows(1), objective=objective, seed=seed)
+    step = StageBudget(steps=1, batch_size=1, seq_len=ROW)
+    read = {}
+    for stage in recipe(method, budget):
+        report = loop.run(stage if stage.loss is None else replace(stage, budget=step))
+        own = 0 if stage.loss is None else step.tokens
+        read[stage.name] = scale * float(report.tokens - own)
+    return read
 
 
 @functools.lru_cache(maxsize=1)
-def _meta(words: str, dtype: str) -> tuple[PreTrainedModel, torch.dtype]:
-    kind = getattr(torch, dtype)
-    return meta_model(model_config(json.loads(words)), kind), kind
+def _tiny(family: str, layers: int) -> PreTrainedModel:
+    sizes = {**TINY, "num_hidden_layers": layers}
+    return random_model(family=family, sizes=sizes, seed=0)[0].requires_grad_(False)
 
 
-@functools.lru_cache(maxsize=4)
-def _pass_cost(model: PreTrainedModel, dtype: torch.dtype) -> Cost:
-    return forward_cost(model, batch=1, tokens=PASS_TOKENS, head=False)
+def _rows(count: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(count)
+    return torch.randint(3, 250, (count, ROW), generator=generator)
 
 
-def _rehearsed(config: Mapping[str, Any], model: PreTrainedModel) -> list[Rehearsed]:
-    layers = shape_of(model.config).layers
-    family = str(model.config.model_type)
-    return Rehearsal(config, family, layers, build_budget(config)).run()
+def _flops_per_token(shape: Shape, row: int) -> float:
+    """Of a dense forward with all logits, in rows of so many tokens."""
+    return dense_flops(shape, tokens=1, context=(row + 1) // 2)
 
 
-def _stages(method: Method, config: Mapping[str, Any]) -> list[Stage]:
-    return list(recipe(method, build_budget(config)))
+def _alive(shape: Shape) -> float:
+    """Numbers a token that a forward without gradient holds at its widest place, an MLP."""
+    return 4.0 * shape.width + 3.0 * shape.mlp_width
+
+
+def _kept(shape: Shape) -> float:
+    """Numbers a token that one layer keeps for its backward pass on the masked path."""
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    # inputs and outputs of norms (in float32), projections, gates; q, k, v, rotated; SwiGLU's four
+    return 12.0 * shape.width + 3.0 * (queries + keys) + 4.0 * shape.mlp_width
+
+
+def _lora_parameters(stage: Stage, shape: Shape) -> int:
+    if stage.lora is None:
+        return 0
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    ends = dict.fromkeys(("gate", "up", "down"), shape.width + shape.mlp_width)
+    ends |= {"q": shape.width + queries, "o": shape.width + queries}
+    ends |= dict.fromkeys(("k", "v"), shape.width + keys)
+    return shape.layers * stage.lora.rank * sum(ends[name] for name in stage.lora.targets)
 
 
 def _bytes(module: torch.nn.Module) -> int:
