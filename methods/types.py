@@ -339,6 +339,8 @@ class Stage:
 
     name: str
     fit: Callable[[Probe], None] | None = None
+    fit_bytes: int = 0
+    """What `fit` keeps beside the model while it reads; a plan counts it."""
     loss: Callable[[UnitView], Tensor] | Callable[[RoutedView], Tensor] | None = None
     forward: Literal["dense", "routed"] = "routed"
     """`dense`: `loss` sees a UnitView per unit; `routed`: a RoutedView per batch."""

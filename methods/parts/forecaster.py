@@ -157,7 +157,8 @@ class Forecasters(nn.Module):
         """The stage that fits all forecasters; shared by all targets."""
         report = self.explained_variance
         if self.fit == "closed_form":
-            return Stage("forecasters", fit=self.solve, report=report)
+            held = 2 * 8 * self.width**2 * len(self.modules_by_site)  # two D x D doubles a site
+            return Stage("forecasters", fit=self.solve, fit_bytes=held, report=report)
         return Stage(
             "forecasters",
             loss=self._regression_loss,

@@ -142,7 +142,7 @@ class Planner:
         memory = {"activations": int(PASS * _alive(shape) * size)}
         tokens, flops = read, read * _flops_per_token(shape, config["budget"]["seq_len"])
         if stage.fit is not None:
-            memory["statistics"] = getattr(stage, "fit_bytes", 0)
+            memory["statistics"] = stage.fit_bytes
         if stage.loss is not None and stage.budget is not None:
             spent, batch = stage.budget.tokens, stage.budget.batch_size * stage.budget.seq_len
             once = _flops_per_token(shape, stage.budget.seq_len)
