@@ -20,7 +20,7 @@ from methods.base import (
     Stage,
 )
 from methods.parts.adapters import Adapter, gate_branch
-from methods.parts.history import HistoryEncoder, Path, unit_rms
+from methods.parts.history import HistoryEncoder, unit_rms
 from methods.parts.penalties import depth_penalty
 from methods.parts.per_site import PerSite
 from methods.parts.routers import Router
@@ -71,7 +71,6 @@ class HeRo(Method):
             lambda width: Adapter(width=width, hidden=adapter_width or 7 * width // 32, kind="silu")
         )
         self.history: HistoryEncoder | None = None
-        self.path: Path | None = None
         self.train_what, self.train_lr = train, train_lr
         self.depth_weight, self.hold = depth_weight, hold
 
@@ -92,10 +91,9 @@ class HeRo(Method):
         return [Site(layer, "mlp") for layer in range(first, layers)]
 
     def route(self, site: Site, x_BTD: Tensor, ctx: RouteContext) -> Decision:
-        assert self.shape is not None and self.history is not None
-        past = None if site == self.sites()[0] else self.path
-        logit, path = self.history(site.layer, ctx.residual_BTD, past)
-        self.path = None if site.layer == self.shape.layers - 1 else path
+        assert self.history is not None
+        logit, path = self.history(site.layer, ctx.residual_BTD, ctx.memory.get("path"))
+        ctx.memory["path"] = path
         scores = logit + self.routers(site, unit_rms(ctx.residual_BTD.float()))
         decision = self.decide(scores)
         gate = torch.sigmoid(scores - self.threshold)

@@ -65,7 +65,6 @@ class SkipGPT(Method):
         self.tau_start, self.tau_end = tau_start, tau_end
         self.penalty_weight = penalty_weight
         self.lora, self.lora_lr = lora_spec(lora), lora_lr
-        self.layer_input: Tensor | None = None
 
     def setup(self, shape: Shape) -> None:
         super().setup(shape)
@@ -73,9 +72,8 @@ class SkipGPT(Method):
 
     def route(self, site: Site, x_BTD: Tensor, ctx: RouteContext) -> Decision:
         if site.kind == "attention":
-            self.layer_input = ctx.residual_BTD
-        assert self.layer_input is not None, "a layer's attention is routed before its MLP"
-        scores = self.routers(site, self.layer_input)
+            ctx.memory["layer_input"] = ctx.residual_BTD
+        scores = self.routers(site, ctx.memory["layer_input"])
         if not ctx.training:
             return self.decide(scores)
         tau = anneal(self.tau_start, self.tau_end, ctx.anneal)

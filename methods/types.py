@@ -60,6 +60,10 @@ class OutOfReach(ValueError):
     """The routed sites cannot bypass as much as asked."""
 
 
+class BrokenContract(TypeError):
+    """A method returned something else than the contract says; the message is one line."""
+
+
 class Site(NamedTuple):
     """One place where computation may be bypassed: a sublayer, or a whole block."""
 

@@ -119,7 +119,8 @@ def _recorded(config: dict[str, Any], work: Callable[[RunFolder], None]) -> None
             folder.interrupted(stopped.signal)
             raise
         except Exception as raised:
-            error = full_disk(folder.path, raised) or too_little_memory(raised) or raised
+            known = full_disk(folder.path, raised) or too_little_memory(raised)
+            error = known or fault_of_method(raised) or raised
             mistake = isinstance(error, UserError)
             with suppress(OSError, UserError):  # a full disk; the console says why it failed
                 folder.fail(str(error) if mistake else reason(error), identity(config))
@@ -159,6 +160,13 @@ def too_little_memory(error: Exception) -> UserError | None:
         return None
     first = str(error).strip().splitlines()[0] if str(error).strip() else "no more is known"
     return UserError(f"out of memory ({first}): smaller batches, or a larger device")
+
+
+def fault_of_method(error: Exception) -> UserError | None:
+    """The user's version of a target out of a method's reach, or of a method's own mistake."""
+    from methods.base import BrokenContract, OutOfReach
+
+    return UserError(str(error)) if isinstance(error, (BrokenContract, OutOfReach)) else None
 
 
 def _train_and_score(config: dict[str, Any], folder: RunFolder, *, evaluate: bool) -> None:

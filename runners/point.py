@@ -6,14 +6,13 @@ import logging
 import math
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from methods.base import Budget, Method, OutOfReach, Probe, Stage
+from methods.base import Budget, Method, Probe, Stage
 from methods.engine.checkpoint import restore, save_pretrained
 from methods.engine.decoder.placement import input_device, spread
 from methods.engine.lora import Adapter, attach_lora, describe
@@ -122,8 +121,7 @@ class Point:
         if self.config["trained_on_sha256"] != self.base.weights_hash:
             log.warning("%s was trained on other weights (or another dtype) than these", saved)
         if recalibrate:
-            with within_reach():
-                self.realised = self.method.calibrate(self.probe, self.method.sparsity)
+            self.realised = self.method.calibrate(self.probe, self.method.sparsity)
 
     def evaluate(self) -> dict[str, Any]:
         """The record's figures: quality with the dense model's beside it, sparsity, cost."""
@@ -248,17 +246,7 @@ def check_gradients(name: str, stages: Iterable[Stage]) -> None:
 
 
 def _run(loop: Loop, stage: Stage, saved: Checkpoints) -> dict[str, Any]:
-    with within_reach():
-        return loop.run(stage, saved).to_dict()
-
-
-@contextmanager
-def within_reach() -> Iterator[None]:
-    """A target that calibration finds out of reach is the user's mistake."""
-    try:
-        yield
-    except OutOfReach as error:
-        raise UserError(str(error)) from error
+    return loop.run(stage, saved).to_dict()
 
 
 def merge_dense(scores: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
+import torch
 from torch import Tensor
 
-from methods.base import Decision, Method, RouteContext, Site
+from methods.base import BrokenContract, Decision, Method, RouteContext, Site
 from methods.engine.cache.forecast_keys import forecast_keys
 from methods.engine.decoder.adapter import decoder, shape_of
 from methods.engine.decoder.forward import ForwardState
@@ -81,14 +82,39 @@ class Routing:
             self.anneal,
             self.target,
             output=lambda: unit.run() - unit.residual_BTD,
+            memory=self.state.memory,
         )
         decision = self.method.route(unit.site, unit.x_BTD, context)
+        self._check(unit.site, decision, valid)
         decision.execute_BT = self.settle(unit, decision.execute_BT)
         if self.training:
             self.decisions[unit.site] = decision
         if self.observer is not None:
             self.observer(unit.site, decision, valid)
         return decision
+
+    def approximate(self, site: Site, x: Tensor) -> Tensor | None:
+        """Ask the method for what bypassed tokens get, in the shape of `x` [B, T, D]."""
+        estimate = self.method.approximate(site, x)
+        if estimate is not None and estimate.shape != x.shape:
+            self._refuse(site, f"approximate() gave {list(estimate.shape)}, not {list(x.shape)}")
+        return estimate
+
+    def _check(self, site: Site, decision: Decision, valid_BT: Tensor) -> None:
+        """Refuse what would be broadcast over the batch, or is no decision, in one line."""
+        if not isinstance(decision, Decision):
+            kind = type(decision).__name__
+            self._refuse(site, f"route() gave a {kind}: return self.decide(scores_BT)")
+        if decision.execute_BT.dtype != torch.bool:
+            self._refuse(site, f"route() gave execute_BT in {decision.execute_BT.dtype}, not bool")
+        for name in ("execute_BT", "gate_BT", "scores_BT", "scale_BT"):
+            value: Tensor | None = getattr(decision, name)
+            if value is not None and value.shape != valid_BT.shape:
+                given, wanted = list(value.shape), list(valid_BT.shape)
+                self._refuse(site, f"route() gave {name} of shape {given}, not [B, T] = {wanted}")
+
+    def _refuse(self, site: Site, what: str) -> NoReturn:
+        raise BrokenContract(f"{type(self.method).__name__} at {site.key}: {what}")
 
     def settle(self, unit: Unit, execute_BT: Tensor) -> Tensor:
         """What is executed: a draw instead of the decision if there is one, and no padding."""
@@ -208,6 +234,7 @@ def _start_count(routing: Routing) -> None:
 
 
 def _end_count(routing: Routing) -> None:
+    routing.state.memory.clear()
     if not routing.paused:
         routing.counters.end_forward()
 

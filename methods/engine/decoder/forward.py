@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ class ForwardState:
     _padding: tuple[Tensor | None, bool] | None = None
     threshold: float | None = None
     """The method's threshold on the host, read once a forward where a path needs it there."""
+    memory: dict[str, Any] = field(default_factory=dict)
+    """What the method keeps from site to site of this forward; each starts with an empty one."""
 
     def move(self, device: torch.device) -> None:
         """Bring what layers read to the device of the next one."""
@@ -48,6 +50,7 @@ def read_inputs(state: ForwardState, args: tuple[Any, ...], kwargs: dict[str, An
         tokens = kwargs["inputs_embeds"]
     cache = kwargs.get("past_key_values")
     state.threshold = state._padding = None
+    state.memory = {}
     mask = state.mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
     state.past = 0 if cache is None else tokens_in(cache)
     state.valid_BT, state.positions_BT = valid_and_positions(

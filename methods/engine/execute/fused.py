@@ -101,7 +101,7 @@ class FusedExecutor:
         forecast = None if linear is None else _low_rank(linear)
         execute_N = execute_BT.reshape(-1)
         if linear is None:
-            estimate = routing.method.approximate(unit.site, unit.x_BTD)
+            estimate = routing.approximate(unit.site, unit.x_BTD)
             if estimate is not None:
                 away = execute_N | ~valid_N
                 residual_ND += _flat(estimate).masked_fill(away[:, None], 0)

@@ -101,7 +101,7 @@ class GatheredExecutor:
                 ops.forecast(maps, x_BTD, residual, after, bypassed)
                 return after
             x_MD = take(x_BTD, bypassed)
-            forecast = method.approximate(unit.site, x_MD[None])
+            forecast = self.routing.approximate(unit.site, x_MD[None])
             if forecast is not None:
                 forecast_MD = forecast.view(others, -1)
                 delta_ND = scaled_rows(forecast_MD, bypassed, decision)

@@ -28,7 +28,7 @@ class MaskedExecutor:
     def blend(self, unit: Unit, decision: Decision, after_BTD: Tensor) -> Tensor:
         """Residual stream after the unit, from what it gives if every token executes it."""
         executed, scale = after_BTD, decision.scale_BT
-        estimate = self.routing.method.approximate(unit.site, unit.x_BTD)
+        estimate = self.routing.approximate(unit.site, unit.x_BTD)
         if scale is not None:
             executed = scaled(unit.residual_BTD, after_BTD, scale)
             estimate = None if estimate is None else estimate * scale[..., None].to(estimate.dtype)

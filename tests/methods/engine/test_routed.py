@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from methods.base import Site
+from methods.base import BrokenContract, Method, Site
 from methods.engine.routed import attach, routed, routing_of
 from methods.random import Random
 from tests.methods.conftest import small_ids, small_model
@@ -195,3 +195,49 @@ def test_method_sees_normalised_input_residual_and_state():
     assert torch.equal(seen[Site(0, "attention")][1].residual_BTD, embedded)
     assert list(seen) == all_sites(model, "unit")
     assert set(routing.decisions) == set(seen)
+
+
+class OneRow(Method):
+    """Breaks the contract in one of several ways."""
+
+    def __init__(self, fault):
+        super().__init__(sparsity=0.3)
+        self.fault = fault
+
+    def route(self, site, x_BTD, ctx):
+        scores = ctx.residual_BTD.norm(dim=-1)
+        if self.fault == "tensor":
+            return scores
+        decision = self.decide(scores)
+        if self.fault == "dtype":
+            decision.execute_BT = decision.execute_BT.long()
+        elif self.fault != "approximate":
+            setattr(decision, self.fault, getattr(decision, self.fault)[:1])
+        return decision
+
+    def approximate(self, site, x_BTD):
+        return torch.zeros(x_BTD.shape[-1]) if self.fault == "approximate" else None
+
+
+FAULTS = {
+    "tensor": r"route\(\) gave a Tensor: return self.decide",
+    "dtype": r"route\(\) gave execute_BT in torch.int64, not bool",
+    "execute_BT": r"route\(\) gave execute_BT of shape \[1, 7\], not \[B, T\] = \[2, 7\]",
+    "scores_BT": r"route\(\) gave scores_BT of shape \[1, 7\], not \[B, T\] = \[2, 7\]",
+    "approximate": r"approximate\(\) gave \[32\], not \[\d, \d+, 32\]",
+}
+
+
+@pytest.mark.parametrize("mode", ["masked", "gathered"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_would_be_broadcast_over_the_batch_is_refused(fault, mode):
+    model = small_model()
+    method = attach(model, OneRow(fault))
+    method.threshold.fill_(1e9 if fault == "approximate" else 0.0)
+    with (
+        pytest.raises(BrokenContract, match=f"OneRow at 0_attention: {FAULTS[fault]}") as raised,
+        torch.no_grad(),
+        routed(model, method, mode),
+    ):
+        model(input_ids=small_ids(2, 7))
+    assert "\n" not in str(raised.value)
