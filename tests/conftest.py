@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,11 @@ SHRUNK = (
 
 def compose_tiny(*overrides: str, config_name: str = "sweep") -> dict[str, Any]:
     """A resolved real config on the tiny model, with a tiny budget and no tracking."""
+    return copy.deepcopy(_composed(config_name, *overrides))
+
+
+@cache
+def _composed(config_name: str, *overrides: str) -> dict[str, Any]:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose(config_name, overrides=[*SHRUNK, "tracking=off", *overrides])
     resolved = OmegaConf.to_container(cfg, resolve=True)
@@ -80,6 +87,15 @@ def _random_state() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _clean_clone() -> Iterator[None]:
+    """No test leaves the folders of W&B or Hydra in the clone."""
+    folders = [ROOT / name for name in ("wandb", "outputs", "multirun")]
+    before = [folder for folder in folders if folder.exists()]
+    yield
+    assert [folder for folder in folders if folder.exists()] == before
 
 
 def token_rows(rows: int, tokens: int, *, seed: int = 0) -> torch.Tensor:

@@ -6,7 +6,9 @@ import copy
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
+from methods.base import Method
 from methods.engine.checkpoint import from_pretrained, save_pretrained
 from methods.engine.routed import routed
 from runners.base_model.load import build_budget, build_method, method_options
@@ -16,14 +18,27 @@ from tests.methods.conftest import method_config, probe_for
 SPARSITY = 0.4
 
 
-@pytest.fixture
-def model(tiny_llama):
-    return tiny_llama
+PAIRS: dict[str, tuple[PreTrainedModel, Method]] = {}
+"""A model and the method that was trained on it once for all tests; each gets a copy."""
 
 
 @pytest.fixture
-def method(config, model, trained):
-    return trained(config, model)
+def pair(config, tiny_llama, trained):
+    name = config["method"]["name"]
+    if name not in PAIRS:
+        PAIRS[name] = tiny_llama, trained(config, tiny_llama)
+    return copy.deepcopy(PAIRS[name])
+
+
+@pytest.fixture
+def model(request, tiny_llama):
+    """As loaded, or beside a method that was trained on it."""
+    return request.getfixturevalue("pair")[0] if "method" in request.fixturenames else tiny_llama
+
+
+@pytest.fixture
+def method(pair):
+    return pair[1]
 
 
 def logits_of(model, method, ids, mode="masked", **kwargs):

@@ -114,7 +114,8 @@ def test_offline_runs_are_uploaded_by_the_documented_command(config, server, tmp
     folders = (tmp_path / "wandb-folder" / "wandb").glob("offline-run-*")
     environment = {**os.environ, "WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY}
     command = [sys.executable, "-m", "wandb", "sync", *map(str, folders)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    options = {"capture_output": True, "text": True, "timeout": 60}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, **options)
     assert done.returncode == 0, done.stderr
     sent = next(s["variables"] for s in server.queries if "UpsertBucket" in s["query"])
     assert sent["groupName"] == "a-sweep" and sent["tags"] == ["informed", "tiny", "sotu", "mine"]
