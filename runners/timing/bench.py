@@ -15,19 +15,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from methods.base import Method, Site
-from methods.engine.cache.growing import roomy_cache
+from methods.engine.cache.growing import allocated_bytes, cache_bytes, roomy_cache
 from methods.engine.decoder.placement import input_device
 from methods.engine.measure.clock import PartClock
 from methods.engine.measure.counters import Usage
 from methods.engine.measure.flops import flops_ratio
+from methods.engine.measure.graphs import WARMUP_STEPS, DecodeGraph, static_cache
 from methods.engine.measure.traffic import dense_bytes, routed_bytes
 from methods.engine.ops.choose import Kernels, row_ops
 from methods.engine.routed import Routing, routed, routing_of
-from runners.timing.decoder import Decoder
 from runners.timing.stopwatch import Timing, interleaved, ratio, timed
 
 Draw = Callable[[Site, Tensor], Tensor]
-
 
 FIRST_TOKENS = (8, 1)
 """Several tokens and one take different paths."""
@@ -178,3 +177,76 @@ class Bench:
 
 def _with_rest(clock: PartClock, whole: float) -> dict[str, float]:
     return {**clock.seconds, "other": max(0.0, whole - sum(clock.seconds.values()))}
+
+
+class Decoder:
+    """A cache filled with the first `context` tokens of each row; `run` decodes the next ones.
+
+    Built inside a `routed` block it is the routed model's, and must run inside one.
+
+    Args:
+        ids_BT: int64, on the model's device.
+        graphs: replay a CUDA graph of one step, over a static cache.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, ids_BT: Tensor, context: int, *, graphs: bool
+    ) -> None:
+        self.model, self.ids_BT, self.context = model, ids_BT, context
+        batch, room = ids_BT.shape[0], ids_BT.shape[1] + WARMUP_STEPS
+        self.cache: Any = roomy_cache(model)
+        if graphs:
+            self.cache = static_cache(model, batch=batch, tokens=room)
+        model(input_ids=ids_BT[:, :context], past_key_values=self.cache, logits_to_keep=1)
+        self.cache_bytes = cache_bytes(self.cache)
+        self.cache_allocated_bytes = allocated_bytes(self.cache)
+        self.graph = DecodeGraph(model, self.cache, batch=batch) if graphs else None
+
+    def run(self, steps: int, *, graph: bool = True) -> None:
+        """Decode the tokens after the context, one forward each, and forget them again."""
+        replayed = self.graph if graph else None
+        for place in range(self.context, self.context + steps):
+            token_B1 = self.ids_BT[:, place : place + 1]
+            if replayed is None:
+                self.model(input_ids=token_B1, past_key_values=self.cache)
+            else:
+                replayed(token_B1)
+        if self.graph is None:
+            self.cache.crop(-steps)
+        else:
+            self.graph.rewind(self.context)
+
+
+DRAWS = 16
+"""Different random decisions per site."""
+
+
+class RandomDraw:
+    """Bernoulli decisions at a sparsity, a few drawn per site and shape, then replayed in turn.
+
+    Args:
+        sparsity: over all units of the model; sites that cover only part of them bypass more.
+        covered: share of all units that the method routes.
+
+    Raises:
+        ValueError: more than the method's sites can bypass.
+    """
+
+    def __init__(self, sparsity: float, covered: float, seed: int, device: torch.device) -> None:
+        if sparsity > covered:
+            raise ValueError(f"sparsity {sparsity} is out of reach: {covered:.3f} of units routed")
+        self.share = sparsity / covered if covered else 0.0
+        self.generator = torch.Generator(device=device).manual_seed(seed)
+        self.turn: dict[Site, int] = {}
+        self.drawn: dict[tuple[Site, tuple[int, ...]], list[Tensor]] = {}
+
+    def __call__(self, site: Site, valid_BT: Tensor) -> Tensor:
+        """Bool [B, T]."""
+        turn = self.turn[site] = (self.turn.get(site, 0) + 1) % DRAWS
+        key = (site, tuple(valid_BT.shape))
+        if key not in self.drawn:
+            # all at once, so that no later pass pays for drawing
+            size = (DRAWS, *valid_BT.shape)
+            draws = torch.rand(size, generator=self.generator, device=self.generator.device)
+            self.drawn[key] = list((draws >= self.share).to(valid_BT.device).unbind())
+        return self.drawn[key][turn]

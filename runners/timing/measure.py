@@ -17,8 +17,7 @@ from runners.corpus.source import Document, load_documents
 from runners.errors import UserError
 from runners.point import Point
 from runners.store.provenance import provenance
-from runners.timing.bench import Bench
-from runners.timing.draws import RandomDraw
+from runners.timing.bench import Bench, RandomDraw
 
 log = logging.getLogger(__name__)
 

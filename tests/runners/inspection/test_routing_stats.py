@@ -13,8 +13,7 @@ from analysis.drawing.coloured_text import page
 from analysis.routing_maps import by_layer, executed_share, main, read
 from methods.engine.routed import routed
 from runners.base_model.load import Base
-from runners.inspection.tables import routing_tables, token_rows
-from runners.inspection.token_classes import CLASSES, token_classes
+from runners.inspection.tables import CLASSES, routing_tables, token_classes, token_rows
 from tests.conftest import documents
 from tests.runners.toy import SITES, toy
 

@@ -16,8 +16,7 @@ from methods.informed import Informed
 from runners.launching import check
 from runners.store.seal import read_sealed
 from runners.timing import bench
-from runners.timing.bench import Bench
-from runners.timing.draws import RandomDraw
+from runners.timing.bench import Bench, RandomDraw
 from runners.timing.stopwatch import Timing, interleaved, ratio
 from tests.methods.conftest import small_ids, small_model
 
