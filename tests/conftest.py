@@ -19,7 +19,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from runners.base_model.embedded import byte_tokenizer, tiny_model
+from runners.base_model.synthetic import byte_tokenizer, tiny_model
 from runners.corpus.source import Document
 
 ROOT = Path(__file__).resolve().parents[1]

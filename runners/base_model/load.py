@@ -25,7 +25,8 @@ from methods.engine.decoder.families import UnsupportedModel, require_family
 from methods.engine.routed import attach
 from runners.base_model import device_map
 from runners.base_model import fsdp as sharded
-from runners.base_model.embedded import cache_root, embedded_model, random_model, tiny_model
+from runners.base_model.embedded import cache_root, embedded_model
+from runners.base_model.synthetic import random_model, tiny_model
 from runners.errors import UserError
 from runners.store.provenance import hash_model
 from runners.store.stage_cache import content_key

@@ -21,8 +21,9 @@ from methods.base import Method, Shape, Stage, StageBudget
 from methods.engine.decoder.adapter import shape_of
 from methods.engine.measure.flops import dense_flops
 from runners.base_model.config import model_config, weights_are_here
-from runners.base_model.embedded import cache_root, random_model
+from runners.base_model.embedded import cache_root
 from runners.base_model.load import build_budget, build_method
+from runners.base_model.synthetic import random_model
 from runners.corpus.source import stream_documents
 from runners.errors import UserError
 from runners.job import describe, variant

@@ -13,7 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from methods.engine.checkpoint import save_pretrained
 from methods.engine.routed import attach, routed, routing_of
 from methods.random import Random
-from runners.base_model.embedded import byte_tokenizer, tiny_model
+from runners.base_model.synthetic import byte_tokenizer, tiny_model
 from runners.errors import UserError
 from runners.evaluation.tasks import task_set
 from runners.routed_lm import RoutedLM

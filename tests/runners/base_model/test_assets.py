@@ -15,14 +15,13 @@ import pytest
 from runners.base_model import embedded as assets
 from runners.base_model.embedded import (
     MANIFEST,
-    byte_tokenizer,
     cache_root,
     cached_folder,
     embedded_model,
     fetch_wheel,
     sha256_of,
-    tiny_model,
 )
+from runners.base_model.synthetic import byte_tokenizer, tiny_model
 from runners.errors import UserError
 from tests.conftest import ROOT
 

@@ -16,8 +16,8 @@ from methods.engine.decoder.offload import offloading
 from methods.engine.decoder.placement import placed
 from runners.base_model import device_map
 from runners.base_model.device_map import asked, layout
-from runners.base_model.embedded import tiny_model
 from runners.base_model.load import load_base
+from runners.base_model.synthetic import tiny_model
 from runners.errors import UserError
 from runners.launching.check import check_config
 from runners.launching.command_line import prepare

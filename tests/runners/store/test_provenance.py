@@ -9,7 +9,7 @@ import subprocess
 import pytest
 import torch
 
-from runners.base_model.embedded import tiny_model
+from runners.base_model.synthetic import tiny_model
 from runners.store.provenance import code_version, git_state, hash_model, provenance
 
 
