@@ -18,9 +18,8 @@ from runners.base_model.embedded import sha256_of
 from runners.errors import UserError
 from runners.launching.command_line import CONF
 from runners.runtime import processes
-from runners.runtime.failures import note
 from runners.runtime.signals import Interrupted, listening
-from runners.runtime.workers import at_work
+from runners.runtime.workers import at_work, note_failure
 from runners.store.files import full_disk
 from runners.store.run_folder import RunFolder, fingerprint
 from runners.store.summary import drift, headline
@@ -56,7 +55,7 @@ def measure_speed(cfg: DictConfig) -> None:
     folder = RunFolder(Path(config["results_dir"]) / fingerprint(config))
     label = f"speed of {describe(config)}"
     with _caught(label), listening(), at_work(), folder.lock():
-        if processes.count() > 1:
+        if processes.world_size() > 1:
             raise UserError("speed is measured in one process: start it without a launcher")
         if not folder.config_file.exists():
             folder.begin(config)
@@ -89,15 +88,17 @@ def _caught(label: str) -> Iterator[None]:
         raise
     except UserError as error:
         log.error("%s failed: %s", label, error)
-        note(f"{label}: {error}")
+        note_failure(f"{label}: {error}")
     except Exception as error:
         log.error("%s failed: %s", label, reason(error), exc_info=True)
-        note(f"{label}: {reason(error)}")
+        note_failure(f"{label}: {reason(error)}")
     else:
         return
     finally:
         gc.collect()
-    if processes.count() > 1:  # the others may wait for this one for ever; the launcher ends them
+    if (
+        processes.world_size() > 1
+    ):  # the others may wait for this one for ever; the launcher ends them
         raise SystemExit(1)
 
 
@@ -144,17 +145,17 @@ def _to_skip(config: Mapping[str, Any], folder: RunFolder) -> bool:
 
 def _agreed(config: Mapping[str, Any], find: Callable[[], bool]) -> bool:
     """What the first of the launched processes finds; alone, what `find` gives."""
-    if processes.count() == 1:
+    if processes.world_size() == 1:
         return find()
-    from runners.runtime import distributed as ranks
+    from runners.runtime.distributed import broadcast_object, join
 
-    ranks.join(config["device"])
-    return ranks.told(find)
+    join(config["device"])
+    return broadcast_object(find)
 
 
 def too_little_memory(error: Exception) -> UserError | None:
     """The user's version of a failed allocation."""
-    from runners.runtime.out_of_memory import out_of_memory
+    from runners.runtime.memory import out_of_memory
 
     if not out_of_memory(error):
         return None

@@ -24,7 +24,7 @@ from runners.corpus.rows import Texts
 from runners.corpus.source import SPLITS, Source
 from runners.errors import UserError
 from runners.evaluation.evaluate import evaluate, evaluation_key
-from runners.runtime import processes
+from runners.runtime.processes import is_main_process
 from runners.store.items import write_items
 from runners.store.provenance import code_version, provenance
 from runners.store.run_folder import RunFolder
@@ -67,7 +67,7 @@ class Point:
             fit_tokens=self.budget.fit_tokens,
         )
         self.probe = ModelProbe(self.base.model, self.method, self.texts.for_probe(self.budget))
-        writes = processes.leads()
+        writes = is_main_process()
         self.products = Products(cache_root(config["cache_dir"]) if writes else folder.path)
         self.reports: list[dict[str, Any]] = []
         self.realised: float | None = None

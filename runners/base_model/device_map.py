@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from runners.errors import UserError
-from runners.runtime import processes
+from runners.runtime.processes import world_size
 from runners.store.files import disk_error
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def check(cfg: Mapping[str, Any]) -> None:
         return
     wanted = asked(cfg)
     assert wanted is not None
-    if processes.count() > 1:
+    if world_size() > 1:
         raise UserError("device_map places the model of one process: start it without a launcher")
     if cfg["device"] not in ("auto", "cpu", "cuda"):
         raise UserError(f"device={cfg['device']} is one device: with device_map, leave it out")

@@ -29,7 +29,7 @@ from runners.store.stage_cache import content_key
 log = logging.getLogger(__name__)
 
 HERE = Path(__file__).resolve().parent
-CODE = [HERE, HERE.parent / "runtime" / "out_of_memory.py"]
+CODE = [HERE, HERE.parent / "runtime" / "memory.py"]
 CODE += sorted(TEMPLATES.glob("*.yaml"))
 
 

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from methods.engine.decoder.placement import input_device
 from runners.evaluation.perplexity import Window, window_nlls
 from runners.evaluation.shared_contexts import Answer, SharedContexts
-from runners.runtime.out_of_memory import Fitting
+from runners.runtime.memory import Fitting
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from methods.engine.decoder.placement import device_of, input_device
 from runners.corpus.source import Document
 from runners.errors import UserError
 from runners.evaluation.bootstrap import bootstrap_interval
-from runners.runtime.out_of_memory import Fitting
+from runners.runtime.memory import Fitting
 from runners.runtime.progress import progress as progress_bar
 
 LOGIT_ROWS = 512

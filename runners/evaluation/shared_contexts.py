@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from methods.engine.decoder.placement import input_device, spread
-from runners.runtime.out_of_memory import Fitting
+from runners.runtime.memory import Fitting
 
 Tokens = tuple[int, ...]
 PAYS = 1.3

@@ -22,7 +22,7 @@ from runners.evaluation.builtin_tasks import GENERATORS
 from runners.evaluation.stock_tasks import missing_files
 from runners.evaluation.tasks import check_tasks
 from runners.evaluation.texts import describe_text, missing_texts
-from runners.runtime import processes
+from runners.runtime.processes import check_batch_sizes
 from runners.tracking.base import BACKENDS
 
 CHOICES = {
@@ -156,11 +156,12 @@ def _is_number(value: Any) -> bool:
 
 
 def _check_budget(budget: Mapping[str, Any]) -> None:
-    for stage in ("forecasters", "routers", "lora"):
+    stages = ("forecasters", "routers", "lora")
+    for stage in stages:
         for key, value in budget[stage].items():
             if not isinstance(value, int) or value < 1:
                 raise UserError(f"budget.{stage}.{key} must be a whole number >= 1, not {value!r}")
-    processes.check(budget)
+    check_batch_sizes({stage: budget[stage]["batch_size"] for stage in stages})
 
 
 SPEED_CHOICES = {

@@ -22,9 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 from runners.errors import UserError
 from runners.launching.check import check_config
 from runners.launching.ray_launcher import register
-from runners.runtime import processes
-from runners.runtime.failures import gathered, note
-from runners.runtime.workers import passing_on
+from runners.runtime.processes import is_main_process, world_size
+from runners.runtime.workers import collected_failures, note_failure, passing_on
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
@@ -54,7 +53,7 @@ def launch(entry: Callable[[], Any], config_name: str, check: Check = check_conf
     try:
         if not {"--help", "-h", "--hydra-help", "--version", "--cfg", "-c"} & set(sys.argv[1:]):
             sys.argv[1:] = prepare(sys.argv[1:], config_name, check)
-        with gathered() as failed, passing_on():
+        with collected_failures() as failed, passing_on():
             entry()
     except UserError as error:
         sys.exit(_end(error, 2))
@@ -71,11 +70,11 @@ def one_line_errors() -> Iterator[None]:
         yield
     except UserError as error:
         _end(error, 1)
-        note(str(error))
+        note_failure(str(error))
 
 
 def _end(error: Exception, code: int) -> int:
-    if processes.leads():  # the others make the same mistake
+    if is_main_process():  # the others make the same mistake
         sys.stderr.write(f"error: {error}\n")
     return code
 
@@ -194,7 +193,7 @@ def _check_choice(override: Override) -> None:
 def _check_launcher(name: str) -> None:
     if name not in LAUNCHERS:
         raise UserError(f"unknown hydra/launcher {name!r}; known: {', '.join(LAUNCHERS)}")
-    if processes.count() > 1 and name != "basic":
+    if world_size() > 1 and name != "basic":
         raise UserError(f"hydra/launcher={name}: processes launched together share every point")
     needed = LAUNCHERS[name]
     if needed is not None and find_spec(needed[0]) is None:

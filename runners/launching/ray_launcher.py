@@ -32,9 +32,8 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from runners.errors import UserError
-from runners.runtime.failures import VARIABLE
 from runners.runtime.signals import Interrupted, noted
-from runners.runtime.workers import end_points
+from runners.runtime.workers import VARIABLE, end_points
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Processes that train one point together, one per device, as `accelerate launch` starts them.
+"""Train one point in several processes, one per device, as `accelerate launch` starts them.
 
 Rows of a micro-batch are dealt out, gradients and rates are summed; everything else (fits,
 calibration, evaluation) every process does alike, and only the first one writes. What a method
@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, distributed, nn
 
-from runners.runtime import processes
+from runners.runtime.processes import is_main_process, world_size
 
 T = TypeVar("T")
 
@@ -29,54 +29,64 @@ def join(device: str) -> None:
     Args:
         device: of the config; `cpu` keeps off the GPUs.
     """
-    if processes.count() == 1 or distributed.is_initialized():
+    if world_size() == 1 or distributed.is_initialized():
         return
     from accelerate import PartialState
 
     PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=PATIENCE)
 
 
-def own_rows(count: int) -> slice:
+def is_distributed() -> bool:
+    """Whether this process has met others."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def local_rows(count: int) -> slice:
     """Those of `count` rows that this process passes through the model."""
-    if not together():
+    if not is_distributed():
         return slice(0, count)
     rank, world = distributed.get_rank(), distributed.get_world_size()
     return slice(count * rank // world, count * (rank + 1) // world)
 
 
-def most_rows(count: int) -> int:
+def most_local_rows(count: int) -> int:
     """The largest number of them that any process passes."""
-    world = distributed.get_world_size() if together() else 1
+    world = distributed.get_world_size() if is_distributed() else 1
     return -(-count // world)
 
 
-def together() -> bool:
-    """Whether there are other processes."""
-    return distributed.is_available() and distributed.is_initialized()
-
-
-def told(find: Callable[[], T]) -> T:
-    """What `find` gives in the first process, in all of them."""
-    if not together():
+def broadcast_object(find: Callable[[], T]) -> T:
+    """Give all processes what `find` returns in the first one."""
+    if not is_distributed():
         return find()
-    found: list[Any] = [find() if processes.leads() else None]
+    found: list[Any] = [find() if is_main_process() else None]
     distributed.broadcast_object_list(found, src=0)
     value: T = found[0]
     return value
 
 
-def highest(value: int) -> int:
+def broadcast_module(module: nn.Module) -> None:
+    """Give every process the first one's parameters and buffers."""
+    if not is_distributed():
+        return
+    for tensor in module.state_dict().values():
+        held = tensor.to(_device()).contiguous()
+        distributed.broadcast(held, src=0)
+        tensor.copy_(held)
+
+
+def all_reduce_max(value: int) -> int:
     """The largest of all processes' values."""
-    if not together():
+    if not is_distributed():
         return value
     held = torch.tensor(value, device=_device())
     distributed.all_reduce(held, op=distributed.ReduceOp.MAX)
     return int(held.item())
 
 
-def add_up(tensors: Sequence[Tensor]) -> None:
+def all_reduce(tensors: Sequence[Tensor]) -> None:
     """Replace each tensor by its sum over all processes, in one transfer per dtype."""
-    if not together():
+    if not is_distributed():
         return
     for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
         same = [tensor for tensor in tensors if tensor.dtype == dtype]
@@ -87,24 +97,14 @@ def add_up(tensors: Sequence[Tensor]) -> None:
 
 
 def shared_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
-    """Gradients to add up: those that any process has; zeros where this one has none."""
-    if together():
+    """Gradients to sum: those that any process has; zeros where this one has none."""
+    if is_distributed():
         held = torch.tensor([float(p.grad is not None) for p in parameters], device=_device())
         distributed.all_reduce(held)
         for parameter, count in zip(parameters, held.tolist(), strict=True):
             if count and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
     return [p.grad for p in parameters if p.grad is not None]
-
-
-def align(module: nn.Module) -> None:
-    """Give every process the first one's parameters and buffers."""
-    if not together():
-        return
-    for tensor in module.state_dict().values():
-        held = tensor.to(_device()).contiguous()
-        distributed.broadcast(held, src=0)
-        tensor.copy_(held)
 
 
 def _device() -> torch.device:

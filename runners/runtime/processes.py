@@ -1,6 +1,6 @@
-"""Whether this process is one of several that `accelerate launch` (or torchrun) started.
+"""Tell whether `accelerate launch` (or torchrun) started several processes for one point.
 
-Read from the environment, before anything heavy loads; what they do together is in `ranks`.
+Read from the environment, before anything heavy loads; what they do together is in `distributed`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SILENT = {"tracking": {"backend": "off"}, "checkpoint_seconds": None}
 """What a process that does not write has in its config."""
 
 
-def count() -> int:
+def world_size() -> int:
     """How many there are; 1 for a process that was started as any other."""
     try:
         return int(os.environ.get("WORLD_SIZE", "1"))
@@ -27,29 +27,31 @@ def count() -> int:
         return 1
 
 
-def leads() -> bool:
+def is_main_process() -> bool:
     """Whether this one writes the results: the first, or the only one."""
-    return count() == 1 or os.environ.get("RANK", "0") == "0"
+    return world_size() == 1 or os.environ.get("RANK", "0") == "0"
 
 
-def check(budget: Mapping[str, Any]) -> None:
-    """Refuse a budget that several processes cannot share.
+def check_batch_sizes(sizes: Mapping[str, int]) -> None:
+    """Refuse batches that several processes cannot share.
+
+    Args:
+        sizes: rows of a batch, by stage.
 
     Raises:
-        UserError: a batch has fewer rows than there are processes.
+        UserError: one has fewer rows than there are processes.
     """
-    for stage in ("forecasters", "routers", "lora"):
-        rows = budget[stage]["batch_size"]
-        if rows < count():
+    for stage, rows in sizes.items():
+        if rows < world_size():
             raise UserError(
-                f"budget.{stage}.batch_size={rows} has less than a row for each of {count()} "
-                "processes: raise it, or launch fewer"
+                f"budget.{stage}.batch_size={rows} has less than a row for each of "
+                f"{world_size()} processes: raise it, or launch fewer"
             )
 
 
 def own(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config as it is for this process: only the first writes where the user looks."""
-    if leads():
+    if is_main_process():
         return dict(config)
     logging.getLogger().setLevel(logging.WARNING)
     scratch = tempfile.mkdtemp(prefix="routebench-")

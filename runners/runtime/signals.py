@@ -1,6 +1,6 @@
-"""Signals that ask a run to end: it stops where nothing is lost, within seconds.
+"""End a run where nothing is lost, within seconds of a signal that asks for it.
 
-A gradient stage defers them to the end of the micro-batch that runs, writes a checkpoint and
+A gradient stage defers signals to the end of the micro-batch that runs, writes a checkpoint and
 obeys; everything else has nothing to keep and obeys at once.
 """
 
@@ -30,34 +30,19 @@ class Stop:
 
     def __init__(self) -> None:
         self.number: int | None = None
-        self.deferring = 0
-        self.ending = False
+        """Of a signal that has come and is not obeyed yet."""
+        self.deferring = self.ending = False
         self.before: dict[int, Any] = {}
-
-    @property
-    def asked(self) -> bool:
-        """True once a signal has come that is not obeyed yet."""
-        return self.number is not None
-
-    def agree(self, highest: Callable[[int], int]) -> None:
-        """Take over what another process was asked for.
-
-        Args:
-            highest: the largest of all processes' values.
-        """
-        self.number = highest(self.number or 0) or None
+        """Handlers of before `listening`."""
 
     def receive(self, number: int, frame: Any = None) -> None:
         """The handler. A second Ctrl-C does not wait for the checkpoint; a second SIGTERM, as the
         sweep and a scheduler may both send one, does not disturb the end."""
         if self.ending and number == signal.SIGTERM:
             return
-        again = self.number is not None
-        if self.deferring and not (again and number == signal.SIGINT):
-            self.number = number
-            return
-        self.number = number
-        self.obey()
+        again, self.number = self.number is not None, number
+        if not self.deferring or (again and number == signal.SIGINT):
+            self.obey()
 
     def obey(self) -> None:
         """End as the last signal asks; a launcher's own handler decides, if there is one.
@@ -68,8 +53,8 @@ class Stop:
         number, self.number = self.number, None
         if number is None:
             return
-        own = self.before.get(number)
-        if not (callable(own) and _foreign(own)):
+        own: Any = self.before.get(number)
+        if not _is_foreign(own):
             self.ending = True
             raise Interrupted(number)
         own(number, None)
@@ -86,34 +71,33 @@ def listening() -> Iterator[None]:
         return
     for number in (*ASKING, *OTHERS):
         own = signal.getsignal(number)
-        if _foreign(own) or (number in ASKING and own is not signal.SIG_IGN):
-            _stop.before[number] = own
-            signal.signal(number, _stop.receive)
+        if _is_foreign(own) or (number in ASKING and own is not signal.SIG_IGN):
+            _stop.before[number] = signal.signal(number, _stop.receive)
     try:
         yield
     finally:
         for number, own in _stop.before.items():
             signal.signal(number, own)
-        left, _stop.before, _stop.number = _stop.number, {}, None
-        _stop.ending = False
+        left = _stop.number
+        _stop.number, _stop.ending, _stop.before = None, False, {}
         if left is not None:  # it came while the point failed
             signal.raise_signal(left)
 
 
 @contextmanager
 def deferred() -> Iterator[Stop]:
-    """Inside the block a signal is noted; who runs there looks at `asked` and calls `obey`."""
-    _stop.deferring += 1
+    """Note a signal inside the block; who runs there looks at `number` and calls `obey`."""
+    _stop.deferring = True
     try:
         yield _stop
     finally:
-        _stop.deferring -= 1
+        _stop.deferring = False
     _stop.obey()
 
 
 @contextmanager
 def handled(handler: Callable[[int, Any], Any]) -> Iterator[None]:
-    """Inside the block `handler` gets the signals that ask a run to end."""
+    """Give the signals that ask a run to end to `handler` inside the block."""
     before = {number: signal.signal(number, handler) for number in ASKING}
     try:
         yield
@@ -124,12 +108,12 @@ def handled(handler: Callable[[int, Any], Any]) -> Iterator[None]:
 
 @contextmanager
 def noted() -> Iterator[list[int]]:
-    """Inside the block the signals that ask a run to end are listed, and nothing else happens."""
+    """List the signals that ask a run to end inside the block; nothing else happens."""
     asked: list[int] = []
     with handled(lambda number, _: asked.append(number)):
         yield asked
 
 
-def _foreign(handler: Callable[..., Any] | int | None) -> bool:
-    """A handler that somebody installed, as submitit does, not Python's or the system's own."""
+def _is_foreign(handler: Any) -> bool:
+    """Whether somebody installed it, as submitit does: it is not Python's or the system's own."""
     return callable(handler) and handler is not signal.default_int_handler

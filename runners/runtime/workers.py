@@ -1,49 +1,92 @@
-"""Points in other processes: a signal to the sweep ends the points that run, and it waits.
+"""Run points in other processes: their failures come back to the sweep, its signals go to them.
 
-A worker that runs a point says so by a file in the folder of `failures`, which the sweep and its
-workers share, on whatever machine they are. Asked to end, the sweep leaves word there; the workers
-look for it, and each ends its point as if the signal had come to it.
+A sweep shares a folder with the workers that a launcher starts for it, on whatever machine they
+are, and names it in their environment. A worker leaves a file there for each point that failed
+and a mark while a point runs. Asked to end, the sweep leaves word there; the workers look for it,
+and each ends its point as if the signal had come to it.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import platform
+import shutil
 import signal
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from runners.runtime.failures import own_folder, shared_folder
 from runners.runtime.signals import Interrupted, handled
 
 log = logging.getLogger(__name__)
 
+VARIABLE = "ROUTEBENCH_FAILURES"
+"""Names the folder, which has to be on a disk that all workers share: Hydra's `outputs`."""
+FOLDER = Path("outputs")
 PATIENCE_S = 25.0
 """For the workers to end in; Slurm kills 30 s after it has asked (`KillWait`)."""
 LOOK_S = 0.3
 STOP, MARK = "stop", "at-work-"
 
+failed_points: list[str] = []
+"""Reasons of points that failed in this process; a sweep goes on after one."""
+
+
+def note_failure(reason: str) -> None:
+    """Remember a failed point, and tell the process that started the sweep."""
+    failed_points.append(reason)
+    folder = _shared_folder(in_worker=True)
+    if folder is not None:
+        (folder / f"{uuid.uuid4().hex}.txt").write_text(reason)
+
+
+def _shared_folder(*, in_worker: bool) -> Path | None:
+    """The shared folder, made, if this process is a worker; or if it is the sweep itself."""
+    named = os.environ.get(VARIABLE)
+    if not named or Path(named).name.startswith(f"failed-{os.getpid()}-") == in_worker:
+        return None
+    folder = Path(named)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextmanager
+def collected_failures() -> Iterator[list[str]]:
+    """Add what workers note inside the block, and show it.
+
+    Yields:
+        `failed_points`, complete when the block has ended.
+    """
+    folder = FOLDER.absolute() / f"failed-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    os.environ[VARIABLE] = str(folder)
+    try:
+        yield failed_points
+    finally:
+        del os.environ[VARIABLE]
+        for file in sorted(folder.glob("*.txt")):
+            reason = file.read_text()
+            failed_points.append(reason)
+            sys.stderr.write(f"error: {reason}\n")
+        shutil.rmtree(folder, ignore_errors=True)
+
 
 @contextmanager
 def at_work() -> Iterator[None]:
-    """Around a point, inside `interrupt.listening`. In a process that no sweep has started to run
-    its points, this does nothing.
+    """Mark that a point runs, inside `signals.listening`; outside a worker this does nothing.
 
     Raises:
         Interrupted: the sweep is ending.
     """
-    folder = shared_folder()
+    folder = _shared_folder(in_worker=True)
     if folder is None:
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    mark = folder / f"{MARK}{os.getpid()}-{platform.node()}"
+    mark = folder / f"{MARK}{uuid.uuid4().hex}"
     mark.touch()
     done = threading.Event()
     try:
@@ -90,23 +133,10 @@ def end_points(number: int) -> None:
     """Have the workers end their points, begin none, and wait for them."""
     name = signal.Signals(number).name
     log.error("sweep stopped by %s; the same command goes on from here", name)
-    folder = own_folder()
+    folder = _shared_folder(in_worker=False)
     if folder is None:
         return
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / STOP).touch()
     deadline = time.monotonic() + PATIENCE_S
-    while any(map(_is_alive, folder.glob(f"{MARK}*"))) and time.monotonic() < deadline:
+    while any(folder.glob(f"{MARK}*")) and time.monotonic() < deadline:
         time.sleep(0.05)
-
-
-def _is_alive(mark: Path) -> bool:
-    """Whether the process of a mark is there, as far as this machine can tell."""
-    pid, _, machine = mark.name.removeprefix(MARK).partition("-")
-    if machine != platform.node():
-        return True
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    return True

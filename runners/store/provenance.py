@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.engine.decoder.offload import stored
-from runners.runtime import processes
+from runners.runtime.processes import world_size
 from runners.store.command import started_with
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -34,7 +34,7 @@ def provenance() -> dict[str, Any]:
         "device": device_name(),
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
-        "processes": processes.count(),
+        "processes": world_size(),
     }
 
 

@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 
 from methods.base import Method
 from methods.engine.checkpoint import BadCheckpoint, load_tensors
-from runners.runtime import distributed as ranks
-from runners.runtime import processes
+from runners.runtime.distributed import broadcast_module, broadcast_object
+from runners.runtime.processes import is_main_process
 from runners.store.files import disk_error, full_disk, remove_partial, write_json_atomic
 from runners.store.plain import to_plain
 from runners.store.seal import Damaged, read_sealed, sealed
@@ -52,12 +52,12 @@ class Products:
         """A JSON product: (value, whether it was cached)."""
         path = self.values / f"{key}.json"
         with _locked(path):
-            found = ranks.told(partial(_read_json, path))
+            found = broadcast_object(partial(_read_json, path))
             if found is not None:
                 return found, True
             remove_partial(self.values, path.name)
             made = make()
-            if processes.leads():
+            if is_main_process():
                 write_json_atomic(path, sealed(to_plain(made, path.name)))
             return made, False
 
@@ -71,14 +71,14 @@ class Products:
         """
         folder = self.stages / key
         with _locked(folder):
-            found = ranks.told(partial(self._load, folder, method))
+            found = broadcast_object(partial(self._load, folder, method))
             if found is not None:
-                ranks.align(method)
+                broadcast_module(method)
                 return {**found, "cached": True}
             remove_partial(folder)
             report = dict(run())
-            ranks.align(method)
-            if processes.leads():
+            broadcast_module(method)
+            if is_main_process():
                 self._keep(folder, method, report)
             shutil.rmtree(self.checkpoints(key), ignore_errors=True)
             return {**report, "cached": False}

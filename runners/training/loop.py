@@ -18,8 +18,15 @@ from transformers import PreTrainedModel
 from methods.base import Method, Probe, Stage, StageBudget
 from methods.engine.decoder.placement import input_device
 from methods.engine.lora import attach_lora
-from runners.runtime import distributed as ranks
-from runners.runtime.out_of_memory import out_of_memory
+from runners.runtime.distributed import (
+    all_reduce,
+    all_reduce_max,
+    broadcast_object,
+    is_distributed,
+    most_local_rows,
+    shared_gradients,
+)
+from runners.runtime.memory import out_of_memory
 from runners.runtime.progress import progress
 from runners.runtime.signals import Stop, deferred
 from runners.training.batches import Batches
@@ -133,12 +140,12 @@ class Loop:
     def _train(
         self, stage: Stage, budget: StageBudget, meter: Meter, saved: Checkpoints
     ) -> Position:
-        found = ranks.told(saved.load)
+        found = broadcast_object(saved.load)
         thresholds = self._start_thresholds(stage) if found is None else {}
         parameters = self._trainable(stage)
         adamw, schedule = optimiser(stage, parameters, budget)
         batches = Batches(self.rows(budget), budget, self.device)
-        start = Position(thresholds, ranks.most_rows(budget.batch_size))
+        start = Position(thresholds, most_local_rows(budget.batch_size))
         training = Training(self.method, parameters, adamw, schedule, batches, start)
         if found is not None:
             training.restore(found)
@@ -152,8 +159,8 @@ class Loop:
         with deferred() as stop:
             while True:
                 training.begin_step()
-                stop.agree(ranks.highest)
-                if stop.asked or (at.step < budget.steps and saved.due()):
+                stop.number = all_reduce_max(stop.number or 0) or None
+                if stop.number or (at.step < budget.steps and saved.due()):
                     state = training.state() | {"cost": meter.read(), "curve": curve}
                     saved.save(at.step, training.tensors(), state)
                     stop.obey()
@@ -178,7 +185,7 @@ class Loop:
         try:
             found = self._gradients(stage, budget, training, target, stop)
         except Exception as error:
-            lacking = out_of_memory(error) and not ranks.together()
+            lacking = out_of_memory(error) and not is_distributed()
             if not lacking:
                 raise
         if found is None:
@@ -210,7 +217,7 @@ class Loop:
         progress_share, rows = training.at.step / max(1, budget.steps - 1), training.at.micro_batch
         losses, rates = [], []
         for _ in range(budget.accumulate):
-            if stop.asked and not ranks.together():
+            if stop.number and not is_distributed():
                 return None
             batch = next(training.batches)
             for loss, rate, part in self.passes.losses(stage, batch, rows, progress_share, target):
@@ -219,7 +226,7 @@ class Loop:
                 rates.append(rate * part)
         loss = torch.stack(losses).sum() / budget.accumulate
         rate = torch.stack(rates).sum() / budget.accumulate
-        ranks.add_up([loss, rate, *ranks.shared_gradients(training.parameters)])
+        all_reduce([loss, rate, *shared_gradients(training.parameters)])
         return loss, rate
 
     def _trainable(self, stage: Stage) -> list[nn.Parameter]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from methods.base import RoutedView, Site
-from runners.runtime import distributed as ranks
+from runners.runtime.distributed import all_reduce
 from runners.training.rng import RandomState
 
 ATEN = torch.ops.aten
@@ -112,7 +112,7 @@ class Rates:
 
         mean = over([view.execute_rate for view in views])
         sites = {site: over([v.site_rates[site] for v in views]) for site in views[0].site_rates}
-        ranks.add_up([mean, *sites.values()])
+        all_reduce([mean, *sites.values()])
         return cls(mean, sites)
 
     def seen_by(self, view: RoutedView) -> RoutedView:

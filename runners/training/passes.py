@@ -13,7 +13,7 @@ from methods.base import Method, RoutedView, Site, Stage, UnitView
 from methods.engine.decoder.adapter import decoder
 from methods.engine.observe import observed
 from methods.engine.routed import Routing, routed, routing_of
-from runners.runtime import distributed as ranks
+from runners.runtime.distributed import local_rows
 from runners.training.losses import distillation_loss, hidden_states, language_model_loss
 from runners.training.micro_batches import Rates, parts_of
 
@@ -39,7 +39,7 @@ class Passes:
 
         The rate is 1 under the dense forward. Losses are to be used before the next is asked for.
         """
-        own = ranks.own_rows(len(batch))
+        own = local_rows(len(batch))
         if rows >= len(batch):
             yield *self._loss(stage, batch, progress_share, target), 1.0
             return

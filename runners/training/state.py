@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from methods.base import Method
 from runners.errors import UserError
-from runners.runtime.out_of_memory import free_memory
+from runners.runtime.memory import free_memory
 from runners.training.batches import Batches
 from runners.training.checkpoints import Saved
 from runners.training.rng import RandomState

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from runners import job
-from runners.runtime import failures
+from runners.runtime import workers
 from tests.conftest import Commands
 from tests.runners.wandb_file import runs
 
@@ -139,7 +139,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(commands, tmp_path, key):
 @pytest.fixture
 def failed(monkeypatch):
     reasons: list[str] = []
-    monkeypatch.setattr(failures, "failed_points", reasons)
+    monkeypatch.setattr(workers, "failed_points", reasons)
     return reasons
 
 

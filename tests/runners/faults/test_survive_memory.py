@@ -16,7 +16,7 @@ from methods.engine.routed import routed
 from runners.evaluation.harness import HarnessModel
 from runners.evaluation.perplexity import joined_perplexity
 from runners.evaluation.shared_contexts import SharedContexts
-from runners.runtime.out_of_memory import free_memory
+from runners.runtime.memory import free_memory
 from tests.conftest import SHRUNK, documents, token_rows
 from tests.runners.nursery import Step
 from tests.runners.toy import toy

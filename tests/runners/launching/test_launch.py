@@ -12,7 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from runners.errors import UserError
 from runners.launching.command_line import launch, points, prepare, split_flags
-from runners.runtime import failures
+from runners.runtime import workers
 from tests.conftest import ROOT
 
 
@@ -84,7 +84,7 @@ def test_wrong_word_is_one_line(word, complaint):
 
 @pytest.fixture
 def argv(monkeypatch):
-    monkeypatch.setattr(failures, "failed_points", [])
+    monkeypatch.setattr(workers, "failed_points", [])
 
     def set_words(*words):
         monkeypatch.setattr(sys, "argv", ["sweep.py", *words])
@@ -106,7 +106,7 @@ def test_exit_codes(argv, capsys):
     assert entered == [1]
 
     with pytest.raises(SystemExit) as ended:
-        launch(lambda: failures.note("why"), "sweep")
+        launch(lambda: workers.note_failure("why"), "sweep")
     assert ended.value.code == 1
 
 
