@@ -18,12 +18,11 @@ from methods.engine.decoder.placement import input_device, spread
 from methods.engine.lora import Adapter, attach_lora, describe
 from runners.base_model.embedded import cache_root
 from runners.base_model.load import build_budget, build_method, load_base, method_options
-from runners.corpus.packing import ReadOnce
-from runners.corpus.reading import read_split
-from runners.corpus.rows import Texts
-from runners.corpus.source import SPLITS, Source
+from runners.corpus.rows import Texts, encoder, read_documents
+from runners.corpus.source import check_source
 from runners.errors import UserError
 from runners.evaluation.evaluate import evaluate, evaluation_key
+from runners.point_config import BudgetConfig, DataConfig, parse_section
 from runners.runtime.processes import is_main_process
 from runners.store.items import write_items
 from runners.store.provenance import code_version, provenance
@@ -52,16 +51,23 @@ class Point:
     def __init__(self, config: dict[str, Any], folder: RunFolder, tracker: Safe) -> None:
         self.config, self.folder, self.tracker = config, folder, tracker
         torch.manual_seed(config["seed"])
-        Source(**config["data"]).check()
+        data = parse_section(DataConfig, config["data"])
+        check_source(data)
         self.base = load_base(config)
-        tokenizer = ReadOnce(self.base.tokenizer)
-        self.documents = {split: read_split(config, split, tokenizer) for split in SPLITS}
+        encode = encoder(self.base.tokenizer)
+        self.documents = read_documents(
+            data,
+            parse_section(BudgetConfig, config["budget"]),
+            config["eval"]["perplexity"]["documents_limit"],
+            config["seed"],
+            encode,
+        )
         self.budget = build_budget(config)
         self.method = build_method(config, self.base.model)
         check_reach(self.method, config["method"]["name"])
         self.texts = Texts(
             self.documents,
-            tokenizer,
+            encode,
             config["budget"]["seq_len"],
             config["seed"],
             fit_tokens=self.budget.fit_tokens,

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, TypeVar
 
 from annotated_types import Ge, Gt, Lt
 from pydantic import ConfigDict, TypeAdapter
@@ -20,6 +20,7 @@ STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 Positive = Annotated[int, Ge(1)]
 Natural = Annotated[int, Ge(0)]
 Share = Annotated[float, Ge(0), Lt(1)]
+T = TypeVar("T")
 Backend = Literal["off", "wandb", "tensorboard"]
 
 
@@ -51,11 +52,16 @@ class DataConfig:
     path: str | None = None
     config_name: str | None = None
     revision: str | None = None
-    splits: Mapping[str, str] | None = None
+    splits: Mapping[str, str] | None = field(default=None, hash=False)
     """The hub's name of each of our splits; one that has train's gets its part of it."""
     documents_limit: Positive | None = None
     shuffle_buffer: Natural = 1000
     """Documents that the next one is drawn from; 0 keeps the files' order."""
+
+    @property
+    def kind(self) -> Literal["sotu", "files", "hub"]:
+        """Where text is read: a folder that is given goes before the source."""
+        return self.source if self.dir is None else "files"
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,11 @@ class StageConfig:
     batch_size: Positive
     seq_len: Positive
     accumulate: Positive
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the stage reads in all."""
+        return self.steps * self.accumulate * self.batch_size * self.seq_len
 
 
 @dataclass(frozen=True)
@@ -276,6 +287,15 @@ class PointConfig:
                 sections[name] = {key: sections.pop(key) for key in keys if key in sections}
         text = json.dumps(sections)
         return TypeAdapter(cls).validate_json(text)
+
+
+def parse_section(section: type[T], raw: Mapping[str, Any]) -> T:
+    """Check one section by itself.
+
+    Raises:
+        pydantic.ValidationError: what is wrong, and where.
+    """
+    return TypeAdapter(section).validate_json(json.dumps(raw))
 
 
 GROUPED: Mapping[str, Any] = {

@@ -22,13 +22,12 @@ from methods.engine.checkpoint import BadCheckpoint, from_pretrained, read_setti
 from methods.engine.routed import routed
 from runners.base_model import device_map as places
 from runners.base_model.load import Base, load_base
-from runners.corpus.packing import ReadOnce, pack_tokens
-from runners.corpus.reading import after_tokens
-from runners.corpus.source import load_documents
+from runners.corpus.rows import ProbeText, encoder, load_rows
 from runners.errors import UserError
 from runners.evaluation.harness import HarnessModel
 from runners.launching.check import CHOICES, check_sparsity
-from runners.training.probe import ModelProbe, ProbeText
+from runners.point_config import DataConfig
+from runners.training.probe import ModelProbe
 
 log = logging.getLogger(__name__)
 
@@ -91,14 +90,12 @@ class RoutedLM(HarnessModel):
         except BadCheckpoint as error:
             raise UserError(str(error)) from error
         if sparsity is not None:
-            tokenizer = ReadOnce(base.tokenizer)
-            enough = after_tokens(calibration_tokens, calibration_seq_len, tokenizer)
-            rows = pack_tokens(
-                load_documents(split="calibration", dir=calibration_dir, enough=enough),
-                tokenizer,
+            rows = load_rows(
+                DataConfig(dir=calibration_dir),
+                "calibration",
+                encoder(base.tokenizer),
                 seq_len=calibration_seq_len,
-                max_tokens=calibration_tokens,
-                seed=0,
+                tokens=calibration_tokens,
             )
             text = ProbeText(train=rows, calibration=rows, sensitivity=rows)
             method.calibrate(ModelProbe(base.model, method, text), float(sparsity))

@@ -1,25 +1,47 @@
-"""Documents for fitting, calibration and test: embedded, from files, from the hub."""
+"""Read documents for fitting, calibration and test: embedded, from local files, from the hub.
+
+Local files are read here, a row at a time: a mistake is said with its file and line, and no
+column's type is guessed from a sample. Data sets of the hub are streamed by `datasets`. The order
+of rows follows from the shards' names and a seed alone, in every process and with every version of
+a library, and no more is read than is asked for.
+"""
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import io
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+import json
+import logging
+import random
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from runners.corpus.files import check_files, files_of, no_files, shards_of
-from runners.corpus.hub import hub_shards
-from runners.corpus.order import PLACES, Shard, stream
 from runners.errors import UserError
+from runners.point_config import DataConfig
+
+log = logging.getLogger(__name__)
 
 SPLITS = ("train", "calibration", "test")
-SOTU_YEARS: dict[str, tuple[int, int]] = {
-    "train": (0, 1989),
-    "calibration": (1990, 1999),
-    "test": (2000, 9999),
-}
+SOTU_YEARS = {"train": (0, 1989), "calibration": (1990, 1999), "test": (2000, 9999)}
+ENDINGS = ("parquet", "jsonl", "jsonl.gz", "jsonl.zst")
+SYNONYMS = {"calibration": "validation"}
+"""What a folder may call a split instead."""
+READ_ROWS, READ_BYTES = 256, 2**20
+"""Of a Parquet column that are decoded, and read, at once."""
+LONGEST = 2**22
+"""Characters of a document that are used; a tokenizer takes 235 bytes of memory a token."""
+OPEN = 16
+"""Shards that are read in turn, a row of each."""
+PARTS = 20
+"""A split without shards of its own gets one of so many of train's rows."""
+PLACES = {"calibration": 1, "test": 2}
+"""Which: the second and the third, so that a file of three rows serves all splits."""
 
 
 @dataclass(frozen=True)
@@ -30,143 +52,70 @@ class Document:
     text: str
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where documents come from: the keys of a config's `data`.
-
-    Attributes:
-        name: of the preset; not read.
-        source: `sotu` (embedded), `files` or `hub`.
-        dir: folder with `<split>.<ending>` or shards `<split>-*.<ending>`, of `shards.ENDINGS`;
-            a split that has none gets its part of train's. Given, it is read whatever the source.
-        text_field: field of a record that holds its text.
-        path, config_name, revision: hub data set, its configuration and pinned revision.
-        splits: the hub's name of each of our splits; one that has train's gets its part of it.
-        documents_limit: first documents of a split only.
-        shuffle_buffer: documents that are held to draw the next one from; 0 keeps the files' order.
-    """
-
-    name: str | None = None
-    source: str = "sotu"
-    dir: str | None = None
-    text_field: str = "text"
-    path: str | None = None
-    config_name: str | None = None
-    revision: str | None = None
-    splits: Mapping[str, str] | None = None
-    documents_limit: int | None = None
-    shuffle_buffer: int = 1000
-
-    @property
-    def embedded(self) -> bool:
-        """Whether it is the text that is installed with the project."""
-        return self.dir is None and self.source == "sotu"
-
-    @property
-    def folder(self) -> Path:
-        """Of local files.
-
-        Raises:
-            UserError: none is named, or it is not there.
-        """
-        if self.dir is None:
-            raise UserError(
-                "data source 'files' needs data.dir=<folder with train.jsonl or shards>"
-            )
-        folder = Path(self.dir).expanduser()
-        if not folder.is_dir():
-            raise UserError(f"data.dir={self.dir} is not a folder")
-        return folder
-
-    def check(self) -> None:
-        """Find out, from schemas and first rows alone, that the text can be read.
-
-        Raises:
-            UserError: as `stream_documents`.
-        """
-        if self.dir is not None:
-            check_files(self.folder, SPLITS, self.text_field)
-        elif self.source == "hub":
-            for split in SPLITS:
-                self._on_hub(split)
-
-    def shards(self, split: str) -> tuple[list[Shard], list[str]]:
-        """Shards to read for a split, and the splits that share those of train."""
-        if self.dir is not None or self.source == "files":
-            return self._in_folder(split)
-        if self.source == "hub":
-            shared = [name for name in PLACES if self._hub_name(name) == self._hub_name("train")]
-            return self._on_hub(split), shared
-        raise UserError(f"unknown data source {self.source!r}; known: sotu, files, hub")
-
-    def _in_folder(self, split: str) -> tuple[list[Shard], list[str]]:
-        shared = [name for name in PLACES if not files_of(self.folder, name)]
-        shards = shards_of(self.folder, "train" if split in shared else split, self.text_field)
-        if not shards:
-            raise UserError(no_files(self.folder, split))
-        return shards, shared
-
-    def _on_hub(self, split: str) -> list[Shard]:
-        name = self._hub_name(split)
-        return hub_shards(self.path, self.config_name, self.revision, name, self.text_field)
-
-    def _hub_name(self, split: str) -> str:
-        return (self.splits or {}).get(split, split)
+Shard = tuple[str, Callable[[], Iterator[str]]]
+"""What begins the names of its documents, and what opens a file or a part of a data set."""
 
 
 def load_documents(
-    *,
+    data: DataConfig,
     split: str,
+    *,
     seed: int = 0,
     enough: Callable[[Document], bool] | None = None,
-    **options: Any,
 ) -> list[Document]:
-    """Documents of a split, in a fixed order.
+    """Read documents of a split until `enough` is true of one, in a fixed order.
 
-    Args:
-        split, seed, options: as for `stream_documents`.
-        enough: told of each document as it is read; after the first for which it says True no
-            more are. The embedded text is small, and read whole.
+    The embedded text is small, and read whole.
 
     Raises:
         UserError: as `stream_documents`; a split without a document.
     """
-    source, documents = Source(**options), []
-    for document in stream_documents(split=split, seed=seed, **options):
+    documents = []
+    for document in stream_documents(data, split, seed=seed):
         documents.append(document)
-        if not source.embedded and enough is not None and enough(document):
+        if data.kind != "sotu" and enough is not None and enough(document):
             break
     if not documents:
-        where = source.dir or source.path or source.source
-        raise UserError(f"no documents in split {split!r} of {where}")
+        raise UserError(f"no documents in split {split!r} of {data.dir or data.path}")
     return documents
 
 
-def stream_documents(*, split: str, seed: int = 0, **options: Any) -> Iterator[Document]:
-    """Documents of a split in a fixed order, read when they are asked for.
+def stream_documents(data: DataConfig, split: str, *, seed: int = 0) -> Iterator[Document]:
+    """Read documents of a split when they are asked for.
 
     Args:
-        split: `train`, `calibration` or `test`.
         seed: of the order. Test text has one order for all seeds.
-        options: of `Source`.
 
     Raises:
-        UserError: missing folder, file, field or network; an unknown source or split.
+        UserError: a missing folder, file, field or network; a row that is no text.
     """
-    source = Source(**options)
-    if split not in SPLITS:
-        raise UserError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
-    if source.embedded:
-        return itertools.islice(_from_sotu(split), source.documents_limit)
-    shards, shared = source.shards(split)
-    rows = stream(
+    if data.kind == "sotu":
+        return itertools.islice(_from_sotu(split), data.documents_limit)
+    shards, shared = _shards(data, split)
+    found = stream(
         shards,
         split=split if split in ("train", *shared) else None,
         shared=shared,
         seed=None if split == "test" else seed,
-        buffer=source.shuffle_buffer,
+        buffer=data.shuffle_buffer,
     )
-    return (Document(name, text) for name, text in itertools.islice(rows, source.documents_limit))
+    return itertools.islice(found, data.documents_limit)
+
+
+def check_source(data: DataConfig) -> None:
+    """Open every split as far as its first row, before a model is loaded.
+
+    Raises:
+        UserError: as `stream_documents`.
+    """
+    for split in SPLITS if data.kind != "sotu" else ():
+        _, texts = _shards(data, split)[0][0]
+        next(texts(), None)
+
+
+def _shards(data: DataConfig, split: str) -> tuple[list[Shard], list[str]]:
+    """Shards to read for a split, and the splits that share those of train."""
+    return (_on_hub if data.kind == "hub" else _in_folder)(data, split)
 
 
 def _from_sotu(split: str) -> Iterator[Document]:
@@ -180,15 +129,228 @@ def _from_sotu(split: str) -> Iterator[Document]:
     return (Document(str(name), sotu.raw(name)) for name in names)
 
 
+def _in_folder(data: DataConfig, split: str) -> tuple[list[Shard], list[str]]:
+    if data.dir is None:
+        raise UserError("data source 'files' needs data.dir=<folder with train.jsonl or shards>")
+    folder = Path(data.dir).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"data.dir={data.dir} is not a folder")
+    name_unread(folder)
+    shared = [name for name in PLACES if not files_of(folder, name)]
+    name = "train" if split in shared else split
+    files = files_of(folder, name)
+    if not files:
+        endings = ", ".join(ENDINGS)
+        raise UserError(f"data.dir={folder} holds no {split}.jsonl and no {split}-*.* ({endings})")
+    stems = [file.name.removesuffix(".parquet").partition(".jsonl")[0] for file in files]
+    opened = [functools.partial(texts_of, file, data.text_field) for file in files]
+    return list(zip(stems, opened, strict=True)), shared
+
+
+def files_of(folder: Path, split: str) -> list[Path]:
+    """List `<split>.<ending>` and `<split>-*.<ending>`, as the hub names them, by name."""
+    patterns = [f"{split}{rest}.{ending}" for rest in ("", "-*") for ending in ENDINGS]
+    found = sorted({file for pattern in patterns for file in folder.glob(pattern)})
+    return files_of(folder, SYNONYMS[split]) if not found and split in SYNONYMS else found
+
+
+@functools.cache
+def name_unread(folder: Path) -> None:
+    """Say once which text files of a folder no split reads."""
+    found = {file for ending in ENDINGS for file in folder.glob(f"*.{ending}")}
+    for split in SPLITS:
+        found -= set(files_of(folder, split))
+    if found:
+        log.warning("%s: not read: %s", folder, ", ".join(sorted(file.name for file in found)))
+
+
+def texts_of(file: Path, text_field: str) -> Iterator[str]:
+    """Read the text of every row of a local file.
+
+    Args:
+        text_field: column, or field of each line's JSON object, that holds the text.
+
+    Raises:
+        UserError: a broken file, a missing column, a line or a value that is no text.
+    """
+    from pyarrow import ArrowException
+
+    form, rows = ("Parquet", _parquet) if file.suffix == ".parquet" else ("JSON Lines", _json_lines)
+    try:
+        for where, value in rows(file, text_field):
+            yield _text(value, where)
+    except (ArrowException, OSError, EOFError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{file} cannot be read as {form}: {reason}") from error
+
+
+def _parquet(file: Path, text_field: str) -> Iterator[tuple[str, Any]]:
+    """Row group by row group, and of these the text's column only."""
+    from pyarrow import parquet
+
+    opened = parquet.ParquetFile(file, buffer_size=READ_BYTES, pre_buffer=False)
+    _require(text_field, opened.schema_arrow.names, str(file))
+    number = itertools.count(1)
+    for group in range(opened.num_row_groups):
+        for batch in opened.iter_batches(READ_ROWS, row_groups=[group], columns=[text_field]):
+            yield from ((f"{file}, row {next(number)}", v) for v in batch.column(0).to_pylist())
+
+
+def _json_lines(file: Path, text_field: str) -> Iterator[tuple[str, Any]]:
+    """Line by line, whether the file is compressed or not."""
+    import pyarrow
+
+    with io.BufferedReader(pyarrow.input_stream(file)) as lines:  # type: ignore[arg-type]
+        for number, line in enumerate(lines, start=1):
+            where = f"{file}, line {number}"
+            try:
+                row = json.loads(line) if line.strip() else None
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{where}: no JSON ({error})") from error
+            if isinstance(row, dict):
+                _require(text_field, row, where)
+                yield where, row[text_field]
+            elif line.strip():
+                raise UserError(f"{where}: no JSON object with a field {text_field!r}")
+
+
+def _require(text_field: str, columns: Iterable[str], where: str) -> None:
+    if text_field not in columns:
+        names = ", ".join(map(repr, columns)) or "none"
+        raise UserError(
+            f"{where} has no column {text_field!r} but {names} (data.text_field= names another)"
+        )
+
+
+def _text(value: Any, where: str) -> str:
+    """What a tokenizer can read: of a very long text the beginning, which is said."""
+    if not isinstance(value, str):
+        raise UserError(f"{where} holds no text but a {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # half a pair, which JSON can write and UTF-8 cannot
+        raise UserError(f"{where} holds no Unicode text ({error.reason})") from error
+    if len(value) > LONGEST:
+        log.warning("%s: of %d characters the first %d are read", where, len(value), LONGEST)
+    return value[:LONGEST]
+
+
+def _on_hub(data: DataConfig, split: str) -> tuple[list[Shard], list[str]]:
+    if not data.path:
+        raise UserError("data source 'hub' needs data.path=<owner/name of a data set>")
+    names = {name: (data.splits or {}).get(name, name) for name in SPLITS}
+    rows = _hub_split(data, names[split])
+    shards: list[Shard] = [
+        (
+            f"{data.path}-{index:05}-of-{rows.num_shards:05}",
+            functools.partial(_hub_texts, rows, index, f"data set {data.path}", data.text_field),
+        )
+        for index in range(rows.num_shards)
+    ]
+    return shards, [name for name in PLACES if names[name] == names["train"]]
+
+
+@functools.lru_cache(maxsize=8)
+def _hub_split(data: DataConfig, split: str) -> Any:
+    """A split as an iterable, its column found in what describes the data set or its first row."""
+    where = f"data set {data.path}"
+    with reached(where):
+        found = open_on_hub(str(data.path), data.config_name, revision=data.revision)
+        if split not in found:
+            known = ", ".join(map(str, found))
+            raise UserError(f"{where} has no split {split!r} but {known} (data.splits=)")
+        columns = found[split].column_names or list(next(iter(found[split]), {}))
+    _require(data.text_field, columns, where)
+    return found[split].select_columns([data.text_field])
+
+
+def _hub_texts(rows: Any, index: int, where: str, text_field: str) -> Iterator[str]:
+    with reached(where):
+        part = rows.shard(num_shards=rows.num_shards, index=index)
+        for number, row in enumerate(part, start=1):
+            yield _text(row[text_field], f"{where}, shard {index}, row {number}")
+
+
+def open_on_hub(path: str, config: str | None, **options: Any) -> Any:
+    """Open a data set of the hub; nothing is downloaded that is not read, no script is run."""
+    import datasets
+
+    options = {"streaming": True, "trust_remote_code": False, **options}
+    return datasets.load_dataset(path, config, **options)
+
+
+@contextmanager
+def reached(where: str, instead: str = "data.dir=<folder of shards>") -> Iterator[None]:
+    """Say what the libraries below raise (of three packages, no common class) in one line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise UserError(
+            f"cannot read {where}: {reason} (a private one needs HF_TOKEN; without a network set "
+            f"{instead}, or HF_HOME to a filled cache)"
+        ) from error
+
+
+def stream(
+    shards: Sequence[Shard],
+    *,
+    split: str | None = None,
+    shared: Sequence[str] = (),
+    seed: int | None = None,
+    buffer: int = 0,
+) -> Iterator[Document]:
+    """Read several shards in turn, so that no text is that of one shard only.
+
+    Args:
+        split, shared: only the part of `split`, of text that also serves the splits `shared`.
+        seed: of the order of the shards, of which `OPEN` are read at a time, and of the buffer;
+            None keeps the order of the names and rows.
+        buffer: rows among which the next one is drawn; 0 as without a seed.
+    """
+
+    def part(index: int, shard: Shard) -> Iterator[Document]:
+        name, texts = shard
+        for number, text in enumerate(texts()):
+            # the shard's place in the list shifts the count, for shards of few rows
+            place = (index + number) % PARTS
+            owner = next((other for other in shared if PLACES[other] == place), "train")
+            if split is None or owner == split:
+                yield Document(f"{name}-{number + 1}", text)
+
+    numbered = list(enumerate(shards))
+    if seed is None or buffer == 0:
+        return _in_turn(itertools.starmap(part, numbered))
+    random.Random(f"shards {seed}").shuffle(numbered)
+    return _drawn(
+        _in_turn(itertools.starmap(part, numbered)), buffer, random.Random(f"rows {seed}")
+    )
+
+
+def _in_turn(shards: Iterator[Iterator[Document]]) -> Iterator[Document]:
+    """A row of each of `OPEN` shards; one that has ended makes room for the next."""
+    opened = deque(itertools.islice(shards, OPEN))
+    while opened:
+        shard = opened.popleft()
+        row = next(shard, None)
+        if row is not None:
+            yield row
+        opened.extend(itertools.islice(shards, 1) if row is None else [shard])
+
+
+def _drawn(rows: Iterator[Document], size: int, drawn: random.Random) -> Iterator[Document]:
+    """Each row is drawn from a buffer, where the next one takes its place."""
+    held = list(itertools.islice(rows, size))
+    for row in rows:
+        place = drawn.randrange(size)
+        held[place], taken = row, held[place]
+        yield taken
+    drawn.shuffle(held)
+    yield from held
+
+
 def digest(content: Any) -> str:
-    """sha256 of a tensor's bytes or of texts, hex."""
-    total = hashlib.sha256()
-    if hasattr(content, "numpy"):
-        total.update(str(tuple(content.shape)).encode())
-        total.update(content.contiguous().cpu().numpy().tobytes())
-        return total.hexdigest()
-    for text in content:
-        data = text.encode()
-        total.update(f"{len(data)}|".encode())
-        total.update(data)
-    return total.hexdigest()
+    """Hash texts or rows of tokens: sha256 of their JSON, hex."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -31,6 +31,7 @@ from methods.engine.routed import routed, routing_of
 from runners.base_model.load import Base, load_base
 from runners.corpus.source import Document, stream_documents
 from runners.errors import UserError
+from runners.point_config import DataConfig, parse_section
 from runners.store.files import write_bytes_atomic
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def record_routing(config: Mapping[str, Any]) -> Path:
         raise UserError(str(error)) from error
     if not method.sites():
         raise UserError(f"saved={config['saved']} routes nowhere: there is nothing to inspect")
-    documents = stream_documents(split="test", **config["data"])
+    documents = stream_documents(parse_section(DataConfig, config["data"]), "test")
     rows = token_rows(base, documents, tokens=config["tokens"], context=config["context"])
     if config["prompt"]:
         rows.append((PROMPT, base.tokenizer(str(config["prompt"]))["input_ids"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import math
@@ -16,12 +17,14 @@ from urllib.parse import urlsplit
 from methods.engine.decoder.families import UnsupportedModel, require_family
 from methods.engine.ops.cpu.build import reason_without
 from runners.base_model import device_map
-from runners.corpus.source import Source
+from runners.corpus.rows import check_documents
+from runners.corpus.source import check_source
 from runners.errors import UserError
 from runners.evaluation.builtin_tasks import GENERATORS
 from runners.evaluation.stock_tasks import missing_files
 from runners.evaluation.tasks import check_tasks
 from runners.evaluation.texts import describe_text, missing_texts
+from runners.point_config import BudgetConfig, DataConfig, parse_section
 from runners.runtime.processes import check_batch_sizes
 from runners.tracking.base import BACKENDS
 
@@ -58,11 +61,27 @@ def check_config(cfg: Mapping[str, Any]) -> None:
     if "speed" in cfg:
         _check_speed(cfg["speed"])
     check_evaluation(cfg["eval"])
+    data = DataConfig(**cfg["data"])
+    if data.kind == "files":
+        limit, tasks = cfg["eval"]["perplexity"]["documents_limit"], tuple(cfg["eval"]["tasks"])
+        budget = parse_section(BudgetConfig, cfg["budget"])
+        _check_local_text(data, budget, limit, cfg["seed"] or 0, tasks)
+
+
+@functools.lru_cache(maxsize=8)
+def _check_local_text(
+    data: DataConfig, budget: BudgetConfig, limit: int | None, seed: int, tasks: tuple[str, ...]
+) -> None:
+    """What a point will read can be read, and is enough for the tasks that are made of it."""
+    test = check_documents(data, budget, limit, seed)["test"]
+    for name in tasks:
+        if name in GENERATORS:
+            GENERATORS[name](test, seed)
 
 
 def _check_data(data: Mapping[str, Any]) -> None:
     """Numbers, and local files as far as their schemas; the hub is asked when the point begins."""
-    known = [field.name for field in fields(Source)]
+    known = [field.name for field in fields(DataConfig)]
     if unknown := sorted(set(data) - set(known)):
         raise UserError(f"unknown data.{unknown[0]}; known: {', '.join(known)}")
     for key, least in (("documents_limit", 1), ("shuffle_buffer", 0)):
@@ -72,7 +91,7 @@ def _check_data(data: Mapping[str, Any]) -> None:
         if value is not None and value < least:
             raise UserError(f"data.{key} must be at least {least}, not {value}")
     if data.get("dir") is not None:
-        Source(**data).check()
+        check_source(DataConfig(**data))
 
 
 def check_tracking(tracking: Mapping[str, Any]) -> None:

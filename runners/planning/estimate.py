@@ -24,15 +24,17 @@ from runners.base_model.config import model_config, weights_are_here
 from runners.base_model.embedded import cache_root
 from runners.base_model.load import build_budget, build_method
 from runners.base_model.synthetic import random_model
+from runners.corpus.rows import ProbeText
 from runners.corpus.source import stream_documents
 from runners.errors import UserError
 from runners.job import describe, variant
 from runners.point import Point, check_reach, recipe
+from runners.point_config import DataConfig, parse_section
 from runners.store.run_folder import RunFolder, fingerprint
 from runners.store.stage_cache import content_key
 from runners.tracking.base import Safe
 from runners.training.loop import Loop
-from runners.training.probe import ModelProbe, ProbeText
+from runners.training.probe import ModelProbe
 
 PASS = 2048
 """Tokens of one forward of a fit or a calibration."""
@@ -255,7 +257,7 @@ def _document_tokens(config: Mapping[str, Any], options: Mapping[str, Any]) -> f
         known = _least(options["documents"], data["documents_limit"])
         return float((known if limit is None else limit) * min(options["document_tokens"], most))
     size = BYTES_PER_TOKEN.get(config["model"]["source"], 4.0)
-    documents = itertools.islice(stream_documents(split="test", **data), limit)
+    documents = itertools.islice(stream_documents(parse_section(DataConfig, data), "test"), limit)
     return float(sum(min(len(document.text) / size, most) for document in documents))
 
 

@@ -11,11 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from methods.engine.decoder.placement import input_device, placed
-from runners.corpus.packing import ReadOnce, pack_tokens
-from runners.corpus.reading import after_tokens
-from runners.corpus.source import Document, load_documents
+from runners.corpus.rows import encoder, load_rows
 from runners.errors import UserError
 from runners.point import Point
+from runners.point_config import DataConfig, parse_section
 from runners.store.provenance import provenance
 from runners.timing.bench import Bench, RandomDraw
 
@@ -129,12 +128,12 @@ def _rows(point: Point, settings: Mapping[str, Any]) -> Tensor:
     prefill, decode = settings["prefill"], settings["decode"]
     lengths = [*prefill["tokens"], *(c + decode["steps"] for c in decode["context"])]
     longest, most = max(lengths), max([*prefill["batch_sizes"], *decode["batch_sizes"]])
-    tokenizer = ReadOnce(point.base.tokenizer)
-    rows = pack_tokens(
-        _documents(point, longest * most, longest, tokenizer),
-        tokenizer,
+    rows = load_rows(
+        parse_section(DataConfig, point.config["data"]),
+        "test",
+        encoder(point.base.tokenizer),
         seq_len=longest,
-        max_tokens=longest * most,
+        tokens=longest * most,
         seed=point.config["seed"],
     )
     if len(rows) < most:
@@ -143,9 +142,3 @@ def _rows(point: Point, settings: Mapping[str, Any]) -> Tensor:
             "the largest batch: give more text or smaller speed.prefill and speed.decode"
         )
     return rows
-
-
-def _documents(point: Point, tokens: int, seq_len: int, tokenizer: ReadOnce) -> list[Document]:
-    """Test documents that hold the tokens."""
-    enough = after_tokens(tokens, seq_len, tokenizer)
-    return load_documents(split="test", enough=enough, **point.config["data"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,18 +16,10 @@ from methods.engine.decoder.neurons import weights_of
 from methods.engine.decoder.placement import input_device
 from methods.engine.observe import bypassed, observed, observed_routed, unit_gradients
 from methods.engine.routed import routed, routing_of
+from runners.corpus.rows import ProbeText
 from runners.errors import UserError
 from runners.runtime.progress import progress
 from runners.training.losses import language_model_loss
-
-
-@dataclass(frozen=True)
-class ProbeText:
-    """Token rows, int64 [rows, tokens], all without padding."""
-
-    train: Tensor
-    calibration: Tensor
-    sensitivity: Tensor
 
 
 class ModelProbe:

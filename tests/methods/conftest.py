@@ -12,8 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from methods.base import Method
 from methods.engine.decoder.families import FAMILIES
 from runners.base_model.load import build_budget, build_method
+from runners.corpus.rows import ProbeText
 from runners.training.loop import Loop
-from runners.training.probe import ModelProbe, ProbeText
+from runners.training.probe import ModelProbe
 from tests.conftest import CONF, compose_tiny, token_rows
 
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))

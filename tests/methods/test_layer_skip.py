@@ -11,8 +11,9 @@ import torch
 from methods.base import Budget, Site, StageBudget
 from methods.engine.routed import attach, routed
 from methods.layer_skip import LayerSkip, uniform_order
+from runners.corpus.rows import ProbeText
 from runners.training.loop import Loop
-from runners.training.probe import ModelProbe, ProbeText
+from runners.training.probe import ModelProbe
 from tests.methods.conftest import small_ids, small_model
 
 LAYERS = 5

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from methods.base import Decision, Method, RouteContext, Shape, Site, StageBudget
 from methods.engine.routed import attach
+from runners.corpus.rows import ProbeText
 from runners.training.loop import Loop
-from runners.training.probe import ModelProbe, ProbeText
+from runners.training.probe import ModelProbe
 from tests.conftest import token_rows
 
 SITES = (Site(1, "mlp"), Site(2, "mlp"))

@@ -10,8 +10,9 @@ from methods.base import Site
 from methods.engine.observe import observed
 from methods.engine.routed import attach
 from methods.informed_plus import InformedPlus
+from runners.corpus.rows import ProbeText
 from runners.errors import UserError
-from runners.training.probe import ModelProbe, ProbeText
+from runners.training.probe import ModelProbe
 from tests.methods.conftest import small_ids, small_model
 from tests.methods.engine.decoder.test_placement import LAYERS, PLACES
 

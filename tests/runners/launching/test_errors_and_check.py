@@ -65,7 +65,7 @@ def test_budget_refused(stage, key, value):
 
 
 def test_data_folder_must_exist(tmp_path):
-    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "train.jsonl").write_text('{"text": "a text of more than thirty-two bytes"}\n' * 3)
     config = compose_tiny("data=files", f"data.dir={tmp_path}")
     check_config(config)
     config["data"]["dir"] = str(tmp_path / "absent")

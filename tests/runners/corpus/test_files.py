@@ -11,10 +11,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from runners.corpus.files import check_files, files_of, texts_of
-from runners.corpus.source import load_documents
+from runners.corpus.source import LONGEST, check_source, files_of, load_documents, texts_of
 from runners.errors import UserError
 from runners.launching.command_line import prepare
+from runners.point_config import DataConfig
 
 TEXTS = [f"text {number} \u00e9\u2028" for number in range(40)]
 LINES = "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(TEXTS)).encode()
@@ -35,8 +35,9 @@ def table(path: Path, texts, rows: int) -> None:
 @pytest.mark.parametrize("ending", WRITE)
 def test_every_form_gives_the_same(tmp_path, ending):
     WRITE[ending](tmp_path / f"train.{ending}")
-    check_files(tmp_path, ["train", "test"], "text")
-    found = load_documents(split="train", dir=str(tmp_path), shuffle_buffer=0)
+    data = DataConfig(dir=str(tmp_path), shuffle_buffer=0)
+    check_source(data)
+    found = load_documents(data, "train")
     assert [d.text for d in found] == [t for i, t in enumerate(TEXTS) if i % 20 not in (1, 2)]
     assert found[0].name == "train-1"
 
@@ -62,7 +63,7 @@ def test_parquet_is_read_row_group_by_row_group(tmp_path):
     content = bytearray(file.read_bytes())
     content[start : start + column.total_compressed_size] = b"\xff" * column.total_compressed_size
     file.write_bytes(content)
-    check_files(tmp_path, ["train"], "text")
+    check_source(DataConfig(dir=str(tmp_path)))
     assert len(list(itertools.islice(texts_of(file, "text"), 20))) == 20
     with pytest.raises(UserError, match=r"train\.parquet cannot be read as Parquet: ") as caught:
         list(texts_of(file, "text"))
@@ -101,17 +102,17 @@ def test_a_bad_line_is_named(tmp_path, line, ending):
     packed = gzip.compress(content) if ending.endswith("gz") else content
     (tmp_path / f"test.{ending}").write_bytes(packed)
     with pytest.raises(UserError, match=rf"test\.{ending}, line 3.*{LINE[line]}") as caught:
-        load_documents(split="test", dir=str(tmp_path))
+        load_documents(DataConfig(dir=str(tmp_path)), "test")
     assert "\n" not in str(caught.value)
 
 
 def test_values_and_columns_that_are_no_text(tmp_path):
     parquet.write_table(pa.table({"text": ["a", None]}), tmp_path / "train.parquet")
-    with pytest.raises(UserError, match="row 2: no text but a NoneType"):
-        load_documents(split="train", dir=str(tmp_path))
+    with pytest.raises(UserError, match="row 2 holds no text but a NoneType"):
+        load_documents(DataConfig(dir=str(tmp_path)), "train")
     parquet.write_table(pa.table({"text": [1, 2]}), tmp_path / "train.parquet")
-    with pytest.raises(UserError, match="column 'text' holds int64, no text"):
-        check_files(tmp_path, ["train"], "text")
+    with pytest.raises(UserError, match="row 1 holds no text but a int"):
+        check_source(DataConfig(dir=str(tmp_path)))
 
 
 BROKEN = {
@@ -119,7 +120,7 @@ BROKEN = {
     "train-1.jsonl.gz": (gzip.compress(LINES)[:40], "cannot be read as JSON Lines"),
     "train.jsonl.zst": (LINES, "cannot be read as JSON Lines"),
     "train.jsonl": (b'{"content": "a", "n": 1}\n', "has no column 'text' but 'content', 'n'"),
-    "validation.jsonl": (LINES, r"holds no train\.jsonl and no shards train-\*"),
+    "validation.jsonl": (LINES, r"holds no train\.jsonl and no train-\*"),
 }
 
 
@@ -139,7 +140,58 @@ def test_a_missing_column_names_those_that_there_are(tmp_path):
     words = ["data=files", f"data.dir={tmp_path}", "data.text_field=content", "tracking=off"]
     with pytest.raises(UserError, match=r"no column 'content' but 'id', 'text' \(data\.text_field"):
         prepare(words, "sweep")
-    assert prepare([*words[:2], "tracking=off"], "sweep")
+    small = ["tracking=off", "budget.seq_len=16", "eval.tasks=[]"]
+    assert prepare([*words[:2], *small], "sweep")
+
+
+def lines(path: Path, texts) -> None:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+LATE = {
+    "no JSON": ("train", [b"no json"], [], r"train\.jsonl, line 61: no JSON"),
+    "half a pair": ("test", [b'{"text": "\\ud800"}'], [], r"test\.jsonl, line 61 .*surrogates"),
+    "nested": ("test", [b"[" * 10**5], [], r"test\.jsonl, line 61: no JSON"),
+    "documents": ("test", [], [], "continuation_choice needs 4 test documents, found 0"),
+    "tokens": ("test", [], ["budget.seq_len=9999"], "train text has too few tokens .* of 9999"),
+}
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_what_only_reading_on_would_find_is_found_before_a_model_is_loaded(tmp_path, name):
+    """Short documents, of which a point reads all sixty and what follows them."""
+    split, rest, more, complaint = LATE[name]
+    for each in ("train", "calibration", "test"):
+        lines(tmp_path / f"{each}.jsonl", [f"{each} text {n}" for n in range(60)])
+    with (tmp_path / f"{split}.jsonl").open("ab") as file:
+        file.writelines(rest)
+    words = ["data=files", f"data.dir={tmp_path}", "tracking=off", "budget.seq_len=16", *more]
+    with pytest.raises(UserError, match=complaint) as caught:
+        prepare(words, "sweep")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_validation_file_calibrates_and_what_is_not_read_is_named(tmp_path, caplog):
+    for name in ("train", "validation", "training", "test-1"):
+        lines(tmp_path / f"{name}.jsonl", [f"{name} {n}" for n in range(30)])
+    data = DataConfig(dir=str(tmp_path), shuffle_buffer=0)
+    found = [d.text for d in load_documents(data, "calibration")]
+    assert found == [f"validation {n}" for n in range(30)]
+    assert len(load_documents(data, "train")) == 30
+    assert [record.message for record in caplog.records] == [
+        f"{tmp_path}: not read: training.jsonl"
+    ]
+    lines(tmp_path / "calibration.jsonl", ["own"])
+    assert [d.text for d in load_documents(data, "calibration")] == ["own"]
+
+
+def test_a_document_is_cut_before_anything_tokenises_it(tmp_path, caplog):
+    lines(tmp_path / "train.jsonl", ["row"])
+    lines(tmp_path / "test.jsonl", ["short", "x" * (LONGEST + 5)])
+    found = load_documents(DataConfig(dir=str(tmp_path)), "test")
+    assert [len(document.text) for document in found] == [5, LONGEST]
+    said = caplog.records[-1].message
+    assert said.startswith(f"{tmp_path / 'test.jsonl'}, line 2: of {LONGEST + 5} characters")
 
 
 @pytest.mark.parametrize("word", ["documents_limit=0", "documents_limit=a", "shuffle_buffer=-1"])
