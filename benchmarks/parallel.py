@@ -20,8 +20,8 @@ import subprocess
 import tempfile
 import time
 
-from runners.base_model.embedded import cache_root
 from runners.errors import UserError
+from runners.store.files import cache_root
 
 ROOT = Path(__file__).resolve().parents[1]
 POINTS = ("method=skipgpt,d_llm", "sparsity=0.4", "tracking=off", "-m")

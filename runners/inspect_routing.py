@@ -16,15 +16,15 @@ import hydra
 from omegaconf import DictConfig
 
 from runners.inspection.tables import record_routing
-from runners.job import plain, with_saved
 from runners.launching.command_line import launch, one_line_errors
+from runners.point_config import PointConfig, resolve
 
 
 @hydra.main(config_path="../conf", config_name="inspect_routing", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     """Hydra entry."""
     with one_line_errors():
-        record_routing(plain(with_saved(cfg)))
+        record_routing(PointConfig.parse(resolve(cfg)))
 
 
 if __name__ == "__main__":

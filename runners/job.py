@@ -1,86 +1,128 @@
-"""One point of a sweep: build, run the recipe, calibrate, evaluate, record."""
+"""One point's life: skip it or hold it, do its work, keep its record or why it failed."""
 
 from __future__ import annotations
 
+import atexit
 import gc
-import json
 import logging
+import shutil
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from runners.base_model.embedded import sha256_of
 from runners.errors import UserError
-from runners.launching.command_line import CONF
-from runners.runtime import processes
+from runners.point_config import PointConfig, TrackingConfig, resolve
+from runners.runtime.processes import is_main_process, world_size
 from runners.runtime.signals import Interrupted, listening
 from runners.runtime.workers import at_work, note_failure
 from runners.store.files import full_disk
-from runners.store.run_folder import RunFolder, fingerprint
+from runners.store.run_folder import RunFolder
 from runners.store.summary import drift, headline
 
 if TYPE_CHECKING:
-    from runners.point import Point
     from runners.tracking.base import Safe
 
 log = logging.getLogger(__name__)
 
+Job = Literal["sweep", "train", "score"]
 
-def run_point(cfg: DictConfig, *, evaluate: bool = True) -> None:
-    """Bring one point to a complete record, unless it has one; a failure is recorded, not raised.
+
+def run_point(cfg: DictConfig, job: Job = "sweep") -> None:
+    """Bring one point to its record, unless it has one; a failure is recorded, not raised.
 
     Heavy imports happen inside, so that a sweep whose points are all complete ends in seconds.
 
     Args:
-        evaluate: False stops after saving; the folder then holds `routed/` and no record.
+        job: `train` stops after saving; the folder then holds `routed/` and no record. `score`
+            evaluates a saved routed model.
     """
-    config = plain(cfg)
-    _recorded(config, lambda folder: _train_and_score(config, folder, evaluate=evaluate))
+    config = _of_this_process(PointConfig.parse(resolve(cfg)))
+    folder = RunFolder(Path(config.store.results_dir) / config.fingerprint)
+    with _caught(config.label), listening(), at_work(), folder.lock():
+        if _agreed(config, partial(_to_skip, config, folder)):
+            log.info(
+                "%s: complete in %s, skipped (force=true computes it again)",
+                config.label,
+                folder.path,
+            )
+            return
+        log.info("%s: starting in %s", config.label, folder.path)
+        folder.begin(config.redacted)
+        with _failure_recorded(config, folder):
+            _work(config, folder, job)
 
 
-def score_saved(cfg: DictConfig) -> None:
-    """Evaluate a saved routed model into a record of its own."""
-    config = plain(with_saved(cfg))
-    _recorded(config, lambda folder: _score(config, folder))
+def _work(config: PointConfig, folder: RunFolder, job: Job) -> None:
+    """Build, train and calibrate, save, evaluate, record."""
+    from runners import point
+    from runners.tracking.mirror import mirror
+
+    began = time.perf_counter()
+    with _tracked(config, folder, job) as tracker:
+        built = point.build(config)
+        if config.saved is None:
+            trained = point.train(config, built, folder, tracker)
+            point.save(config, built, folder.path / "routed")
+        else:
+            trained = point.restore(config.saved, built)
+        if job == "train":
+            folder.saved()
+            log.info("saved %s", folder.path / "routed")
+            return
+        scores = point.evaluate(config, built, folder)
+        record = point.record(config, built, trained, scores, time.perf_counter() - began)
+        folder.complete(record)
+        mirror(tracker, folder.path, record)
+    log.info("%s: %s", config.label, headline(record))
+    if said := drift(record):
+        log.warning("%s: %s", config.label, said)
 
 
 def measure_speed(cfg: DictConfig) -> None:
     """Time a point's routed model against the dense one; the record gets the key `speed`."""
-    config = plain(cfg)
-    folder = RunFolder(Path(config["results_dir"]) / fingerprint(config))
-    label = f"speed of {describe(config)}"
+    config = PointConfig.parse(resolve(cfg))
+    folder = RunFolder(Path(config.store.results_dir) / config.fingerprint)
+    label = f"speed of {config.label}"
     with _caught(label), listening(), at_work(), folder.lock():
-        if processes.world_size() > 1:
+        if world_size() > 1:
             raise UserError("speed is measured in one process: start it without a launcher")
         if not folder.config_file.exists():
-            folder.begin(config)
+            folder.begin(config.redacted)
         log.info("%s: starting in %s", label, folder.path)
         _time(config, folder)
 
 
-def _time(config: dict[str, Any], folder: RunFolder) -> None:
-    from runners.point import Point
+def _time(config: PointConfig, folder: RunFolder) -> None:
+    from runners import point
     from runners.timing.measure import measure
-    from runners.tracking.base import open_tracker
     from runners.tracking.mirror import mirror_speed
 
-    with open_tracker(config, folder.path, job="speed", **identity(config)) as tracker:
-        point = Point(config, folder, tracker)
-        if config["speed"]["trained"]:
-            point.train()
-        figures = measure(point, config["speed"])
-        folder.add_speed(figures["speed"], {**identity(config), **figures["record"]})
+    assert config.speed is not None
+    with _tracked(config, folder, "speed") as tracker:
+        built = point.build(config)
+        stages = point.train(config, built, folder, tracker).stages if config.speed.trained else []
+        figures = measure(config, built.base, built.method, stages)
+        folder.add_speed(figures["speed"], {**config.identity, **figures["record"]})
         mirror_speed(tracker, figures["speed"])
+
+
+def _tracked(config: PointConfig, folder: RunFolder, job: str) -> AbstractContextManager[Safe]:
+    from runners.tracking.base import open_tracker
+
+    redacted, identity = config.redacted, config.identity
+    return open_tracker(config.tracking, folder.path, job=job, identity=identity, config=redacted)
 
 
 @contextmanager
 def _caught(label: str) -> Iterator[None]:
-    """One failed point never stops a sweep: it is logged and remembered for the exit code."""
+    """Log a failed point and remember it for the exit code: it never stops a sweep."""
     try:
         yield
     except Interrupted as stopped:
@@ -96,60 +138,61 @@ def _caught(label: str) -> Iterator[None]:
         return
     finally:
         gc.collect()
-    if (
-        processes.world_size() > 1
-    ):  # the others may wait for this one for ever; the launcher ends them
+    if world_size() > 1:  # the others may wait for this one for ever; the launcher ends them
         raise SystemExit(1)
 
 
-def _recorded(config: dict[str, Any], work: Callable[[RunFolder], None]) -> None:
-    config = processes.own(config)
-    folder = RunFolder(Path(config["results_dir"]) / fingerprint(config))
-    label = describe(config)
-    with _caught(label), listening(), at_work(), folder.lock():
-        if _agreed(config, partial(_to_skip, config, folder)):
-            log.info(
-                "%s: complete in %s, skipped (force=true computes it again)", label, folder.path
-            )
-            return
-        log.info("%s: starting in %s", label, folder.path)
-        folder.begin(config)
-        try:
-            work(folder)
-        except Interrupted as stopped:
-            folder.interrupted(stopped.signal)
-            raise
-        except Exception as raised:
-            known = full_disk(folder.path, raised) or too_little_memory(raised)
-            error = known or fault_of_method(raised) or raised
-            mistake = isinstance(error, UserError)
-            with suppress(OSError, UserError):  # a full disk; the console says why it failed
-                folder.fail(str(error) if mistake else reason(error), identity(config))
-            raise error from raised.__cause__
+@contextmanager
+def _failure_recorded(config: PointConfig, folder: RunFolder) -> Iterator[None]:
+    """Keep in the point's folder why its work ended early; the error goes on."""
+    try:
+        yield
+    except Interrupted as stopped:
+        folder.interrupted(stopped.signal)
+        raise
+    except Exception as raised:
+        known = full_disk(folder.path, raised) or too_little_memory(raised)
+        error = known or fault_of_method(raised) or raised
+        said = str(error) if isinstance(error, UserError) else reason(error)
+        with suppress(OSError, UserError):  # a full disk; the console says why it failed
+            folder.fail(said, config.identity)
+        raise error from raised.__cause__
 
 
-def _to_skip(config: Mapping[str, Any], folder: RunFolder) -> bool:
+def _to_skip(config: PointConfig, folder: RunFolder) -> bool:
     """Whether the point has its record.
 
     Raises:
         UserError: it failed before and is not to be tried again.
     """
     folder.discard_damaged()
-    if folder.is_complete() and not config["force"]:
+    if folder.is_complete() and not config.store.force:
         return True
     why = folder.failed()
-    if why and not (config["retry_failed"] or config["force"]):
+    if why and not (config.store.retry_failed or config.store.force):
         raise UserError(f"it did before ({why}); retry_failed=true tries again")
     return False
 
 
-def _agreed(config: Mapping[str, Any], find: Callable[[], bool]) -> bool:
+def _of_this_process(config: PointConfig) -> PointConfig:
+    """The config of a process that others were launched with: only the first writes where the
+    user looks, and only it tracks and keeps checkpoints."""
+    if is_main_process():
+        return config
+    logging.getLogger().setLevel(logging.WARNING)
+    scratch = tempfile.mkdtemp(prefix="routebench-")
+    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+    store = replace(config.store, results_dir=scratch, checkpoint_seconds=None)
+    return replace(config, store=store, tracking=TrackingConfig("off"))
+
+
+def _agreed(config: PointConfig, find: Callable[[], bool]) -> bool:
     """What the first of the launched processes finds; alone, what `find` gives."""
-    if processes.world_size() == 1:
+    if world_size() == 1:
         return find()
     from runners.runtime.distributed import broadcast_object, join
 
-    join(config["device"])
+    join(config.placement.device)
     return broadcast_object(find)
 
 
@@ -170,124 +213,6 @@ def fault_of_method(error: Exception) -> UserError | None:
     return UserError(str(error)) if isinstance(error, (BrokenContract, OutOfReach)) else None
 
 
-def _train_and_score(config: dict[str, Any], folder: RunFolder, *, evaluate: bool) -> None:
-    from runners.point import Point
-    from runners.tracking.base import open_tracker
-
-    started = time.perf_counter()
-    job = "sweep" if evaluate else "train"
-    with open_tracker(config, folder.path, job=job, **identity(config)) as tracker:
-        point = Point(config, folder, tracker)
-        point.train()
-        point.save()
-        if evaluate:
-            _finish(config, folder, tracker, point, started)
-        else:
-            folder.saved()
-            log.info("saved %s", folder.path / "routed")
-
-
-def _score(config: dict[str, Any], folder: RunFolder) -> None:
-    from runners.point import Point
-    from runners.tracking.base import open_tracker
-
-    started = time.perf_counter()
-    with open_tracker(config, folder.path, job="score", **identity(config)) as tracker:
-        point = Point(config, folder, tracker)
-        point.restore(Path(config["saved"]), recalibrate=config["recalibrate"])
-        _finish(config, folder, tracker, point, started)
-
-
-def _finish(
-    config: dict[str, Any], folder: RunFolder, tracker: Safe, point: Point, started: float
-) -> None:
-    from runners.tracking.mirror import mirror
-
-    result = {**identity(config), **point.evaluate()}
-    result["seconds"] = time.perf_counter() - started
-    folder.complete(result)
-    mirror(tracker, folder.path, result)
-    log.info("%s: %s", describe(config), headline(result))
-    if said := drift(result):
-        log.warning("%s: %s", describe(config), said)
-
-
-def with_saved(cfg: DictConfig) -> DictConfig:
-    """Fill the method and the model of a score config from the saved folder's JSON.
-
-    Raises:
-        UserError: no saved routed model there.
-    """
-    try:
-        settings = json.loads((Path(cfg.saved) / "routed.json").read_text())
-        target, options, base = settings["target"], settings["options"], settings["base"]
-        content = sha256_of(Path(cfg.saved) / "routed.safetensors")
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"saved={cfg.saved} holds no saved routed model (routed.json)") from error
-    model = {k: base[k] for k in ("name", "source", "path", "revision")}
-    if cfg.base_model is not None:
-        path = str(cfg.base_model)
-        model = {"name": path, "source": "pretrained", "path": path, "revision": None}
-    own = {k: v for k, v in options.items() if k != "sparsity"}
-    name = target.rsplit(".", 2)[-2]
-    moved = cfg.sparsity is not None
-    filled = {
-        "method": {"name": name, "_target_": target, **own},
-        "model": {**model, "trust_remote_code": False},
-        "sparsity": cfg.sparsity if moved else options["sparsity"],
-        "recalibrate": moved,
-        "seed": base["seed"] if cfg.seed is None else cfg.seed,
-        "saved_sha256": content,
-        "trained_on_sha256": base["weights_sha256"],
-    }
-    OmegaConf.set_struct(cfg, False)
-    merged = OmegaConf.merge(cfg, filled)
-    assert isinstance(merged, DictConfig)
-    return merged
-
-
-def plain(cfg: DictConfig) -> dict[str, Any]:
-    """The resolved config as a dictionary; numbers that identify a point in one form."""
-    config = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    assert isinstance(config, dict)
-    config.pop("experiment", None)
-    config["sparsity"] = 0.0 if config["method"]["name"] == "dense" else float(config["sparsity"])
-    return {str(k): v for k, v in config.items()}
-
-
-def describe(config: Mapping[str, Any]) -> str:
-    """Short label of a point for logs."""
-    return f"{config['method']['name']} sparsity={config['sparsity']:g} seed={config['seed']}"
-
-
-def variant(config: Mapping[str, Any]) -> str:
-    """What distinguishes this point's method from its file in conf/method, e.g. `bypass=skip`."""
-    own = config["method"]
-    default = OmegaConf.load(CONF / "method" / f"{own['name']}.yaml")
-    raw = OmegaConf.to_container(default, resolve=False)
-    assert isinstance(raw, dict)
-    changed = [
-        f"{key}={value}"
-        for key, value in own.items()
-        if key in raw and "${" not in str(raw[key]) and raw[key] != value
-    ]
-    if config["objective"] != "distill":
-        changed.append(f"objective={config['objective']}")
-    return ", ".join(changed)
-
-
 def reason(error: BaseException) -> str:
     """One line for a record."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
-
-
-def identity(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a record that names the point."""
-    return {
-        "method": config["method"]["name"],
-        "variant": variant(config),
-        "model": config["model"]["name"],
-        "data": config["data"]["name"],
-        "seed": config["seed"],
-        "sparsity_target": config["sparsity"],
-    }

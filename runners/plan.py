@@ -31,9 +31,10 @@ def main(arguments: list[str]) -> None:
     from runners.runtime.progress import progress
     from runners.store.files import write_json_atomic
 
-    hardware, options = points[0][1]
+    hardware, options = points[0].hardware, points[0].plan
+    assert hardware is not None and options is not None
     planner = Planner(hardware, options)
-    planned = [planner.point(config) for config, _ in progress(points, "plan")]
+    planned = [planner.point(config) for config in progress(points, "plan")]
     sys.stdout.write(table(planned, hardware, options) + "\n")
     if options["json"] is not None:
         write_json_atomic(Path(options["json"]), to_json(planned, hardware))

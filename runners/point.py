@@ -1,4 +1,4 @@
-"""The work of one point: recipe, calibration, evaluation."""
+"""The work of one point: build, train, calibrate, save, evaluate, record."""
 
 from __future__ import annotations
 
@@ -6,24 +6,28 @@ import logging
 import math
 import shutil
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from methods.base import Budget, Method, Probe, Stage
-from methods.engine.checkpoint import restore, save_pretrained
+from methods.engine import checkpoint
 from methods.engine.decoder.placement import input_device, spread
 from methods.engine.lora import Adapter, attach_lora, describe
-from runners.base_model.embedded import cache_root
-from runners.base_model.load import build_budget, build_method, load_base, method_options
+from methods.engine.routed import attach
+from runners.base_model.load import Base, build_budget, load_base
 from runners.corpus.rows import Texts, encoder, read_documents
 from runners.corpus.source import check_source
 from runners.errors import UserError
-from runners.evaluation.evaluate import evaluate, evaluation_key
-from runners.point_config import BudgetConfig, DataConfig, parse_section
+from runners.evaluation.evaluate import evaluate as evaluate_model
+from runners.evaluation.evaluate import evaluation_key
+from runners.point_config import PointConfig, SavedConfig
 from runners.runtime.processes import is_main_process
+from runners.store.files import cache_root
 from runners.store.items import write_items
 from runners.store.provenance import code_version, provenance
 from runners.store.run_folder import RunFolder
@@ -39,174 +43,218 @@ ROOT = Path(__file__).resolve().parents[1]
 STAGE_CODE = [ROOT / "methods", ROOT / "runners" / "training"]
 
 
-class Point:
-    """One method at one target on one model and text.
+@dataclass(frozen=True)
+class Built:
+    """A model, the text of its three splits, and a method that is attached but not trained."""
+
+    base: Base
+    texts: Texts
+    budget: Budget
+    method: Method
+    probe: ModelProbe
+
+
+@dataclass
+class Trained:
+    """What the stages of a recipe reported, and the sparsity that the calibration realised."""
+
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    realised: float | None = None
+
+
+def build(config: PointConfig) -> Built:
+    """Load the model and its text, and attach the method to it.
+
+    Raises:
+        UserError: model or text cannot be read, or the target is out of the method's reach.
+    """
+    torch.manual_seed(config.seed)
+    check_source(config.data)
+    base = load_base(config.resolved)
+    encode, limit = encoder(base.tokenizer), config.eval.perplexity.documents_limit
+    documents = read_documents(config.data, config.budget, limit, config.seed, encode)
+    budget, row = build_budget(config.resolved), config.budget.seq_len
+    method = build_method(config, base.model)
+    check_reach(method, config.method.name)
+    texts = Texts(documents, encode, row, config.seed, fit_tokens=budget.fit_tokens)
+    probe = ModelProbe(base.model, method, texts.for_probe(budget))
+    return Built(base, texts, budget, method, probe)
+
+
+def train(config: PointConfig, built: Built, folder: RunFolder, tracker: Safe) -> Trained:
+    """Run every stage of the recipe, the calibration as the last one, or load its product.
 
     Args:
-        config: resolved and checked.
-        folder: where the record goes; events are logged there.
-        tracker: gets the stage curves.
+        folder: its log gets the stages' curves and reports.
     """
+    method, events, trained = built.method, folder.events, Trained()
 
-    def __init__(self, config: dict[str, Any], folder: RunFolder, tracker: Safe) -> None:
-        self.config, self.folder, self.tracker = config, folder, tracker
-        torch.manual_seed(config["seed"])
-        data = parse_section(DataConfig, config["data"])
-        check_source(data)
-        self.base = load_base(config)
-        encode = encoder(self.base.tokenizer)
-        self.documents = read_documents(
-            data,
-            parse_section(BudgetConfig, config["budget"]),
-            config["eval"]["perplexity"]["documents_limit"],
-            config["seed"],
-            encode,
-        )
-        self.budget = build_budget(config)
-        self.method = build_method(config, self.base.model)
-        check_reach(self.method, config["method"]["name"])
-        self.texts = Texts(
-            self.documents,
-            encode,
-            config["budget"]["seq_len"],
-            config["seed"],
-            fit_tokens=self.budget.fit_tokens,
-        )
-        self.probe = ModelProbe(self.base.model, self.method, self.texts.for_probe(self.budget))
-        writes = is_main_process()
-        self.products = Products(cache_root(config["cache_dir"]) if writes else folder.path)
-        self.reports: list[dict[str, Any]] = []
-        self.realised: float | None = None
-        """Sparsity on calibration text, where the calibration said it."""
+    def on_step(stage: str, figures: dict[str, float]) -> None:
+        folder.log({"event": "step", "stage": stage, **figures})
+        tracker.log({f"{stage}/{key}": value for key, value in figures.items()})
 
-    def train(self) -> None:
-        """Run every stage of the recipe, or load its product; then calibrate."""
-        if spread(self.base.model):
-            check_gradients(self.config["method"]["name"], recipe(self.method, self.budget))
-        loop = Loop(
-            self.base.model,
-            self.method,
-            self.probe,
-            self.texts.rows,
-            objective=self.config["objective"],
-            seed=self.config["seed"],
-            on_step=self._on_step,
-            on_start=self.folder.events.go_back,
-        )
-        for stage, key in self.stage_keys():
-            if stage.lora is not None:
-                attach_lora(self.base.model, self.method, stage.lora, seed=self.config["seed"])
-            saved = Checkpoints(self.products.checkpoints(key), self.config["checkpoint_seconds"])
-            report = self.products.stage(key, self.method, partial(_run, loop, stage, saved))
-            self.reports.append(report)
-            self._put_in_order(stage.name, report)
-            self.folder.log({"event": "stage", **report})
-            log.info("stage %s %s", stage.name, "from the cache" if report["cached"] else "done")
-        self.realised = self.reports[-1]["figures"].get("realised")
+    if spread(built.base.model):
+        check_gradients(config.method.name, recipe(method, built.budget))
+    loop = Loop(
+        built.base.model,
+        method,
+        built.probe,
+        built.texts.rows,
+        objective=config.objective,
+        seed=config.seed,
+        on_step=on_step,
+        on_start=events.go_back,
+    )
+    products = stage_cache(config, folder)
+    for stage, key in stage_keys(config, built):
+        if stage.lora is not None:
+            attach_lora(built.base.model, method, stage.lora, seed=config.seed)
+        kept = Checkpoints(products.checkpoints(key), config.store.checkpoint_seconds)
+        report = products.stage(key, method, partial(_run, loop, stage, kept))
+        # A curve that another point's process made is in that point's log, and only there.
+        here = not report["cached"] or events.has_curve(stage.name, report["steps"])
+        events.go_back(stage.name, report["steps"] if here else 0)
+        folder.log({"event": "stage", **report})
+        log.info("stage %s %s", stage.name, "from the cache" if report["cached"] else "done")
+        trained.stages.append(report)
+    trained.realised = trained.stages[-1]["figures"].get("realised")
+    return trained
 
-    def save(self) -> None:
-        """Write what was added to the model to `routed/` of the point's folder."""
-        save_pretrained(
-            self.method,
-            self.folder.path / "routed",
-            target=self.config["method"]["_target_"],
-            options=method_options(self.config),
-            base={
-                "name": self.base.name,
-                "path": self.config["model"]["path"],
-                "source": self.config["model"]["source"],
-                "revision": self.base.revision,
-                "seed": self.config["seed"],
-                "weights_sha256": self.base.weights_hash,
-            },
-        )
 
-    def restore(self, saved: Path, *, recalibrate: bool) -> None:
-        """Load a saved method instead of training it; `recalibrate` moves it to this target."""
-        restore(self.method, saved, self.base.model)
-        if self.config["trained_on_sha256"] != self.base.weights_hash:
-            log.warning("%s was trained on other weights (or another dtype) than these", saved)
-        if recalibrate:
-            self.realised = self.method.calibrate(self.probe, self.method.sparsity)
+def save(config: PointConfig, built: Built, folder: Path) -> None:
+    """Write what was added to the model to a folder, with what names its base model."""
+    model, base = config.model, built.base
+    local = model.source == "pretrained" and Path(model.path).is_dir()
+    checkpoint.save_pretrained(
+        built.method,
+        folder,
+        target=config.method.target,
+        options=config.method_options,
+        base={
+            "name": base.name,
+            "path": str(Path(model.path).resolve()) if local else model.path,
+            "source": model.source,
+            "revision": base.revision,
+            "seed": config.seed,
+            "weights_sha256": base.weights_hash,
+            **({} if model.config is None else {"config": model.config}),
+        },
+    )
 
-    def evaluate(self) -> dict[str, Any]:
-        """The record's figures: quality with the dense model's beside it, sparsity, cost."""
-        test = self.documents["test"]
-        key = evaluation_key(self.config, self.base, test)
-        dense_samples = self.products.values / f"{key}.samples"
-        dense, _ = self.products.value(
-            key, lambda: evaluate(self.config, self.base, test, samples_dir=dense_samples)
-        )
-        if isinstance(self.method.adapter, Adapter):
-            self.method.adapter.merged = self.config["merge_lora"]
-        routes = bool(self.method.sites())
-        samples = self.folder.path / "samples"
-        if routes:
-            scores = evaluate(self.config, self.base, test, self.method, samples)
-        else:
-            scores = dense
-            if dense_samples.is_dir():
-                shutil.copytree(dense_samples, samples, dirs_exist_ok=True)
-        write_items(self.folder.items_file, scores["items"], dense["items"])
-        record = merge_dense(scores, dense)
-        record["stages"] = self.reports
-        threshold = float(self.method.threshold)
-        if self.realised is None:
-            self.realised = self.probe.routed_scores(threshold).sparsity if routes else 0.0
-        record["realised"] = {
-            **record["realised"],
-            "calibration": self.realised,
-            "achievable": self.method.achievable(self.method.sparsity),
-        }
-        record["added_parameters"] = sum(p.numel() for p in self.method.parameters())
-        record["options"] = method_options(self.config)
-        record["kv_policy"] = self.method.kv_policy
-        record["lora"] = describe(self.method.adapter)
-        record["threshold"] = threshold if math.isfinite(threshold) else None
-        record["identity"] = {
-            "fingerprint": self.folder.path.name,
-            "weights_sha256": self.base.weights_hash,
-            "dtype": str(next(self.base.model.parameters()).dtype).removeprefix("torch."),
-            "objective": self.config["objective"],
-            "budget": self.budget.name,
-            "upper_bound": self.method.upper_bound,
+
+def restore(saved: SavedConfig, built: Built) -> Trained:
+    """Load a saved method instead of training it, and move it to another target if one is asked."""
+    folder, method = Path(saved.saved), built.method
+    checkpoint.restore(method, folder, built.base.model)
+    if saved.trained_on_sha256 != built.base.weights_hash:
+        log.warning("%s was trained on other weights (or another dtype) than these", folder)
+    if not saved.recalibrate:
+        return Trained()
+    return Trained(realised=method.calibrate(built.probe, method.sparsity))
+
+
+def evaluate(config: PointConfig, built: Built, folder: RunFolder) -> dict[str, Any]:
+    """Evaluate the routed model and, once for all that share it, the dense one.
+
+    Returns:
+        Figures of the routed model with the dense model's beside each; those of every item go to
+        the folder.
+    """
+    products, test = stage_cache(config, folder), built.texts.documents["test"]
+    key = evaluation_key(config.resolved, built.base, test)
+    dense_samples, samples = products.values / f"{key}.samples", folder.path / "samples"
+    dense, _ = products.value(
+        key,
+        lambda: evaluate_model(config.resolved, built.base, test, samples_dir=dense_samples),
+    )
+    if isinstance(built.method.adapter, Adapter):
+        built.method.adapter.merged = config.merge_lora
+    if built.method.sites():
+        scores = evaluate_model(config.resolved, built.base, test, built.method, samples)
+    else:
+        scores = dense
+        if dense_samples.is_dir():
+            shutil.copytree(dense_samples, samples, dirs_exist_ok=True)
+    write_items(folder.items_file, scores["items"], dense["items"])
+    return merge_dense(scores, dense)
+
+
+def record(
+    config: PointConfig, built: Built, trained: Trained, scores: dict[str, Any], seconds: float
+) -> dict[str, Any]:
+    """Put together what is kept of the point."""
+    method = built.method
+    threshold, realised = float(method.threshold), trained.realised
+    if realised is None:
+        realised = built.probe.routed_scores(threshold).sparsity if method.sites() else 0.0
+    return {
+        **config.identity,
+        **scores,
+        "stages": trained.stages,
+        "realised": {
+            **scores["realised"],
+            "calibration": realised,
+            "achievable": method.achievable(method.sparsity),
+        },
+        "added_parameters": sum(p.numel() for p in method.parameters()),
+        "options": config.method_options,
+        "kv_policy": method.kv_policy,
+        "lora": describe(method.adapter),
+        "threshold": threshold if math.isfinite(threshold) else None,
+        "identity": {
+            "fingerprint": config.fingerprint,
+            "weights_sha256": built.base.weights_hash,
+            "dtype": str(next(built.base.model.parameters()).dtype).removeprefix("torch."),
+            "objective": config.objective,
+            "budget": built.budget.name,
+            "upper_bound": method.upper_bound,
             **provenance(),
-        }
-        return record
+        },
+        "seconds": seconds,
+    }
 
-    def stage_keys(self) -> Iterator[tuple[Stage, str]]:
-        """Each stage of the recipe with the key of its product."""
-        key = self._recipe_key()
-        for stage in recipe(self.method, self.budget):
-            target = self.method.sparsity if stage.per_target else None
-            key = content_key(key, stage.name, target)
-            yield stage, key
 
-    def _recipe_key(self) -> str:
-        """Hash of all that determines the stages' products, the target sparsity left out."""
-        options = {k: v for k, v in method_options(self.config).items() if k != "sparsity"}
-        return content_key(
-            self.base.weights_hash,
-            self.texts.digest(self.budget),
-            self.config["method"]["_target_"],
-            options,
-            self.config["budget"],
-            self.config["objective"],
-            self.config["seed"],
-            code_version(*STAGE_CODE),
-            str(input_device(self.base.model).type),
-            torch.__version__,
-        )
+def stage_cache(config: PointConfig, folder: RunFolder) -> Products:
+    """The cache that all points share; a launched process that does not lead keeps its own."""
+    return Products(cache_root(config.store.cache_dir) if is_main_process() else folder.path)
 
-    def _put_in_order(self, stage: str, report: dict[str, Any]) -> None:
-        """A curve that another point's process finished is in that point's log, and only there."""
-        events, steps = self.folder.events, report["steps"]
-        here = not report["cached"] or events.has_curve(stage, steps)
-        events.go_back(stage, steps if here else 0)
 
-    def _on_step(self, stage: str, figures: dict[str, float]) -> None:
-        self.folder.log({"event": "step", "stage": stage, **figures})
-        self.tracker.log({f"{stage}/{key}": value for key, value in figures.items()})
+def stage_keys(config: PointConfig, built: Built) -> Iterator[tuple[Stage, str]]:
+    """Each stage of the recipe with the key of its product.
+
+    The key is a hash of all that determines the product. The target is part of it from the first
+    stage on that depends on it: what comes before is shared by the points of a sweep.
+    """
+    method = built.method
+    key = content_key(
+        built.base.weights_hash,
+        built.texts.digest(built.budget),
+        config.method.target,
+        config.method.options,
+        config.resolved["budget"],
+        config.objective,
+        config.seed,
+        code_version(*STAGE_CODE),
+        str(input_device(built.base.model).type),
+        torch.__version__,
+    )
+    for stage in recipe(method, built.budget):
+        key = content_key(key, stage.name, method.sparsity if stage.per_target else None)
+        yield stage, key
+
+
+def build_method(config: PointConfig, model: PreTrainedModel) -> Method:
+    """Construct the method and attach it to the model; what it draws comes from the seed.
+
+    Raises:
+        UserError: an option that the method refuses.
+    """
+    torch.manual_seed(config.seed)
+    method = config.method.make(config.sparsity)
+    try:
+        return attach(model, method).eval()
+    except (TypeError, ValueError) as error:
+        raise UserError(f"method {config.method.name}: {error}") from error
 
 
 def recipe(method: Method, budget: Budget) -> Iterator[Stage]:
@@ -251,8 +299,8 @@ def check_gradients(name: str, stages: Iterable[Stage]) -> None:
         )
 
 
-def _run(loop: Loop, stage: Stage, saved: Checkpoints) -> dict[str, Any]:
-    return loop.run(stage, saved).to_dict()
+def _run(loop: Loop, stage: Stage, kept: Checkpoints) -> dict[str, Any]:
+    return loop.run(stage, kept).to_dict()
 
 
 def merge_dense(scores: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:

@@ -6,29 +6,39 @@ range, an unknown choice or an unknown key is refused here, from the type hints 
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import importlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, TypeVar
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 from annotated_types import Ge, Gt, Lt
-from pydantic import ConfigDict, TypeAdapter
+from omegaconf import DictConfig, OmegaConf
 
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-"""Nothing is converted: `no` is a string and no boolean, 1.5 is no whole number."""
+from runners.errors import UserError
+from runners.options import parse_arguments, parse_section, parse_value, unknown
+from runners.store.files import sha256_of
+from runners.store.redact import redact
+
+if TYPE_CHECKING:
+    from methods.base import Method
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
 
 Positive = Annotated[int, Ge(1)]
 Natural = Annotated[int, Ge(0)]
 Share = Annotated[float, Ge(0), Lt(1)]
-T = TypeVar("T")
-Backend = Literal["off", "wandb", "tensorboard"]
+Mode = Literal["masked", "gathered"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """What is routed: a file of conf/model."""
 
-    __pydantic_config__ = STRICT
     name: str
     source: Literal["embedded", "pretrained", "tiny", "shape"]
     path: str
@@ -43,7 +53,6 @@ class ModelConfig:
 class DataConfig:
     """Text for fitting, calibration and test: a file of conf/data."""
 
-    __pydantic_config__ = STRICT
     name: str | None = None
     source: Literal["sotu", "files", "hub"] = "sotu"
     dir: str | None = None
@@ -68,7 +77,6 @@ class DataConfig:
 class StageConfig:
     """What one gradient stage may spend."""
 
-    __pydantic_config__ = STRICT
     steps: Positive
     batch_size: Positive
     seq_len: Positive
@@ -84,7 +92,6 @@ class StageConfig:
 class BudgetConfig:
     """Steps and tokens of every stage: a file of conf/budget."""
 
-    __pydantic_config__ = STRICT
     name: str
     seq_len: Positive
     fit_tokens: Positive
@@ -99,7 +106,6 @@ class BudgetConfig:
 class PerplexityConfig:
     """Perplexity of the test documents, each by itself."""
 
-    __pydantic_config__ = STRICT
     documents_limit: Positive | None
     tokens_per_document: Positive
     context: Positive
@@ -113,7 +119,6 @@ class PerplexityConfig:
 class TokenPerplexityConfig:
     """Perplexity of a text whose documents are joined."""
 
-    __pydantic_config__ = STRICT
     tokens: Positive | None
     context: Positive
     stride: Positive
@@ -125,7 +130,6 @@ class TokenPerplexityConfig:
 class LongContextConfig:
     """Perplexity of one text at several contexts."""
 
-    __pydantic_config__ = STRICT
     text: str
     contexts: tuple[Positive, ...]
     stride: Positive
@@ -136,7 +140,6 @@ class LongContextConfig:
 class EvalConfig:
     """Perplexity and tasks: a file of conf/eval."""
 
-    __pydantic_config__ = STRICT
     name: str
     perplexity: PerplexityConfig
     texts: tuple[str, ...]
@@ -156,7 +159,6 @@ class EvalConfig:
 class PrefillConfig:
     """Cases of prefill to time: every pair of the two lists."""
 
-    __pydantic_config__ = STRICT
     tokens: tuple[Positive, ...]
     batch_sizes: tuple[Positive, ...]
 
@@ -165,7 +167,6 @@ class PrefillConfig:
 class DecodeConfig:
     """Cases of decode to time: every pair of the two lists."""
 
-    __pydantic_config__ = STRICT
     context: tuple[Positive, ...]
     batch_sizes: tuple[Positive, ...]
     steps: Positive
@@ -175,7 +176,6 @@ class DecodeConfig:
 class SpeedConfig:
     """What `runners/speed.py` times: a file of conf/speed."""
 
-    __pydantic_config__ = STRICT
     name: str
     decisions: Literal["real", "random"]
     trained: bool
@@ -191,8 +191,7 @@ class SpeedConfig:
 class TrackingConfig:
     """Where a run is mirrored: a file of conf/tracking."""
 
-    __pydantic_config__ = STRICT
-    backend: Backend
+    backend: Literal["off", "wandb", "tensorboard"]
     mode: Literal["offline", "online"] = "offline"
     project: str = "routebench"
     entity: str | None = None
@@ -213,14 +212,39 @@ class MethodConfig:
     options: Mapping[str, Any]
     """Constructor arguments but `sparsity`."""
 
+    def make(self, sparsity: float) -> Method:
+        """Construct the method; its options are checked against the constructor's type hints.
+
+        Raises:
+            UserError: no such class, or a name, type or value that it does not take.
+        """
+        cls = self._class()
+        arguments = parse_arguments(cls, {"sparsity": sparsity, **self.options}, "method.")
+        try:
+            return cls(**arguments)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"method {self.name}: {' '.join(str(error).split())}") from error
+
+    def _class(self) -> type[Method]:
+        from methods.base import Method
+
+        module, _, name = self.target.rpartition(".")
+        try:
+            found = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            said = f"method._target_={self.target} cannot be imported ({error})"
+            raise UserError(f"{said}: its folder must be on PYTHONPATH") from error
+        if not (isinstance(found, type) and issubclass(found, Method)):
+            raise UserError(f"method._target_={self.target} is no subclass of methods.base.Method")
+        return found
+
 
 @dataclass(frozen=True)
 class PlacementConfig:
     """Where and in which precision the model lies."""
 
-    __pydantic_config__ = STRICT
     device: str
-    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    dtype: Dtype
     device_map: str | Mapping[str, str | int] | None
     max_memory: Mapping[str | int, str | int] | None
 
@@ -229,7 +253,6 @@ class PlacementConfig:
 class StoreConfig:
     """Where results are kept, and when a point is computed again."""
 
-    __pydantic_config__ = STRICT
     results_dir: str
     cache_dir: str | None
     force: bool
@@ -241,19 +264,43 @@ class StoreConfig:
 class SavedConfig:
     """A saved routed model to evaluate, and what it was trained on."""
 
-    __pydantic_config__ = STRICT
     saved: str
-    base_model: str | None
-    recalibrate: bool
     saved_sha256: str
     trained_on_sha256: str
+    recalibrate: bool
+    """Whether the threshold is moved to another target than the saved one."""
+    base_model: str | None = None
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """What `runners/inspect_routing.py` looks at."""
+
+    prompt: str | None
+    tokens: Annotated[int, Ge(2)]
+    context: Annotated[int, Ge(2)]
+    out_dir: str | None
+
+
+GROUPED: Mapping[str, type] = {
+    "placement": PlacementConfig,
+    "store": StoreConfig,
+    "saved": SavedConfig,
+    "inspect": InspectConfig,
+}
+"""Sections whose keys lie at the top of conf/sweep.yaml and its like."""
+NOT_IN_FINGERPRINT = frozenset(
+    "results_dir cache_dir saved tracking force retry_failed checkpoint_seconds speed device_map "
+    "max_memory hardware plan".split()
+)
+"""Top-level keys of the config that say where or how loudly, never what is computed."""
+FINGERPRINT_DIGITS = 16
 
 
 @dataclass(frozen=True)
 class PointConfig:
     """One point: a method at one target on one model and text."""
 
-    __pydantic_config__ = STRICT
     method: MethodConfig
     model: ModelConfig
     data: DataConfig
@@ -265,42 +312,202 @@ class PointConfig:
     sparsity: Share
     seed: Natural
     objective: Literal["lm", "distill"]
-    mode: Literal["masked", "gathered"]
+    mode: Mode
     merge_lora: bool
+    resolved: Mapping[str, Any] = field(repr=False)
+    """All of the above as JSON types under the keys of conf/, as it is hashed."""
     speed: SpeedConfig | None = None
     saved: SavedConfig | None = None
+    inspect: InspectConfig | None = None
+    hardware: Mapping[str, Any] | None = None
+    plan: Mapping[str, Any] | None = None
 
     @classmethod
     def parse(cls, config: Mapping[str, Any]) -> PointConfig:
-        """Check a resolved config (the flat form of conf/sweep.yaml) and give its sections.
+        """Give the sections of a resolved config, the flat form of conf/sweep.yaml or score.yaml.
 
         Raises:
-            pydantic.ValidationError: what is wrong, and where.
+            UserError: one line: what is wrong, and what is allowed.
         """
-        sections = dict(config)
-        own = dict(sections.pop("method"))
-        sections["method"] = {"name": own.pop("name"), "target": own.pop("_target_")}
-        sections["method"]["options"] = own
-        for name, section in GROUPED.items():
-            keys = section.__dataclass_fields__
-            if name != "saved" or "saved" in sections:
-                sections[name] = {key: sections.pop(key) for key in keys if key in sections}
-        text = json.dumps(sections)
-        return TypeAdapter(cls).validate_json(text)
+        resolved = _normalised(config)
+        rest, options = dict(resolved), dict(resolved["method"])
+        name, target = (parse_value(str, options.pop(k, None), f"method.{k}") for k in NAMED)
+        sections: dict[str, Any] = {"method": MethodConfig(name, target, options)}
+        del rest["method"]
+        for section, kind in GROUPED.items():
+            own = {f.name: rest.pop(f.name) for f in fields(kind) if f.name in rest}
+            if own:
+                sections[section] = parse_section(kind, own)
+        hints = get_type_hints(cls, include_extras=True)
+        for key, value in rest.items():
+            if key not in hints or key in ("resolved", *GROUPED):
+                raise unknown("option", key, [*rest, *sections])
+            sections[key] = parse_value(hints[key], value, key)
+        resolved["sparsity"] = sections["sparsity"]
+        return cls(**sections, resolved=resolved)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Name of the point: a hash of all that determines its numbers."""
+        return fingerprint(self.resolved)
+
+    @property
+    def redacted(self) -> dict[str, Any]:
+        """The resolved config without secrets, as JSON types."""
+        return redact(self.resolved)
+
+    @property
+    def label(self) -> str:
+        """Short name of the point for logs."""
+        return f"{self.method.name} sparsity={self.sparsity:g} seed={self.seed}"
+
+    @functools.cached_property
+    def variant(self) -> str:
+        """What distinguishes the method from its file in conf/method, e.g. `bypass=skip`.
+
+        A method whose file lies elsewhere has all its options here.
+        """
+        file = CONF / "method" / f"{self.method.name}.yaml"
+        usual: Any = OmegaConf.to_container(OmegaConf.load(file)) if file.is_file() else None
+        changed = [
+            f"{key}={value}"
+            for key, value in self.method.options.items()
+            if usual is None
+            or (key in usual and "${" not in str(usual[key]) and usual[key] != value)
+        ]
+        if self.objective != "distill":
+            changed.append(f"objective={self.objective}")
+        return ", ".join(changed)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The part of a record that names the point."""
+        return {
+            "method": self.method.name,
+            "variant": self.variant,
+            "model": self.model.name,
+            "data": self.data.name,
+            "seed": self.seed,
+            "sparsity_target": self.sparsity,
+        }
+
+    @property
+    def method_options(self) -> dict[str, Any]:
+        """Constructor arguments of the method, the target sparsity included."""
+        return {"sparsity": self.sparsity, **self.method.options}
 
 
-def parse_section(section: type[T], raw: Mapping[str, Any]) -> T:
-    """Check one section by itself.
+NAMED = ("name", "_target_")
+"""Keys of conf/method that are no options of the method."""
+PATHS = (
+    *("results_dir", "cache_dir", "saved", "base_model", "out_dir"),
+    *("model.path", "model.name", "data.dir", "eval.data_dir", "tracking.dir"),
+)
+"""Options in which `~` is the user's home; a model's name is its path where it has no other."""
+NOT_SAVED = "holds no saved routed model"
+
+
+def resolve(cfg: DictConfig) -> dict[str, Any]:
+    """Give Hydra's config as JSON types, without interpolations."""
+    found = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    assert isinstance(found, dict)
+    return {str(key): value for key, value in found.items()}
+
+
+def _normalised(config: Mapping[str, Any]) -> dict[str, Any]:
+    """One form of what is the same: a saved model named by its folder is filled in, numbers are
+    rounded, the dense model has no target."""
+    found = {key: value for key, value in config.items() if key != "experiment"}
+    if "saved" in found and "saved_sha256" not in found:
+        found |= _from_saved(found)
+    found = {key: _rounded(_expanded(value, key)) for key, value in found.items()}
+    if found["method"].get("name") == "dense":
+        found["sparsity"] = 0.0
+    return found
+
+
+def _expanded(value: Any, key: str) -> Any:
+    if isinstance(value, dict):
+        return {name: _expanded(inner, f"{key}.{name}") for name, inner in value.items()}
+    at_home = key in PATHS and isinstance(value, str) and (value == "~" or value.startswith("~/"))
+    return str(Path(value).expanduser()) if at_home else value
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to twelve digits: `range(0.1,0.8,0.2)` of a sweep counts to 0.30000000000000004."""
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.12g}") if isinstance(value, float) else value
+
+
+def _from_saved(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a saved routed model, but for a base model, target or seed that the config names.
 
     Raises:
-        pydantic.ValidationError: what is wrong, and where.
+        UserError: no saved routed model there.
     """
-    return TypeAdapter(section).validate_json(json.dumps(raw))
+    folder = Path(config["saved"]).expanduser()
+    settings = read_saved(folder)
+    options, base = settings["options"], settings["base"]
+    moved = config["sparsity"] is not None
+    name = settings["target"].rsplit(".", 2)[-2]
+    own = {key: value for key, value in options.items() if key != "sparsity"}
+    return {
+        "method": {"name": name, "_target_": settings["target"], **own},
+        "model": saved_model(settings, config["base_model"]),
+        "sparsity": config["sparsity"] if moved else options["sparsity"],
+        "recalibrate": moved,
+        "seed": base["seed"] if config["seed"] is None else config["seed"],
+        "saved_sha256": sha256_of(folder / "routed.safetensors"),
+        "trained_on_sha256": base["weights_sha256"],
+    }
 
 
-GROUPED: Mapping[str, Any] = {
-    "placement": PlacementConfig,
-    "store": StoreConfig,
-    "saved": SavedConfig,
-}
-"""Sections whose keys lie at the top of conf/sweep.yaml."""
+def read_saved(folder: Path) -> dict[str, Any]:
+    """Read routed.json of a saved routed model.
+
+    Raises:
+        UserError: it is not there, or lacks what it should hold.
+    """
+    missing = [n for n in ("routed.json", "routed.safetensors") if not (folder / n).is_file()]
+    if missing:
+        raise UserError(f"saved={folder} {NOT_SAVED} ({', '.join(missing)})")
+    try:
+        found: dict[str, Any] = json.loads((folder / "routed.json").read_text())
+        complete = isinstance(found["target"], str) and "sparsity" in found["options"]
+        if complete and {"source", "path", "seed", "weights_sha256"} <= set(found["base"]):
+            return found
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"saved={folder} {NOT_SAVED} (routed.json)")
+
+
+def saved_model(settings: Mapping[str, Any], base_model: str | None) -> dict[str, Any]:
+    """The section `model` for a saved routed model: its own base, or a folder or hub id."""
+    if base_model is not None:
+        own = {"name": base_model, "source": "pretrained", "path": base_model, "revision": None}
+    else:
+        keys = ("name", "source", "path", "revision", "config")
+        own = {key: settings["base"][key] for key in keys if key in settings["base"]}
+    return {**own, "trust_remote_code": False}
+
+
+def fingerprint(config: Mapping[str, Any]) -> str:
+    """Hash a resolved config: sha256 over its canonical JSON, 16 hex digits.
+
+    Numbers that are equal count as equal (`0` and `0.0`); secrets, paths of outputs and tracking
+    do not count.
+    """
+    kept = {key: value for key, value in config.items() if key not in NOT_IN_FINGERPRINT}
+    text = json.dumps(_same_numbers(redact(kept)), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:FINGERPRINT_DIGITS]
+
+
+def _same_numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _same_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_same_numbers(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value

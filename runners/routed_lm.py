@@ -18,15 +18,15 @@ from typing import Any
 
 from lm_eval.api.registry import register_model
 
-from methods.engine.checkpoint import BadCheckpoint, from_pretrained, read_settings
+from methods.engine.checkpoint import BadCheckpoint, from_pretrained
 from methods.engine.routed import routed
 from runners.base_model import device_map as places
 from runners.base_model.load import Base, load_base
 from runners.corpus.rows import ProbeText, encoder, load_rows
 from runners.errors import UserError
 from runners.evaluation.harness import HarnessModel
-from runners.launching.check import CHOICES, check_sparsity
-from runners.point_config import DataConfig
+from runners.options import parse_value
+from runners.point_config import DataConfig, Dtype, Mode, Share, read_saved, saved_model
 from runners.training.probe import ModelProbe
 
 log = logging.getLogger(__name__)
@@ -72,10 +72,9 @@ class RoutedLM(HarnessModel):
         trust_remote_code: bool = False,
         **options: Any,
     ) -> None:
-        if mode not in CHOICES["mode"] or dtype not in CHOICES["dtype"]:
-            raise UserError(f"mode={mode} dtype={dtype}: see {CHOICES['mode']}, {CHOICES['dtype']}")
-        if sparsity is not None:
-            check_sparsity(sparsity)
+        parse_value(Mode, mode, "mode")
+        parse_value(Dtype, dtype, "dtype")
+        parse_value(Share | None, sparsity, "sparsity")
         base = base_of(
             pretrained,
             base_model=base_model,
@@ -119,26 +118,18 @@ def base_of(
     Raises:
         UserError: a folder without a saved routed model, or a base that cannot be loaded.
     """
-    try:
-        saved = read_settings(folder)["base"]
-        model = {key: saved[key] for key in ("name", "source", "path", "revision")}
-    except BadCheckpoint as error:
-        raise UserError(str(error)) from error
-    except KeyError as error:
-        raise UserError(f"{folder} names no base model: give base_model=") from error
-    if base_model is not None:
-        model = {"name": base_model, "source": "pretrained", "path": base_model, "revision": None}
+    settings = read_saved(Path(folder))
     config = {
-        "model": {**model, "trust_remote_code": trust_remote_code},
+        "model": {**saved_model(settings, base_model), "trust_remote_code": trust_remote_code},
         "dtype": dtype,
         "device": device or "auto",
         "device_map": device_map,
         "cache_dir": cache_dir,
-        "seed": saved.get("seed", 0),
+        "seed": settings["base"]["seed"],
     }
     places.check(config)
     base = load_base(config)
-    if saved.get("weights_sha256") != base.weights_hash:
+    if settings["base"]["weights_sha256"] != base.weights_hash:
         log.warning("%s was trained on other weights (or another dtype) than these", Path(folder))
     return base
 

@@ -14,14 +14,14 @@ if __name__ == "__main__":  # run the code of this clone, whichever clone's envi
 import hydra
 from omegaconf import DictConfig
 
-from runners.job import score_saved
+from runners.job import run_point
 from runners.launching.command_line import launch
 
 
 @hydra.main(config_path="../conf", config_name="score", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     """Hydra entry."""
-    score_saved(cfg)
+    run_point(cfg, "score")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from runners.launching.command_line import launch
 @hydra.main(config_path="../conf", config_name="sweep", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     """Hydra entry; one call per point."""
-    run_point(cfg)
+    run_point(cfg, "sweep")
 
 
 if __name__ == "__main__":

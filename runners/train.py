@@ -21,7 +21,7 @@ from runners.launching.command_line import launch
 @hydra.main(config_path="../conf", config_name="sweep", version_base="1.3")
 def main(cfg: DictConfig) -> None:
     """Hydra entry."""
-    run_point(cfg, evaluate=False)
+    run_point(cfg, "train")
 
 
 if __name__ == "__main__":

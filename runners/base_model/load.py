@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,14 +19,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from methods.base import Budget, Method, StageBudget
+from methods.base import Budget, StageBudget
 from methods.engine.decoder.families import UnsupportedModel, require_family
-from methods.engine.routed import attach
 from runners.base_model import device_map
 from runners.base_model import fsdp as sharded
-from runners.base_model.embedded import cache_root, embedded_model
+from runners.base_model.embedded import embedded_model
 from runners.base_model.synthetic import random_model, tiny_model
 from runners.errors import UserError
+from runners.store.files import cache_root
 from runners.store.provenance import hash_model
 from runners.store.stage_cache import content_key
 
@@ -192,30 +191,6 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
     return torch.bfloat16 if device.type == "cpu" and amx else torch.float32
-
-
-def method_options(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Constructor arguments of the method, the target sparsity included."""
-    own = {k: v for k, v in cfg["method"].items() if k not in ("name", "_target_")}
-    return {"sparsity": float(cfg["sparsity"]), **own}
-
-
-def build_method(cfg: Mapping[str, Any], model: PreTrainedModel) -> Method:
-    """Instantiate `method._target_` and attach it to the model.
-
-    Raises:
-        UserError: an argument that the method refuses.
-    """
-    torch.manual_seed(int(cfg["seed"]))
-    target = {"_target_": cfg["method"]["_target_"]}
-    try:
-        method = instantiate({**target, **method_options(cfg)}, _convert_="all")
-        return attach(model, method).eval()
-    except Exception as error:
-        cause = error.__cause__ or error
-        if isinstance(cause, (ValueError, TypeError)):
-            raise UserError(f"method {cfg['method']['name']}: {cause}") from error
-        raise
 
 
 def build_budget(cfg: Mapping[str, Any]) -> Budget:

@@ -14,7 +14,6 @@ from methods.base import Method
 from methods.engine.measure.counters import Usage
 from methods.engine.measure.flops import flops_ratio, kv_bytes_ratio
 from methods.engine.routed import routed
-from runners.base_model.embedded import cache_root, sha256_of
 from runners.base_model.load import Base
 from runners.corpus.source import Document, digest
 from runners.evaluation.builtin_tasks import GENERATORS
@@ -23,6 +22,7 @@ from runners.evaluation.scores import Items
 from runners.evaluation.stock_tasks import local_task
 from runners.evaluation.tasks import TEMPLATES, task_set
 from runners.evaluation.texts import load_text, present_texts, text_file
+from runners.store.files import cache_root, sha256_of
 from runners.store.provenance import code_version
 from runners.store.stage_cache import content_key
 

@@ -12,14 +12,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from runners.base_model.embedded import sha256_of
 from runners.errors import UserError
 from runners.evaluation.builtin_tasks import GENERATORS
 from runners.evaluation.stock import stock_config
 from runners.evaluation.stock_tasks import LocalTask, local_task
 from runners.evaluation.tasks import check_tasks
 from runners.evaluation.texts import describe_text
-from runners.store.files import write_bytes_atomic, write_json_atomic
+from runners.store.files import sha256_of, write_bytes_atomic, write_json_atomic
 
 log = logging.getLogger(__name__)
 

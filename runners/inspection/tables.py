@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from methods.engine.routed import routed, routing_of
 from runners.base_model.load import Base, load_base
 from runners.corpus.source import Document, stream_documents
 from runners.errors import UserError
-from runners.point_config import DataConfig, parse_section
+from runners.point_config import PointConfig
 from runners.store.files import write_bytes_atomic
 
 log = logging.getLogger(__name__)
@@ -41,24 +41,26 @@ PROMPT = "prompt"
 Rows = dict[str, pd.DataFrame]
 
 
-def record_routing(config: Mapping[str, Any]) -> Path:
+def record_routing(config: PointConfig) -> Path:
     """Run the saved model of a config over test text and a prompt; write the three files.
 
     Returns:
         The folder that holds them.
     """
-    base = load_base(config)
+    saved, asked = config.saved, config.inspect
+    assert saved is not None and asked is not None
+    base = load_base(config.resolved)
     try:
-        method = from_pretrained(config["saved"], base.model)
+        method = from_pretrained(saved.saved, base.model)
     except BadCheckpoint as error:
         raise UserError(str(error)) from error
     if not method.sites():
-        raise UserError(f"saved={config['saved']} routes nowhere: there is nothing to inspect")
-    documents = stream_documents(parse_section(DataConfig, config["data"]), "test")
-    rows = token_rows(base, documents, tokens=config["tokens"], context=config["context"])
-    if config["prompt"]:
-        rows.append((PROMPT, base.tokenizer(str(config["prompt"]))["input_ids"]))
-    folder = Path(config["out_dir"] or Path(config["saved"]).resolve().parent / "routing")
+        raise UserError(f"saved={saved.saved} routes nowhere: there is nothing to inspect")
+    documents = stream_documents(config.data, "test")
+    rows = token_rows(base, documents, tokens=asked.tokens, context=asked.context)
+    if asked.prompt:
+        rows.append((PROMPT, base.tokenizer(asked.prompt)["input_ids"]))
+    folder = Path(asked.out_dir or Path(saved.saved).resolve().parent / "routing")
     tables = routing_tables(base, method, rows)
     for name, table in tables.items():
         buffer = io.BytesIO()

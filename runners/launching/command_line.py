@@ -16,17 +16,16 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from runners.errors import UserError
-from runners.launching.check import check_config
+from runners.launching.check import check_point
 from runners.launching.ray_launcher import register
+from runners.point_config import CONF, resolve
 from runners.runtime.processes import is_main_process, world_size
 from runners.runtime.workers import collected_failures, note_failure, passing_on
 
 ROOT = Path(__file__).resolve().parents[2]
-CONF = ROOT / "conf"
 FLAGS_WITH_VALUE = {"--config-name", "-cn", "--config-path", "-cp", "--config-dir", "-cd"}
 MAX_CHECKED_POINTS = 256
 LAUNCHERS = {
@@ -41,7 +40,7 @@ LAUNCHERS = {
 Check = Callable[[dict[str, Any]], None]
 
 
-def launch(entry: Callable[[], Any], config_name: str, check: Check = check_config) -> None:
+def launch(entry: Callable[[], Any], config_name: str, check: Check = check_point) -> None:
     """Check the arguments, run a Hydra entry; exit 2 on a user's mistake, 1 on a failed point.
 
     Args:
@@ -79,7 +78,7 @@ def _end(error: Exception, code: int) -> int:
     return code
 
 
-def prepare(arguments: Sequence[str], config_name: str, check: Check = check_config) -> list[str]:
+def prepare(arguments: Sequence[str], config_name: str, check: Check = check_point) -> list[str]:
     """Rewrite `model=<path>` and check every point of the sweep.
 
     Raises:
@@ -141,12 +140,9 @@ def parse(words: Sequence[str]) -> list[Override]:
 
 def _compose(config_name: str, words: list[str]) -> dict[str, Any]:
     try:
-        cfg = compose(config_name, overrides=words)
-        resolved = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        return resolve(compose(config_name, overrides=words))
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_one_line(error)) from error
-    assert isinstance(resolved, dict)
-    return {str(key): value for key, value in resolved.items()}
 
 
 def _model_words(override: Override) -> list[str]:

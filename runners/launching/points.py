@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
 
 from runners.errors import UserError
-from runners.job import plain
-from runners.launching.check import check_config
-from runners.launching.command_line import CONF, parse, split_flags
-
-Settings = tuple[Mapping[str, Any], Mapping[str, Any]]
+from runners.launching.command_line import parse, split_flags
+from runners.point_config import CONF, PointConfig, resolve
 
 
-def configs(arguments: Sequence[str]) -> list[tuple[dict[str, Any], Settings]]:
-    """Config of every point as `runners/sweep.py` would see it, with (hardware, plan options).
+def configs(arguments: Sequence[str]) -> list[PointConfig]:
+    """Config of every point as `runners/sweep.py` would see it.
 
     Args:
         arguments: of the command, checked by `launch.prepare`.
@@ -34,7 +29,7 @@ def configs(arguments: Sequence[str]) -> list[tuple[dict[str, Any], Settings]]:
             composed = [compose("plan", overrides=point) for point in points]
         except HydraException as error:
             raise UserError(" ".join(str(error).split())) from error
-    return [_split(cfg) for cfg in composed]
+    return [PointConfig.parse(resolve(cfg)) for cfg in composed]
 
 
 def _expanded(words: list[str], *, sweeping: bool) -> list[list[str]]:
@@ -45,11 +40,3 @@ def _expanded(words: list[str], *, sweeping: bool) -> list[list[str]]:
     lists = [f"{key}={value}" for key, value in (hydra.sweeper.params or {}).items()]
     batches = BasicSweeper.split_arguments(parse([*lists, *words]), None)
     return [list(point) for batch in batches for point in batch]
-
-
-def _split(cfg: DictConfig) -> tuple[dict[str, Any], Settings]:
-    OmegaConf.set_struct(cfg, False)
-    config = plain(cfg)
-    settings = config.pop("hardware"), config.pop("plan")
-    check_config(config)
-    return config, settings

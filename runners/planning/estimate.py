@@ -21,18 +21,17 @@ from methods.base import Method, Shape, Stage, StageBudget
 from methods.engine.decoder.adapter import shape_of
 from methods.engine.measure.flops import dense_flops
 from runners.base_model.config import model_config, weights_are_here
-from runners.base_model.embedded import cache_root
-from runners.base_model.load import build_budget, build_method
+from runners.base_model.load import build_budget
 from runners.base_model.synthetic import random_model
 from runners.corpus.rows import ProbeText
 from runners.corpus.source import stream_documents
 from runners.errors import UserError
-from runners.job import describe, variant
-from runners.point import Point, check_reach, recipe
-from runners.point_config import DataConfig, parse_section
-from runners.store.run_folder import RunFolder, fingerprint
+from runners.options import parse_section
+from runners.point import build, build_method, check_reach, recipe, stage_keys
+from runners.point_config import DataConfig, PointConfig
+from runners.store.files import cache_root
+from runners.store.run_folder import RunFolder
 from runners.store.stage_cache import content_key
-from runners.tracking.base import Safe
 from runners.training.loop import Loop
 from runners.training.probe import ModelProbe
 
@@ -99,28 +98,29 @@ class Planner:
     def __init__(self, hardware: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         self.hardware, self.options = hardware, options
 
-    def point(self, config: dict[str, Any]) -> PlannedPoint:
-        """Plan one point of a sweep from its resolved config.
+    def point(self, point: PointConfig) -> PlannedPoint:
+        """Plan one point of a sweep.
 
         Raises:
             UserError: no sizes of the model, or an option that the method refuses.
         """
-        folder = RunFolder(Path(config["results_dir"]) / fingerprint(config))
-        label = " ".join(filter(None, (describe(config), variant(config))))
-        planned = PlannedPoint(label, folder.path.name, folder.is_complete())
+        config = point.resolved
+        folder = RunFolder(Path(point.store.results_dir) / point.fingerprint)
+        label = " ".join(filter(None, (point.label, point.variant)))
+        planned = PlannedPoint(label, point.fingerprint, folder.is_complete())
         sizes, dtype = model_config(config), self._dtype(config)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(sizes, dtype=dtype)
-            method = build_method(config, model)
+            method = build_method(point, model)
         try:
-            check_reach(method, config["method"]["name"])
+            check_reach(method, point.method.name)
         except UserError as error:
             planned.refused = str(error)
             return planned
         held = {"weights": _bytes(model), "added": _bytes(method)}
-        cached = self._cached(config, folder)
+        cached = self._cached(point)
         key = content_key(*(config[name] for name in ("method", "model", "data", "budget", "seed")))
-        read = _rehearse(config, sizes)
+        read = _rehearse(point, sizes)
         for number, stage in enumerate(recipe(method, build_budget(config))):
             key = content_key(key, stage.name, stage.per_target and config["sparsity"])
             part = self._stage(stage, key, method, held, read[stage.name], config, dtype)
@@ -195,12 +195,12 @@ class Planner:
         assert isinstance(dtype, torch.dtype)
         return dtype
 
-    def _cached(self, config: dict[str, Any], folder: RunFolder) -> list[bool] | None:
+    def _cached(self, config: PointConfig) -> list[bool] | None:
         """Of each stage whether its product is in the cache; None where that cannot be known."""
-        if not self.options["cached"] or not weights_are_here(config):
+        if not self.options["cached"] or not weights_are_here(config.resolved):
             return None
-        stages = cache_root(config["cache_dir"]) / "stages"
-        keys = Point(config, folder, Safe(None)).stage_keys()
+        stages = cache_root(config.store.cache_dir) / "stages"
+        keys = stage_keys(config, build(config))
         return [(stages / key / "report.json").is_file() for _, key in keys]
 
 
@@ -265,20 +265,20 @@ def _least(number: float, limit: float | None) -> float:
     return number if limit is None else min(number, limit)
 
 
-def _rehearse(config: Mapping[str, Any], sizes: PretrainedConfig) -> dict[str, float]:
+def _rehearse(config: PointConfig, sizes: PretrainedConfig) -> dict[str, float]:
     """Tokens that each stage's fits and calibrations read, from a run on a tiny model.
 
     Returns:
         By the stage's name, without the steps of a gradient.
     """
-    budget = build_budget(config)
+    budget = build_budget(config.resolved)
     scale = max(1.0, budget.fit_tokens / REHEARSED)
     model = _tiny(str(sizes.model_type), shape_of(sizes).layers)
     method = build_method(config, model)
     wanted = (budget.fit_tokens, budget.calibration_tokens, budget.sensitivity_tokens)
     text = ProbeText(*(_rows(max(1, round(tokens / scale / ROW))) for tokens in wanted))
     probe = ModelProbe(model, method, text)
-    objective, seed = config["objective"], config["seed"]
+    objective, seed = config.objective, config.seed
     loop = Loop(model, method, probe, lambda _: _rows(1), objective=objective, seed=seed)
     step = StageBudget(steps=1, batch_size=1, seq_len=ROW)
     read = {}

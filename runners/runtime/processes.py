@@ -5,18 +5,10 @@ Read from the environment, before anything heavy loads; what they do together is
 
 from __future__ import annotations
 
-import atexit
-import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
-from typing import Any
 
 from runners.errors import UserError
-
-SILENT = {"tracking": {"backend": "off"}, "checkpoint_seconds": None}
-"""What a process that does not write has in its config."""
 
 
 def world_size() -> int:
@@ -47,13 +39,3 @@ def check_batch_sizes(sizes: Mapping[str, int]) -> None:
                 f"budget.{stage}.batch_size={rows} has less than a row for each of "
                 f"{world_size()} processes: raise it, or launch fewer"
             )
-
-
-def own(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config as it is for this process: only the first writes where the user looks."""
-    if is_main_process():
-        return dict(config)
-    logging.getLogger().setLevel(logging.WARNING)
-    scratch = tempfile.mkdtemp(prefix="routebench-")
-    atexit.register(shutil.rmtree, scratch, ignore_errors=True)
-    return {**config, **SILENT, "results_dir": scratch}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import tempfile
 from pathlib import Path
 from typing import Any
+
+import platformdirs
 
 from runners.errors import UserError
 from runners.store.plain import to_plain
@@ -97,3 +100,15 @@ def remove_partial(folder: Path, name: str = "") -> None:
     for path in [*folder.glob(f".{name}*"), *folder.glob(f"{name}*.tmp")]:
         if path.is_file() and path.name != LOCK:
             path.unlink(missing_ok=True)
+
+
+def cache_root(cache_dir: str | os.PathLike[str] | None = None) -> Path:
+    """`cache_dir`, else $ROUTEBENCH_CACHE_DIR, else the user's cache folder."""
+    chosen = cache_dir or os.environ.get("ROUTEBENCH_CACHE_DIR")
+    return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("routebench"))
+
+
+def sha256_of(file: Path) -> str:
+    """Hex digest of a file's content."""
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

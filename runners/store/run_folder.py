@@ -36,33 +36,7 @@ from runners.store.seal import Damaged, read_sealed, sealed
 log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
-FINGERPRINT_DIGITS = 16
 ITEMS_HASH = "items_sha256"
-NOT_IN_FINGERPRINT = frozenset(
-    "results_dir cache_dir saved tracking force retry_failed checkpoint_seconds hydra log "
-    "log_level logging verbose progress speed device_map max_memory".split()
-)
-"""Top-level keys of the config that say where or how loudly, never what is computed."""
-
-
-def fingerprint(config: Mapping[str, Any]) -> str:
-    """Name of a point: sha256 over the canonical JSON of its resolved config, 16 hex digits.
-
-    Numbers that are equal count as equal (`0` and `0.0`); secrets, paths of outputs, tracking and
-    logging do not count.
-    """
-    kept = {key: value for key, value in config.items() if key not in NOT_IN_FINGERPRINT}
-    plain = _same_numbers(to_plain(redact(kept), "config"))
-    text = json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:FINGERPRINT_DIGITS]
-
-
-def _same_numbers(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _same_numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_same_numbers(item) for item in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 class RunFolder:

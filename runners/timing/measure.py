@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from methods.base import Method
 from methods.engine.decoder.placement import input_device, placed
+from runners.base_model.load import Base
 from runners.corpus.rows import encoder, load_rows
 from runners.errors import UserError
-from runners.point import Point
-from runners.point_config import DataConfig, parse_section
+from runners.point_config import PointConfig
 from runners.store.provenance import provenance
 from runners.timing.bench import Bench, RandomDraw
 
@@ -24,12 +25,14 @@ ROUNDS = {"cuda": (10, 50), "cpu": (1, 5)}
 """(warm-up, timed) rounds where the config leaves them open."""
 
 
-def measure(point: Point, settings: Mapping[str, Any]) -> dict[str, Any]:
+def measure(
+    config: PointConfig, base: Base, method: Method, stages: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     """Time every case of the settings.
 
     Args:
-        point: built; trained and calibrated unless its decisions are drawn.
-        settings: a file of conf/speed.
+        method: attached; trained and calibrated unless its decisions are drawn.
+        stages: reports of its training, for the record.
 
     Returns:
         `{speed: {prefill, decode, settings}, record}`; `record` holds what a record without
@@ -38,21 +41,20 @@ def measure(point: Point, settings: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: too little text.
     """
-    device = input_device(point.base.model)
+    settings, model = config.resolved["speed"], base.model
+    device = input_device(model)
     default = ROUNDS["cuda" if device.type == "cuda" else "cpu"]
     warmup = default[0] if settings["warmup"] is None else settings["warmup"]
     repeats = settings["repeats"] or default[1]
     bench = Bench(
-        point.base.model,
-        point.method,
-        _rows(point, settings),
-        draw=_draw(point, device) if settings["decisions"] == "random" else None,
+        model,
+        method,
+        _rows(config, base, settings),
+        draw=_draw(method, config.seed, device) if settings["decisions"] == "random" else None,
         warmup=warmup,
         repeats=repeats,
         kernels=settings["kernels"],
-        graphs=_graphs(point.base.model, device)
-        if settings["graphs"] == "auto"
-        else settings["graphs"],
+        graphs=_graphs(model, device) if settings["graphs"] == "auto" else settings["graphs"],
     )
     prefill = [
         _logged("prefill", bench.prefill(tokens, batch))
@@ -72,14 +74,14 @@ def measure(point: Point, settings: Mapping[str, Any]) -> dict[str, Any]:
         "graphs": bench.graphs,
         "kernels": settings["kernels"],
         "compiled_loops": bench.compiled_loops,
-        "attention": point.base.model.config._attn_implementation,
-        "dtype": str(point.base.model.dtype).removeprefix("torch."),
+        "attention": model.config._attn_implementation,
+        "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         **{key: provenance()[key] for key in ("device", "git", "packages")},
     }
     return {
         "speed": {"prefill": prefill, "decode": decode, "settings": how},
-        "record": _record(point, prefill or decode),
+        "record": _record(config, method, stages, prefill or decode),
     }
 
 
@@ -88,14 +90,18 @@ def _graphs(model: PreTrainedModel, device: torch.device) -> bool:
     return device.type == "cuda" and not placed(model)
 
 
-def _record(point: Point, cases: list[dict[str, Any]]) -> dict[str, Any]:
-    added = sum(p.numel() for p in point.method.parameters())
-    identity = {"fingerprint": point.folder.path.name, "budget": point.budget.name, **provenance()}
+def _record(
+    config: PointConfig,
+    method: Method,
+    stages: Sequence[Mapping[str, Any]],
+    cases: list[dict[str, Any]],
+) -> dict[str, Any]:
+    identity = {"fingerprint": config.fingerprint, "budget": config.budget.name, **provenance()}
     return {
         "sparsity_realised": cases[0]["sparsity"] if cases else None,
         "flops_ratio": 1.0 / cases[0]["bound"] if cases else None,
-        "stages": point.reports,
-        "added_parameters": added,
+        "stages": stages,
+        "added_parameters": sum(p.numel() for p in method.parameters()),
         "identity": identity,
     }
 
@@ -117,24 +123,24 @@ def _logged(kind: str, entry: dict[str, Any]) -> dict[str, Any]:
     return entry
 
 
-def _draw(point: Point, device: torch.device) -> RandomDraw:
+def _draw(method: Method, seed: int, device: torch.device) -> RandomDraw:
     """Draws at the point's target, which its method was found to reach when it was built."""
-    reach = point.method.reach()
-    return RandomDraw(min(point.method.sparsity, reach), reach, point.config["seed"], device)
+    reach = method.reach()
+    return RandomDraw(min(method.sparsity, reach), reach, seed, device)
 
 
-def _rows(point: Point, settings: Mapping[str, Any]) -> Tensor:
+def _rows(config: PointConfig, base: Base, settings: Mapping[str, Any]) -> Tensor:
     """Test text as rows that every case fits in, int64 [batch, tokens]."""
     prefill, decode = settings["prefill"], settings["decode"]
     lengths = [*prefill["tokens"], *(c + decode["steps"] for c in decode["context"])]
     longest, most = max(lengths), max([*prefill["batch_sizes"], *decode["batch_sizes"]])
     rows = load_rows(
-        parse_section(DataConfig, point.config["data"]),
+        config.data,
         "test",
-        encoder(point.base.tokenizer),
+        encoder(base.tokenizer),
         seq_len=longest,
         tokens=longest * most,
-        seed=point.config["seed"],
+        seed=config.seed,
     )
     if len(rows) < most:
         raise UserError(

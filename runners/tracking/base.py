@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from runners.point_config import TrackingConfig
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 
-BACKENDS = ("off", "wandb", "tensorboard")
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -60,7 +61,7 @@ class Run:
     """What a backend is opened with.
 
     Attributes:
-        tracking: the config's group, resolved.
+        tracking: the config's section.
         config: of the point, without secrets.
         folder: of the point; its name tells the run apart.
         job: sweep, train, score or speed.
@@ -68,7 +69,7 @@ class Run:
         tags: searchable words.
     """
 
-    tracking: Mapping[str, Any]
+    tracking: TrackingConfig
     config: Mapping[str, Any]
     folder: Path
     job: str
@@ -124,17 +125,23 @@ class Safe:
 
 @contextmanager
 def open_tracker(
-    config: Mapping[str, Any], folder: Path, *, job: str = "sweep", **identity: Any
+    tracking: TrackingConfig,
+    folder: Path,
+    *,
+    job: str,
+    identity: Mapping[str, Any],
+    config: Mapping[str, Any],
 ) -> Iterator[Safe]:
     """The tracker that the config asks for, closed at the end whatever happens.
 
     Args:
-        config: resolved; `tracking.backend` is one of `BACKENDS`.
         folder: of the point; its name tells the run apart.
         job: kind of work: sweep, train, score or speed.
         identity: method, model, data, seed and target: the run's name and searchable fields.
+        config: of the point, as JSON types without secrets.
     """
-    tracker = Safe(_open(config, folder, job, identity))
+    run = Run(tracking, config, folder, job, identity, _tags(tracking, identity, config))
+    tracker = Safe(_open(run))
     failed = True
     try:
         yield tracker
@@ -143,30 +150,24 @@ def open_tracker(
         tracker.close(failed=failed)
 
 
-def _open(
-    config: Mapping[str, Any], folder: Path, job: str, identity: Mapping[str, Any]
-) -> Tracker | None:
-    backend = config["tracking"]["backend"]
-    if backend == "off":
-        return None
-    from runners.store.redact import redact
-
-    tags = _tags(config, identity)
-    run = Run(config["tracking"], redact(config), folder, job, identity, tags)
+def _open(run: Run) -> Tracker | None:
     try:
-        if backend == "tensorboard":
+        if run.tracking.backend == "tensorboard":
             from runners.tracking.tensorboard_tracker import TensorBoardTracker
 
             return TensorBoardTracker(run)
-        from runners.tracking.wandb_tracker import open_wandb
+        if run.tracking.backend == "wandb":
+            from runners.tracking.wandb_tracker import open_wandb
 
-        return open_wandb(run)
+            return open_wandb(run)
     except Exception as error:
         log.warning("no tracking for this point, the run goes on: %s", error)
-        return None
+    return None
 
 
-def _tags(config: Mapping[str, Any], identity: Mapping[str, Any]) -> list[str]:
+def _tags(
+    tracking: TrackingConfig, identity: Mapping[str, Any], config: Mapping[str, Any]
+) -> list[str]:
     """Method, model, text, budget, experiment and the user's own, at most 64 characters each."""
     from hydra.core.hydra_config import HydraConfig
 
@@ -174,8 +175,7 @@ def _tags(config: Mapping[str, Any], identity: Mapping[str, Any]) -> list[str]:
     words.append((config.get("budget") or {}).get("name"))
     if HydraConfig.initialized():
         words.append(HydraConfig.get().runtime.choices.get("experiment"))
-    words += config["tracking"].get("tags") or []
-    return list(dict.fromkeys(str(word)[:64] for word in words if word))
+    return list(dict.fromkeys(str(word)[:64] for word in (*words, *tracking.tags) if word))
 
 
 def flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

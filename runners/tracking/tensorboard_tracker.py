@@ -24,7 +24,7 @@ class TensorBoardTracker:
 
     def __init__(self, run: Run) -> None:
         tracking = run.tracking
-        folder = Path(tracking["dir"]) / str(tracking["group"]) / f"{run.folder.name}-{run.job}"
+        folder = Path(tracking.dir) / str(tracking.group) / f"{run.folder.name}-{run.job}"
         self.writer = SummaryWriter(str(folder))
         self._text("run", {"name": run.name, "tags": list(run.tags), "point": str(run.folder)})
         self._text("config", run.config)

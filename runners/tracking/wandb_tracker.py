@@ -154,12 +154,12 @@ def open_wandb(run: Run) -> WandbTracker:
     import wandb
 
     tracking = run.tracking
-    Path(tracking["dir"]).mkdir(parents=True, exist_ok=True)
+    Path(tracking.dir).mkdir(parents=True, exist_ok=True)
     ids = RunIds(run.folder, run.job)
     options: dict[str, Any] = {
-        "project": tracking["project"],
-        "entity": tracking["entity"],
-        "group": tracking["group"],
+        "project": tracking.project,
+        "entity": tracking.entity,
+        "group": tracking.group,
         "id": ids.current(),
         "resume": "allow",
         "name": run.name,
@@ -172,7 +172,7 @@ def open_wandb(run: Run) -> WandbTracker:
             "method_name": run.identity["method"],
             "setting": _setting(run),
         },
-        "dir": tracking["dir"],
+        "dir": tracking.dir,
         "reinit": "finish_previous",
     }
 
@@ -183,13 +183,13 @@ def open_wandb(run: Run) -> WandbTracker:
             disable_git=True,
             x_disable_meta=True,
             init_timeout=init_timeout_s,
-            finish_timeout=tracking["finish_timeout_s"],
+            finish_timeout=tracking.finish_timeout_s,
             finish_timeout_raises=True,
         )
         return WandbTracker(wandb.init(**options, mode=mode, settings=settings), ids)
 
     try:
-        return start(tracking["mode"], tracking["init_timeout_s"])
+        return start(tracking.mode, tracking.init_timeout_s)
     except Exception as error:
         log.warning("W&B did not start, tried again offline: %s", error)
     # the service's process may be dead, or hold the run's id; the next run needs a new one, and
@@ -197,7 +197,7 @@ def open_wandb(run: Run) -> WandbTracker:
     with suppress(Exception):
         wandb.teardown()
     os.environ.pop("WANDB_SERVICE", None)
-    return start("offline", max(OFFLINE_START_S, tracking["init_timeout_s"]))
+    return start("offline", max(OFFLINE_START_S, tracking.init_timeout_s))
 
 
 def _setting(run: Run) -> str:

@@ -11,8 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from methods.base import Method
 from methods.engine.decoder.families import FAMILIES
-from runners.base_model.load import build_budget, build_method
+from runners.base_model.load import build_budget
 from runners.corpus.rows import ProbeText
+from runners.point import build_method
+from runners.point_config import PointConfig
 from runners.training.loop import Loop
 from runners.training.probe import ModelProbe
 from tests.conftest import CONF, compose_tiny, token_rows
@@ -94,7 +96,7 @@ def trained() -> Train:
     """Run a method's whole recipe on random text, calibration included."""
 
     def run(config: dict[str, Any], model: PreTrainedModel) -> Method:
-        method = build_method(config, model)
+        method = build_method(PointConfig.parse(config), model)
         probe = probe_for(model, method)
         loop = Loop(
             model,

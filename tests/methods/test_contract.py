@@ -11,7 +11,9 @@ from transformers import PreTrainedModel
 from methods.base import Method
 from methods.engine.checkpoint import from_pretrained, save_pretrained
 from methods.engine.routed import routed
-from runners.base_model.load import build_budget, build_method, method_options
+from runners.base_model.load import build_budget
+from runners.point import build_method
+from runners.point_config import PointConfig
 from tests.conftest import token_rows
 from tests.methods.conftest import method_config, probe_for
 
@@ -152,7 +154,7 @@ def test_base_model_is_untouched(config, model, trained):
 
 def test_save_and_load_round_trip(config, model, method, tmp_path):
     target = config["method"]["_target_"]
-    options = method_options(config)
+    options = PointConfig.parse(config).method_options
     save_pretrained(method, tmp_path, target=target, options=options, base={})
     again = from_pretrained(tmp_path, model)
     ids = token_rows(2, 16)
@@ -172,7 +174,7 @@ def test_shared_stages_do_not_depend_on_the_target(config, model, trained):
     states = []
     for sparsity in (0.2, 0.6):
         other = method_config(name, f"sparsity={sparsity}")
-        method = build_method(other, model)
+        method = build_method(PointConfig.parse(other), model)
         states.append({s.name: s.per_target for s in method.stages(build_budget(other))})
         probe = probe_for(model, method)
         method.fit(probe)

@@ -9,7 +9,9 @@ from methods.base import Shape, Site
 from methods.engine.checkpoint import from_pretrained, save_pretrained
 from methods.engine.routed import attach, routed, routing_of
 from methods.informed_plus import InformedPlus
-from runners.base_model.load import build_budget, build_method, method_options
+from runners.base_model.load import build_budget
+from runners.point import build_method
+from runners.point_config import PointConfig
 from tests.conftest import token_rows
 from tests.methods.conftest import method_config, probe_for
 
@@ -70,13 +72,13 @@ def test_gate_is_hard_with_the_sigmoids_gradient(tiny_llama):
 
 def test_allocated_ranks_survive_saving(tiny_llama, tmp_path):
     config = method_config("informed_plus", "sparsity=0.4")
-    method = build_method(config, tiny_llama)
+    method = build_method(PointConfig.parse(config), tiny_llama)
     method.forecasters.solve(probe_for(tiny_llama, method))
     ranks = [method.forecasters.at(site).rank for site in method.sites()]
     assert len(set(ranks)) > 1 and sum(ranks) == 4 * len(ranks)
     method.threshold.fill_(0.0)
-    target, options = config["method"]["_target_"], method_options(config)
-    save_pretrained(method, tmp_path, target=target, options=options, base={})
+    options = PointConfig.parse(config).method_options
+    save_pretrained(method, tmp_path, target=config["method"]["_target_"], options=options, base={})
     again = from_pretrained(tmp_path, tiny_llama)
     assert [again.forecasters.at(site).rank for site in again.sites()] == ranks
     ids = token_rows(2, 12)

@@ -7,7 +7,8 @@ import json
 import pytest
 import torch
 
-from runners.point import Point, merge_dense
+from runners.point import build, merge_dense, train
+from runners.point_config import PointConfig
 from runners.store.run_folder import RunFolder
 from runners.tracking.base import Safe
 
@@ -22,9 +23,10 @@ def trained(tiny_config, tmp_path):
         change(config)
         folder = RunFolder(tmp_path / f"run{next(count)}")
         folder.path.mkdir()
-        point = Point(config, folder, Safe(None))
-        point.train()
-        return point, {report["name"]: report["cached"] for report in point.reports}
+        point = PointConfig.parse(config)
+        built = build(point)
+        stages = train(point, built, folder, Safe(None)).stages
+        return built, {report["name"]: report["cached"] for report in stages}
 
     return run
 

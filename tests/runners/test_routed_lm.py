@@ -99,7 +99,7 @@ def test_sparsity_moves_the_threshold(saved, tmp_path):
 
 
 def test_refused(saved):
-    with pytest.raises(UserError, match="mode=fast"):
+    with pytest.raises(UserError, match="mode must be one of masked, gathered"):
         RoutedLM(str(saved), mode="fast")
     with pytest.raises(UserError, match="sparsity"):
         RoutedLM(str(saved), sparsity=1.5)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from runners.point_config import TrackingConfig
+from runners.store.redact import redact
+from runners.tracking.base import Safe, open_tracker
 
 KEY = "s3cret" * 6 + "abcd"
 IDENTITY = {
@@ -26,3 +31,11 @@ def tracking_config(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, 
     tracking |= {"tags": ["mine"], "init_timeout_s": 30, "finish_timeout_s": 30}
     tracking |= {"group": "a-sweep", "dir": str(folder / "wandb-folder")}
     return {"tracking": tracking, "sparsity": 0.3, "hf_token": "s3cret"}
+
+
+def opened(
+    config: dict[str, Any], folder: Path, job: str = "sweep"
+) -> AbstractContextManager[Safe]:
+    """The tracker of a config's point, as a run opens it."""
+    tracking = TrackingConfig(**config["tracking"])
+    return open_tracker(tracking, folder, job=job, identity=IDENTITY, config=redact(config))

@@ -15,14 +15,13 @@ import pytest
 from runners.base_model import embedded as assets
 from runners.base_model.embedded import (
     MANIFEST,
-    cache_root,
     cached_folder,
     embedded_model,
     fetch_wheel,
-    sha256_of,
 )
 from runners.base_model.synthetic import byte_tokenizer, tiny_model
 from runners.errors import UserError
+from runners.store.files import cache_root, sha256_of
 from tests.conftest import ROOT
 
 needs_pip = pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="needs pip")

@@ -19,10 +19,10 @@ from runners.base_model.device_map import asked, layout
 from runners.base_model.load import load_base
 from runners.base_model.synthetic import tiny_model
 from runners.errors import UserError
-from runners.launching.check import check_config
+from runners.launching.check import check_point
 from runners.launching.command_line import prepare
 from runners.point import check_gradients
-from runners.store.run_folder import fingerprint
+from runners.point_config import fingerprint
 from tests.conftest import Commands, compose_tiny
 from tests.runners.survival import RECIPE, outcome
 
@@ -62,7 +62,7 @@ REFUSED = [
 def test_a_mistake_is_one_line_before_anything_loads(changes, says, monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     with pytest.raises(UserError, match=says) as caught:
-        check_config(config(**changes))
+        check_point(config(**changes))
     assert "\n" not in str(caught.value)
 
 
@@ -71,7 +71,7 @@ def test_more_gpus_than_there_are(monkeypatch):
     device_map.check(config(device_map={"": 1}))
     device_map.check(config(device_map="auto", max_memory={"1": "3GB", "cpu": 10**9}))
     with pytest.raises(UserError, match="names GPU 2; this machine has 2"):
-        check_config(config(device_map={"": 0, "lm_head": "cuda:2"}))
+        check_point(config(device_map={"": 0, "lm_head": "cuda:2"}))
 
 
 @pytest.mark.parametrize(("key", "value"), [("graphs", True), ("kernels", "triton")])
@@ -79,7 +79,7 @@ def test_speed_needs_one_gpu_for_graphs_and_kernels(key, value):
     changed = config(device_map="auto")
     changed["speed"][key] = value
     with pytest.raises(UserError, match=rf"speed\.{key}=\w+ needs the whole model on one GPU"):
-        check_config(changed)
+        check_point(changed)
 
 
 def test_several_processes_are_refused(monkeypatch):
@@ -90,7 +90,7 @@ def test_several_processes_are_refused(monkeypatch):
 
 def test_a_plan_may_be_for_another_machine(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    check_config(config(device_map={"": 0}, plan={}))
+    check_point(config(device_map={"": 0}, plan={}))
 
 
 def test_places_are_no_part_of_what_is_computed():

@@ -21,7 +21,8 @@ from runners.corpus.rows import (
 )
 from runners.corpus.source import Document
 from runners.errors import UserError
-from runners.point_config import BudgetConfig, DataConfig, parse_section
+from runners.options import parse_section
+from runners.point_config import BudgetConfig, DataConfig
 from tests.conftest import compose_tiny, documents
 
 

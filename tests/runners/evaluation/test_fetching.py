@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 import datasets
 import pytest
 
-from runners.base_model.embedded import sha256_of
 from runners.errors import UserError
 from runners.evaluation.fetching import Wanted, check_fetch, fetch, wanted_files
 from runners.launching.check import check_evaluation
+from runners.options import parse_section
+from runners.point_config import EvalConfig
+from runners.store.files import sha256_of
 from tests.conftest import compose_tiny
 
 
@@ -67,7 +69,7 @@ def test_everything_of_the_paper_protocol_is_written(tmp_path):
     assert {w.revision for w in hub.asked if w.path == "baber/piqa"} == {
         "commit of baber/piqa at v1"
     }
-    check_evaluation({**chosen["eval"], "data_dir": str(tmp_path)})
+    check_evaluation(parse_section(EvalConfig, {**chosen["eval"], "data_dir": str(tmp_path)}))
 
 
 def test_only_what_changed_is_fetched_again(tmp_path):

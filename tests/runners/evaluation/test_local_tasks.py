@@ -11,6 +11,7 @@ from runners.evaluation.stock_tasks import local_task, missing_files, task_file
 from runners.evaluation.tasks import task_set
 from runners.evaluation.texts import known_texts, load_text, present_texts
 from runners.launching.check import check_evaluation
+from runners.point_config import EvalConfig, PointConfig
 from tests.conftest import compose_tiny
 from tests.runners.evaluation.test_harness import settings, write_data, write_lines
 
@@ -23,8 +24,8 @@ def data(tmp_path):
     return tmp_path / "data"
 
 
-def evaluation(data, *words: str) -> dict:
-    return compose_tiny(f"eval.data_dir={data}", *words)["eval"]
+def evaluation(data, *words: str) -> EvalConfig:
+    return PointConfig.parse(compose_tiny(f"eval.data_dir={data}", *words)).eval
 
 
 @pytest.mark.parametrize("name", ["piqa", "arc_easy", "openbookqa", "wikitext", "gsm8k"])

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 
 from runners.errors import UserError
-from runners.launching.check import check_config, check_sparsity
-from tests.conftest import compose_tiny
+from runners.launching.check import check_point
+from runners.point_config import CONF, resolve
+from tests.conftest import SHRUNK, compose_tiny
 
 
 def test_a_user_error_is_a_value_error():
@@ -18,12 +20,12 @@ def test_a_user_error_is_a_value_error():
 
 @pytest.mark.parametrize("method", ["dense", "random", "greedy", "informed"])
 def test_shipped_configs_pass(method):
-    check_config(compose_tiny(f"method={method}"))
+    check_point(compose_tiny(f"method={method}"))
 
 
 @pytest.mark.parametrize("value", [0, 0.0, 0.5, 0.999])
 def test_sparsity_accepted(value):
-    check_sparsity(value)
+    check_point({**compose_tiny("method=random"), "sparsity": value})
 
 
 @pytest.mark.parametrize(
@@ -31,13 +33,13 @@ def test_sparsity_accepted(value):
 )
 def test_sparsity_refused(value):
     with pytest.raises(UserError, match=r"sparsity must be a number in \[0, 1\)"):
-        check_sparsity(value)
+        check_point({**compose_tiny("method=random"), "sparsity": value})
 
 
 @pytest.mark.parametrize(
     ("key", "value", "named"),
     [
-        ("objective", "mse", "lm, distill"),
+        ("objective", "mse", "one of lm, distill"),
         ("mode", "fastest", "masked"),
         ("dtype", "int8", "bfloat16"),
         ("seed", "one", "whole number"),
@@ -48,7 +50,7 @@ def test_choice_refused(key, value, named):
     config = compose_tiny()
     config[key] = value
     with pytest.raises(UserError, match=named) as caught:
-        check_config(config)
+        check_point(config)
     assert key in str(caught.value)
     assert repr(value) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -61,16 +63,16 @@ def test_budget_refused(stage, key, value):
     config = compose_tiny()
     config["budget"][stage][key] = value
     with pytest.raises(UserError, match=rf"budget\.{stage}\.{key} must be a whole number >= 1"):
-        check_config(config)
+        check_point(config)
 
 
 def test_data_folder_must_exist(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"text": "a text of more than thirty-two bytes"}\n' * 3)
     config = compose_tiny("data=files", f"data.dir={tmp_path}")
-    check_config(config)
+    check_point(config)
     config["data"]["dir"] = str(tmp_path / "absent")
     with pytest.raises(UserError, match="absent is not a folder"):
-        check_config(config)
+        check_point(config)
 
 
 def local_model(folder: Path, text: str | None) -> dict[str, str]:
@@ -93,35 +95,48 @@ def test_local_model_refused(tmp_path, text, complaint):
     config = compose_tiny()
     config["model"] = local_model(tmp_path / "model", text)
     with pytest.raises(UserError, match=complaint):
-        check_config(config)
+        check_point(config)
 
 
 def test_local_model_accepted_and_hub_id_not_looked_for(tmp_path):
     config = compose_tiny()
     config["model"] = local_model(tmp_path / "model", json.dumps({"model_type": "llama"}))
-    check_config(config)
+    check_point(config)
     config["model"]["path"] = "owner/name"
-    check_config(config)
+    check_point(config)
 
 
 def test_unknown_task_is_named():
     config = compose_tiny()
     config["eval"]["tasks"] = ["continuation_choice", "no_such_task"]
     with pytest.raises(UserError, match=r"unknown task 'no_such_task'.*continuation_choice"):
-        check_config(config)
+        check_point(config)
 
 
 def saved_config(saved: Path, sparsity: float | None = None) -> dict:
-    return {**compose_tiny(), "saved": str(saved), "model": None, "sparsity": sparsity}
+    return {**compose_score(), "saved": str(saved), "sparsity": sparsity}
 
 
 def test_saved_folder_needs_both_files(tmp_path):
     with pytest.raises(UserError, match=r"routed\.json, routed\.safetensors"):
-        check_config(saved_config(tmp_path))
+        check_point(saved_config(tmp_path))
     (tmp_path / "routed.json").write_text("{}")
     with pytest.raises(UserError, match=r"\(routed\.safetensors\)"):
-        check_config(saved_config(tmp_path))
+        check_point(saved_config(tmp_path))
     (tmp_path / "routed.safetensors").write_bytes(b"")
-    check_config(saved_config(tmp_path))
+    with pytest.raises(UserError, match=r"\(routed\.json\)"):
+        check_point(saved_config(tmp_path))
+    base = {"name": "t", "source": "tiny", "path": "llama", "revision": None, "seed": 0}
+    settings = {"target": "methods.random.Random", "options": {"sparsity": 0.5, "seed": 0}}
+    settings["base"] = {**base, "weights_sha256": "0"}
+    (tmp_path / "routed.json").write_text(json.dumps(settings))
+    check_point(saved_config(tmp_path))
     with pytest.raises(UserError, match="sparsity"):
-        check_config(saved_config(tmp_path, sparsity=1.0))
+        check_point(saved_config(tmp_path, sparsity=1.0))
+
+
+def compose_score() -> dict:
+    words = [word for word in SHRUNK if not word.startswith("model=")]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("score", overrides=[*words, "tracking=off", "saved=nowhere"])
+    return resolve(cfg)

@@ -17,6 +17,7 @@ from methods.engine.routed import attach, routed
 from methods.informed import Informed
 from runners.job import run_point
 from runners.planning.estimate import Planner, _kept, totals
+from runners.point_config import PointConfig
 from tests.conftest import Commands
 
 OPTIONS = {"utilisation": 1.0, "cached": False, "texts": {}, "tasks": {}}
@@ -96,7 +97,7 @@ def test_a_plan_is_within_twice_a_real_run(tiny_config):
     """Tokens of each stage against the record's, FLOPs against a count of every operation."""
     config = tiny_config("method=informed", "method.rank=4", "sparsity=0.3", "mode=masked")
     planner = Planner({"dtype": "float32", "peak_tflops": {"float32": 1.0}}, OPTIONS)
-    planned = planner.point(config)
+    planned = planner.point(PointConfig.parse(config))
     with Counted() as counted:
         run_point(OmegaConf.create(config))
     folder = Path(config["results_dir"]) / planned.fingerprint

@@ -17,10 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runners.errors import UserError
+from runners.point_config import fingerprint
 from runners.store.files import full_disk, write_bytes_atomic, write_json_atomic
 from runners.store.plain import to_plain
 from runners.store.redact import is_secret, redact, redact_text
-from runners.store.run_folder import RunFolder, fingerprint
+from runners.store.run_folder import RunFolder
 from runners.store.stage_cache import Products
 from tests.conftest import ROOT, compose_tiny
 

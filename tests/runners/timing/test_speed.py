@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from methods.engine.ops import choose
 from methods.engine.ops.cpu.build import reason_without
 from methods.engine.routed import attach, routed, routing_of
 from methods.informed import Informed
-from runners.launching import check
+from runners.point_config import SpeedConfig
 from runners.store.seal import read_sealed
 from runners.timing import bench
 from runners.timing.bench import Bench, RandomDraw
@@ -104,7 +105,7 @@ def test_compiled_loops_without_a_compiler_are_one_line(commands, monkeypatch):
 
 
 def test_the_settings_are_those_of_the_engine():
-    assert sorted(check.SPEED_CHOICES["kernels"]) == sorted(choose.SETTINGS)
+    assert get_args(get_type_hints(SpeedConfig)["kernels"]) == choose.SETTINGS
 
 
 def test_runs_take_turns_and_the_first_rounds_are_not_kept():

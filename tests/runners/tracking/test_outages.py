@@ -10,18 +10,16 @@ import sys
 
 import pytest
 
-from runners.tracking.base import open_tracker
 from tests.conftest import ROOT
-from tests.runners.tracked import IDENTITY, KEY, tracking_config
+from tests.runners.tracked import KEY, opened, tracking_config
 from tests.runners.wandb_file import read_run, runs
 from tests.runners.wandb_server import Server
 
 POINT = """
 import json, sys
 from pathlib import Path
-from runners.tracking.base import open_tracker
-config, identity = json.loads(sys.argv[1])
-with open_tracker(config, Path("point"), **identity) as tracker:
+from tests.runners.tracked import opened
+with opened(json.loads(sys.argv[1]), Path("point")) as tracker:
     tracker.log({"routers/step": 1, "routers/loss": 1.0})
     print("started", flush=True)
     sys.stdin.readline()
@@ -42,7 +40,7 @@ def started(config, tmp_path):
     processes = []
 
     def start(**environment: str) -> subprocess.Popen[str]:
-        words = [sys.executable, "-c", POINT, json.dumps([config, IDENTITY])]
+        words = [sys.executable, "-c", POINT, json.dumps(config)]
         env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         process = subprocess.Popen(words, cwd=tmp_path, env=env, text=True, **pipes)
@@ -94,7 +92,7 @@ def test_an_unreachable_service_leaves_an_offline_run(
     """Also where the parent's W&B service is inherited, which keeps the id of the first try."""
     if inherited:
         other = tracking_config(tmp_path / "parent", monkeypatch)
-        with open_tracker(other, tmp_path / "parent-point", **IDENTITY) as tracker:
+        with opened(other, tmp_path / "parent-point") as tracker:
             assert tracker.active
         assert "WANDB_SERVICE" in os.environ
     else:
@@ -109,7 +107,7 @@ def test_an_unreachable_service_leaves_an_offline_run(
 
 
 def test_offline_runs_are_uploaded_by_the_documented_command(config, server, tmp_path):
-    with open_tracker(config, tmp_path / "point", **IDENTITY) as tracker:
+    with opened(config, tmp_path / "point") as tracker:
         tracker.log({"routers/step": 1, "routers/loss": 0.75})
     folders = (tmp_path / "wandb-folder" / "wandb").glob("offline-run-*")
     environment = {**os.environ, "WANDB_BASE_URL": server.url, "WANDB_API_KEY": KEY}

@@ -11,10 +11,12 @@ import pytest
 
 from runners.errors import UserError
 from runners.launching.check import check_tracking
-from runners.tracking.base import Files, Safe, flat, open_tracker
+from runners.options import parse_section
+from runners.point_config import TrackingConfig
+from runners.tracking.base import Files, Safe, flat
 from runners.tracking.mirror import mirror, mirror_speed
 from tests.conftest import ROOT
-from tests.runners.tracked import IDENTITY, tracking_config
+from tests.runners.tracked import IDENTITY, opened, tracking_config
 from tests.runners.wandb_file import runs
 
 RECORD = {
@@ -50,14 +52,14 @@ def write_point(folder) -> None:
 
 def test_one_run_per_point_also_after_an_exception(config, tmp_path):
     folders = [tmp_path / name for name in ("first", "second")]
-    with open_tracker(config, folders[0], **IDENTITY) as tracker:
+    with opened(config, folders[0]) as tracker:
         assert tracker.active
         for step in (1, 2):
             tracker.log({"routers/step": step, "routers/loss": 1.0 / step})
         tracker.summary(RECORD)
     with (
         pytest.raises(ZeroDivisionError),
-        open_tracker(config, folders[1], job="train", **IDENTITY) as tracker,
+        opened(config, folders[1], job="train") as tracker,
     ):
         tracker.log({"routers/step": 1, "routers/loss": 9.0})
         raise ZeroDivisionError
@@ -82,7 +84,7 @@ def test_one_run_per_point_also_after_an_exception(config, tmp_path):
 def test_a_point_that_failed_resumes_its_run_and_a_finished_one_does_not(config, tmp_path):
     for failing in (True, False, False):
         try:
-            with open_tracker(config, tmp_path / "point", **IDENTITY) as tracker:
+            with opened(config, tmp_path / "point") as tracker:
                 tracker.log({"routers/step": 1})
                 if failing:
                     raise ZeroDivisionError
@@ -97,7 +99,7 @@ def test_a_point_that_failed_resumes_its_run_and_a_finished_one_does_not(config,
 def test_media_and_lineage(config, tmp_path):
     folder = tmp_path / "first"
     write_point(folder)
-    with open_tracker(config, folder, **IDENTITY) as tracker:
+    with opened(config, folder) as tracker:
         mirror(tracker, folder, RECORD)
         mirror_speed(tracker, {"prefill": [{"seq": 8, "speedup": 1.2, "parts": {}}]})
         assert tracker.active
@@ -118,8 +120,8 @@ def test_media_and_lineage(config, tmp_path):
 
 def test_off_does_not_import_wandb(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from runners.tracking.base import open_tracker\n"
-        "with open_tracker({'tracking': {'backend': 'off'}}, Path('x')) as t:\n"
+        "import sys; from pathlib import Path; from tests.runners.tracked import opened\n"
+        "with opened({'tracking': {'backend': 'off'}}, Path('x')) as t:\n"
         "    t.log({'a': 1.0}); t.summary({}); print(t.active, 'wandb' in sys.modules)"
     )
     command = [sys.executable, "-c", code]
@@ -157,7 +159,7 @@ def test_a_failing_service_stops_tracking_only(caplog, tmp_path):
 def test_a_service_that_does_not_start_is_a_warning(config, tmp_path, caplog):
     (tmp_path / "file").touch()
     config["tracking"]["dir"] = str(tmp_path / "file")
-    with open_tracker(config, tmp_path / "point", **IDENTITY) as tracker:
+    with opened(config, tmp_path / "point") as tracker:
         assert not tracker.active
     assert "no tracking for this point" in caplog.text
 
@@ -168,7 +170,7 @@ def test_tensorboard_holds_curves_tables_and_pictures(board, tmp_path):
 
     folder = tmp_path / "first"
     write_point(folder)
-    with open_tracker(board, folder, **IDENTITY) as tracker:
+    with opened(board, folder) as tracker:
         for step in (1, 2):
             tracker.log({"routers/step": step, "routers/loss": 1.0 / step})
         mirror(tracker, folder, RECORD)
@@ -190,15 +192,15 @@ def test_mistakes_are_found_before_anything_runs(monkeypatch, tmp_path):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(UserError, match="WANDB_API_KEY"):
-        check_tracking({"backend": "wandb", "mode": "online"})
-    with pytest.raises(UserError, match="offline or online"):
-        check_tracking({"backend": "wandb", "mode": "sometimes"})
-    with pytest.raises(UserError, match="off, wandb, tensorboard"):
-        check_tracking({"backend": "csv"})
+        check_tracking(TrackingConfig("wandb", "online"))
+    with pytest.raises(UserError, match="mode must be one of offline, online"):
+        parse_section(TrackingConfig, {"backend": "wandb", "mode": "sometimes"})
+    with pytest.raises(UserError, match="backend must be one of off, wandb, tensorboard"):
+        parse_section(TrackingConfig, {"backend": "csv"})
     (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password s3cret\n")
     (tmp_path / ".netrc").chmod(0o600)
-    check_tracking({"backend": "wandb", "mode": "online"})
-    check_tracking({"backend": "wandb", "mode": "offline"})
+    check_tracking(TrackingConfig("wandb", "online"))
+    check_tracking(TrackingConfig("wandb", "offline"))
 
 
 def test_flat():
@@ -211,7 +213,7 @@ def test_flat():
 
 def test_files_need_no_inputs(config, tmp_path):
     (tmp_path / "a.json").write_text("{}")
-    with open_tracker(config, tmp_path / "point", **IDENTITY) as tracker:
+    with opened(config, tmp_path / "point") as tracker:
         tracker.attempt(lambda t: t.files(Files("thing", "a b/c", [tmp_path / "a.json"])))
         assert tracker.active
     (run,) = runs(config["tracking"]["dir"])

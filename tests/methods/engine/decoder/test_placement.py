@@ -17,7 +17,8 @@ from methods.engine.decoder.families import FAMILIES
 from methods.engine.decoder.offload import OnDemand, leases_of, offloading
 from methods.engine.decoder.placement import input_device, placed
 from methods.engine.routed import routed, routing_of
-from runners.base_model.load import build_method
+from runners.point import build_method
+from runners.point_config import PointConfig
 from runners.store.provenance import hash_model
 from tests.methods.conftest import METHODS, method_config, small_ids, small_model
 from tests.methods.engine.scripted import Scripted, all_sites, random_maps
@@ -82,9 +83,8 @@ def same_with_and_without(
 ) -> None:
     whole = small_model(family, layers=LAYERS)
     parted = PLACES[where](small_model(family, layers=LAYERS), folder)
-    methods = [
-        build_method(method_config(config, "sparsity=0.4", *words), m) for m in (whole, parted)
-    ]
+    point = PointConfig.parse(method_config(config, "sparsity=0.4", *words))
+    methods = [build_method(point, model) for model in (whole, parted)]
     threshold = half_way(whole, methods[0])
     for method in methods:
         method.threshold.fill_(threshold)

@@ -18,9 +18,10 @@ from methods.base import Method
 from methods.engine.cache.growing import roomy_cache
 from methods.engine.decoder.placement import layer_devices, spread
 from methods.engine.routed import routed, routing_of
-from runners.base_model.load import build_method
 from runners.errors import UserError
 from runners.evaluation.perplexity import Window, window_nlls
+from runners.point import build_method
+from runners.point_config import PointConfig
 from tests.methods.conftest import METHODS, method_config, small_ids, small_model
 from tests.methods.engine.pretend import Pretend, pretended
 
@@ -70,7 +71,7 @@ def compare(family: str, places: dict[str, str], name: str) -> float:
     skip = parted._skip_keys_device_placement
     parted = dispatch_model(parted, places, main_device=FIRST, skip_keys=skip)
     assert spread(parted) and len(set(layer_devices(parted))) == 2
-    config = method_config(name, "sparsity=0.4")
+    config = PointConfig.parse(method_config(name, "sparsity=0.4"))
     methods = [build_method(config, model) for model in (whole, parted)]
     scores: list[Tensor] = []
     with routed(whole, methods[0]):
