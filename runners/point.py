@@ -31,11 +31,11 @@ from runners.store.files import cache_root
 from runners.store.items import write_items
 from runners.store.provenance import code_version, provenance
 from runners.store.run_folder import RunFolder
-from runners.store.stage_cache import Products, content_key
+from runners.store.stage_cache import StageCache, content_key
 from runners.tracking.base import Safe
-from runners.training.checkpoints import Checkpoints
 from runners.training.loop import Loop
 from runners.training.probe import ModelProbe
+from runners.training.state import Checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -103,17 +103,15 @@ def train(config: PointConfig, built: Built, folder: RunFolder, tracker: Safe) -
         objective=config.objective,
         seed=config.seed,
         on_step=on_step,
-        on_start=events.go_back,
+        on_start=events.rewind,
     )
     products = stage_cache(config, folder)
     for stage, key in stage_keys(config, built):
         if stage.lora is not None:
             attach_lora(built.base.model, method, stage.lora, seed=config.seed)
-        kept = Checkpoints(products.checkpoints(key), config.store.checkpoint_seconds)
-        report = products.stage(key, method, partial(_run, loop, stage, kept))
-        # A curve that another point's process made is in that point's log, and only there.
-        here = not report["cached"] or events.has_curve(stage.name, report["steps"])
-        events.go_back(stage.name, report["steps"] if here else 0)
+        kept = Checkpoint(products.checkpoint(key), config.store.checkpoint_seconds)
+        report = products.load_or_run(key, method, partial(_run, loop, stage, kept))
+        events.rewind(stage.name, report["steps"])
         folder.log({"event": "stage", **report})
         log.info("stage %s %s", stage.name, "from the cache" if report["cached"] else "done")
         trained.stages.append(report)
@@ -214,9 +212,9 @@ def record(
     }
 
 
-def stage_cache(config: PointConfig, folder: RunFolder) -> Products:
+def stage_cache(config: PointConfig, folder: RunFolder) -> StageCache:
     """The cache that all points share; a launched process that does not lead keeps its own."""
-    return Products(cache_root(config.store.cache_dir) if is_main_process() else folder.path)
+    return StageCache(cache_root(config.store.cache_dir) if is_main_process() else folder.path)
 
 
 def stage_keys(config: PointConfig, built: Built) -> Iterator[tuple[Stage, str]]:
@@ -299,7 +297,7 @@ def check_gradients(name: str, stages: Iterable[Stage]) -> None:
         )
 
 
-def _run(loop: Loop, stage: Stage, kept: Checkpoints) -> dict[str, Any]:
+def _run(loop: Loop, stage: Stage, kept: Checkpoint) -> dict[str, Any]:
     return loop.run(stage, kept).to_dict()
 
 

@@ -95,13 +95,15 @@ def restore(method: Method, folder: Path | str, model: PreTrainedModel) -> None:
     _copy(_read(folder / ADAPTER_TENSORS), adapter.peft_tensors(), folder / ADAPTER_TENSORS)
 
 
-def load_tensors(method: Method, path: Path) -> None:
-    """Strictly load the whole state, an adapter that is attached included, from one file.
+def load_tensors(method: Method, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Strictly load the whole state, an adapter that is attached included.
+
+    Args:
+        path: of the file that the tensors were read from.
 
     Raises:
-        BadCheckpoint: missing or damaged file, other names or shapes.
+        BadCheckpoint: other names or shapes.
     """
-    tensors = _read(path)
     method.adopt({name: value.shape for name, value in tensors.items()})
     _copy(tensors, method.state_dict(), path)
 

@@ -31,7 +31,7 @@ from runners.point import build, build_method, check_reach, recipe, stage_keys
 from runners.point_config import DataConfig, PointConfig
 from runners.store.files import cache_root
 from runners.store.run_folder import RunFolder
-from runners.store.stage_cache import content_key
+from runners.store.stage_cache import StageCache, content_key
 from runners.training.loop import Loop
 from runners.training.probe import ModelProbe
 
@@ -199,9 +199,9 @@ class Planner:
         """Of each stage whether its product is in the cache; None where that cannot be known."""
         if not self.options["cached"] or not weights_are_here(config.resolved):
             return None
-        stages = cache_root(config.store.cache_dir) / "stages"
+        cache = StageCache(cache_root(config.store.cache_dir))
         keys = stage_keys(config, build(config))
-        return [(stages / key / "report.json").is_file() for _, key in keys]
+        return [cache.product(key).is_file() for _, key in keys]
 
 
 def totals(points: list[PlannedPoint]) -> dict[str, float]:

@@ -49,12 +49,6 @@ def local_rows(count: int) -> slice:
     return slice(count * rank // world, count * (rank + 1) // world)
 
 
-def most_local_rows(count: int) -> int:
-    """The largest number of them that any process passes."""
-    world = distributed.get_world_size() if is_distributed() else 1
-    return -(-count // world)
-
-
 def broadcast_object(find: Callable[[], T]) -> T:
     """Give all processes what `find` returns in the first one."""
     if not is_distributed():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shlex
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -12,11 +13,12 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from torch import Tensor, nn
 
 from methods.engine.decoder.offload import stored
 from runners.runtime.processes import world_size
-from runners.store.command import started_with
+from runners.store.redact import REDACTED, is_secret, redact_text
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "transformers", "lm_eval", "hydra-core", "wandb", "numpy", "routebench")
@@ -36,6 +38,28 @@ def provenance() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "processes": world_size(),
     }
+
+
+def started_with() -> str | None:
+    """The command of this point alone, `python runners/sweep.py method=informed sparsity=0.5`.
+
+    One point of a sweep gives its own overrides. An experiment that is a sweep by itself would
+    start all its points again, so `hydra.mode=RUN` is added. None outside a Hydra run.
+    """
+    if not HydraConfig.initialized():
+        return None
+    hydra = HydraConfig.get()
+    words = [_clean(word) for word in hydra.overrides.task]
+    if any(word.startswith("experiment=") for word in words):
+        words.append("hydra.mode=RUN")
+    script = str(hydra.job.name).rpartition(".")[2]
+    return shlex.join(["python", f"runners/{script}.py", *words])
+
+
+def _clean(word: str) -> str:
+    key, separator, _ = word.partition("=")
+    name = key.lstrip("+~").rpartition(".")[2]
+    return f"{key}={REDACTED}" if separator and is_secret(name) else redact_text(word)
 
 
 def git_state(folder: Path) -> dict[str, Any]:

@@ -7,31 +7,31 @@ never mistaken for a finished one.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 
 from runners.errors import UserError
 from runners.store.event_log import EventLog
 from runners.store.files import (
-    LOCK,
-    disk_error,
+    Damaged,
+    locked,
+    read_checked,
     remove_partial,
+    sha256_of,
+    to_json,
     write_bytes_atomic,
+    write_checked,
     write_json_atomic,
 )
-from runners.store.plain import to_plain
 from runners.store.redact import redact, redact_text
-from runners.store.seal import Damaged, read_sealed, sealed
 
 log = logging.getLogger(__name__)
 
@@ -56,25 +56,10 @@ class RunFolder:
         self.items_file = path / "items.parquet"
         self.events = EventLog(self.log_file)
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> AbstractContextManager[None]:
         """Hold the point; a second process waits here, then finds it complete."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise disk_error(self.path, error) from error
-        held = FileLock(self.path / LOCK)
-        try:
-            held.acquire(timeout=0)
-        except Timeout:
-            log.info("another process is at work on %s; waiting for it", self.path.name)
-            held.acquire()
-        except OSError as error:
-            raise disk_error(self.path, error) from error
-        try:
-            yield
-        finally:
-            held.release()
+        waiting = f"another process is at work on {self.path.name}; waiting for it"
+        return locked(self.path / ".lock", waiting)
 
     def begin(self, config: Mapping[str, Any]) -> None:
         """Start the point, or start it again: what an earlier attempt left is removed.
@@ -87,8 +72,8 @@ class RunFolder:
         self.items_file.unlink(missing_ok=True)
         for folder in (self.path, self.path / "routed"):
             remove_partial(folder)
-        plain = to_plain(redact(config), "config")
-        text = yaml.safe_dump(plain, sort_keys=False, default_flow_style=False)
+        shown = to_json(redact(config), "config")
+        text = yaml.safe_dump(shown, sort_keys=False, default_flow_style=False)
         write_bytes_atomic(self.config_file, text.encode())
         self._status("running")
 
@@ -96,17 +81,14 @@ class RunFolder:
         """Remove a record, or items, that are not what was written, and say so; the point is then
         computed again."""
         try:
-            record = read_sealed(self.result_file, strict=False)
+            record = read_checked(self.result_file)
+            if record.get(ITEMS_HASH) != _file_hash(self.items_file):
+                raise Damaged(f"{self.items_file} is damaged")
         except FileNotFoundError:
             return
         except Damaged as error:
             log.warning("%s: the point is computed again", error)
-            self.result_file.unlink(missing_ok=True)
-            return
-        written = record.get(ITEMS_HASH)
-        if written is not None and written != _file_hash(self.items_file):
-            log.warning("%s is damaged: the point is computed again", self.items_file)
-            self.result_file.unlink(missing_ok=True)
+            self.result_file.unlink()
             self.items_file.unlink(missing_ok=True)
 
     def log(self, event: Mapping[str, Any]) -> None:
@@ -116,8 +98,6 @@ class RunFolder:
     def complete(self, result: Mapping[str, Any]) -> None:
         """Write the result record; from here on the point counts as done."""
         record = {**result, "schema_version": SCHEMA_VERSION, "status": "complete"}
-        items = _file_hash(self.items_file)
-        record |= {} if items is None else {ITEMS_HASH: items}
         self._write_result({**record, **self._measured_speed()})
         self._status("complete")
 
@@ -170,13 +150,15 @@ class RunFolder:
     def result(self) -> dict[str, Any] | None:
         """The record, complete or failed; None if missing, torn or of another schema."""
         try:
-            record = read_sealed(self.result_file, strict=False)
+            record = read_checked(self.result_file)
         except (FileNotFoundError, Damaged):
             return None
         return record if record.get("schema_version") == SCHEMA_VERSION else None
 
     def _write_result(self, record: Mapping[str, Any]) -> None:
-        write_json_atomic(self.result_file, sealed(to_plain(redact(record), "record")))
+        items = _file_hash(self.items_file)
+        kept = {**record, ITEMS_HASH: items} if items else record
+        write_checked(self.result_file, redact(kept))
 
     def _status(self, state: str, **more: Any) -> None:
         status = {"state": state, "pid": os.getpid(), "unix_time_s": round(time.time(), 3)}
@@ -184,8 +166,4 @@ class RunFolder:
 
 
 def _file_hash(path: Path) -> str | None:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return None
+    return sha256_of(path) if path.is_file() else None

@@ -8,11 +8,12 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from transformers import PreTrainedModel
 
 from methods.base import Method, Probe, Stage, StageBudget
@@ -23,19 +24,15 @@ from runners.runtime.distributed import (
     all_reduce_max,
     broadcast_object,
     is_distributed,
-    most_local_rows,
     shared_gradients,
 )
-from runners.runtime.memory import out_of_memory
+from runners.runtime.memory import PeakMemory, attempt
 from runners.runtime.progress import progress
 from runners.runtime.signals import Stop, deferred
-from runners.training.batches import Batches
-from runners.training.checkpoints import Checkpoints
-from runners.training.cost import Meter
 from runners.training.optimizer import TrainingDiverged as TrainingDiverged
-from runners.training.optimizer import finite, optimiser
+from runners.training.optimizer import finite, optimizer, set_rate
 from runners.training.passes import Objective, Passes
-from runners.training.state import Position, Training
+from runners.training.state import Batches, Checkpoint, Position, StageState
 
 log = logging.getLogger(__name__)
 
@@ -52,9 +49,10 @@ class StageReport:
     """What one stage cost and reached."""
 
     name: str
-    seconds: float
-    tokens: int
-    peak_memory_bytes: int
+    seconds: float = 0.0
+    tokens: int = 0
+    """That the stage and its fits read."""
+    peak_memory_bytes: int = 0
     steps: int = 0
     final_loss: float | None = None
     micro_batch: int | None = None
@@ -66,6 +64,32 @@ class StageReport:
     def to_dict(self) -> dict[str, Any]:
         """JSON form, as in the result record."""
         return asdict(self)
+
+
+class Cost:
+    """Seconds, tokens that the probe read, and peak memory, from construction on.
+
+    Args:
+        device: whose memory counts.
+        probe: counts what it reads in `tokens_read`, if it counts.
+    """
+
+    def __init__(self, device: torch.device, probe: Probe) -> None:
+        self.probe, self.peak = probe, PeakMemory(device)
+        self.began, self.read_before = time.perf_counter(), self._tokens_read()
+        self.before = {"seconds": 0.0, "tokens": 0, "peak_memory_bytes": 0}
+        """What an earlier process had spent on the stage when it wrote its checkpoint."""
+
+    def read(self) -> dict[str, Any]:
+        """Up to now."""
+        return {
+            "seconds": self.before["seconds"] + time.perf_counter() - self.began,
+            "tokens": self.before["tokens"] + self._tokens_read() - self.read_before,
+            "peak_memory_bytes": max(self.before["peak_memory_bytes"], self.peak.bytes()),
+        }
+
+    def _tokens_read(self) -> int:
+        return int(getattr(self.probe, "tokens_read", 0))
 
 
 class Loop:
@@ -100,11 +124,11 @@ class Loop:
         self.on_step, self.on_start = on_step, on_start
         self.device = input_device(model)
 
-    def run(self, stage: Stage, saved: Checkpoints | None = None) -> StageReport:
+    def run(self, stage: Stage, checkpoint: Checkpoint | None = None) -> StageReport:
         """Run one stage; the method's modules are changed in place.
 
         Args:
-            saved: where a gradient stage keeps its checkpoints, and goes on from the last.
+            checkpoint: kept by a gradient stage, which goes on from it.
 
         Raises:
             TrainingDiverged: the loss is not finite.
@@ -113,120 +137,112 @@ class Loop:
             Interrupted: a signal asked for the end; the checkpoint is written.
         """
         self._seed(stage.name)
-        meter = Meter(self.device, self.probe)
-        at, trained_tokens = None, 0
+        cost, report = Cost(self.device, self.probe), StageReport(stage.name)
         if stage.fit is not None:
             stage.fit(self.probe)
         else:
             assert stage.budget is not None and stage.loss is not None, stage.name
-            at = self._train(stage, stage.budget, meter, saved or Checkpoints())
-            trained_tokens = stage.budget.tokens
-        cost = meter.read()
-        cost["tokens"] += trained_tokens
-        figures = stage.report(self.probe) if stage.report else {}
-        log.info(
-            "stage %s: %.1f s, %d tokens %s",
-            stage.name,
-            cost["seconds"],
-            cost["tokens"],
-            _short(figures),
-        )
-        report = StageReport(stage.name, **cost, figures=figures)
-        if at is not None:
+            at = self._train(stage, stage.budget, cost, checkpoint or Checkpoint())
             report.steps, report.final_loss = at.step, at.loss
             report.micro_batch, report.oom_halvings = at.micro_batch, at.oom_halvings
+            report.tokens = stage.budget.tokens
+        report.seconds, tokens, report.peak_memory_bytes = cost.read().values()
+        report.tokens += tokens
+        report.figures = stage.report(self.probe) if stage.report else {}
+        figures = " ".join(f"{k}={v:.3g}" for k, v in report.figures.items())
+        said = "stage %s: %.1f s, %d tokens %s"
+        log.info(said, stage.name, report.seconds, report.tokens, figures)
         return report
 
     def _train(
-        self, stage: Stage, budget: StageBudget, meter: Meter, saved: Checkpoints
+        self, stage: Stage, budget: StageBudget, cost: Cost, checkpoint: Checkpoint
     ) -> Position:
-        found = broadcast_object(saved.load)
+        found = broadcast_object(checkpoint.load)
         thresholds = self._start_thresholds(stage) if found is None else {}
         parameters = self._trainable(stage)
-        adamw, schedule = optimiser(stage, parameters, budget)
-        batches = Batches(self.rows(budget), budget, self.device)
-        start = Position(thresholds, most_local_rows(budget.batch_size))
-        training = Training(self.method, parameters, adamw, schedule, batches, start)
+        adamw = optimizer(stage, parameters)
+        batches = Batches(self.rows(budget), budget.batch_size, self.device)
+        state = StageState(
+            self.method, parameters, adamw, batches, Position(thresholds, budget.batch_size)
+        )
         if found is not None:
-            training.restore(found)
-            meter.carry(found.state["cost"])
-            log.info("stage %s goes on after step %d of %d", stage.name, found.step, budget.steps)
-        at = training.at
-        curve = [] if found is None else list(found.state["curve"])
-        self.on_start(stage.name, at.step, curve)
+            state.restore(found)
+            cost.before = found[1]["cost"]
+            log.info(
+                "stage %s goes on after step %d of %d", stage.name, state.at.step, budget.steps
+            )
+        at = state.at
+        self.on_start(stage.name, at.step, at.curve)
         self.method.train()
         bar = progress(range(budget.steps), stage.name, initial=at.step)
         with deferred() as stop:
             while True:
-                training.begin_step()
+                if is_distributed():  # rows of different processes get different noise
+                    self._seed(f"{stage.name}/{at.step}/{distributed.get_rank()}")
+                state.begin_step()
                 stop.number = all_reduce_max(stop.number or 0) or None
-                if stop.number or (at.step < budget.steps and saved.due()):
-                    state = training.state() | {"cost": meter.read(), "curve": curve}
-                    saved.save(at.step, training.tensors(), state)
+                if stop.number or (at.step < budget.steps and checkpoint.due()):
+                    tensors, about = state.save()
+                    checkpoint.save(tensors, about | {"cost": cost.read()})
                     stop.obey()
                 if at.step == budget.steps:
                     break
-                figures = self._step(stage, budget, training, stop)
-                if figures is not None:
+                if self._step(stage, budget, state, stop):
+                    figures = at.curve[-1]
                     bar.update()
                     bar.set_postfix({k: f"{v:.4g}" for k, v in figures.items() if k != "step"})
-                    curve.append(figures)
                     self.on_step(stage.name, figures)
         self.method.eval()
         return at
 
-    def _step(
-        self, stage: Stage, budget: StageBudget, training: Training, stop: Stop
-    ) -> dict[str, float] | None:
-        """One optimiser step and its figures; None if it was given up and has to begin again."""
-        at, began = training.at, time.perf_counter()
+    def _step(self, stage: Stage, budget: StageBudget, state: StageState, stop: Stop) -> bool:
+        """Make one optimiser step; False if it was given up and has to begin again."""
+        at, began = state.at, time.perf_counter()
         target = self._next_target(at.thresholds, at.step)
-        found, lacking = None, False
-        try:
-            found = self._gradients(stage, budget, training, target, stop)
-        except Exception as error:
-            lacking = out_of_memory(error) and not is_distributed()
-            if not lacking:
-                raise
+        work = partial(self._gradients, stage, budget, state, target, stop)
+        # processes that train together would have to halve alike, but memory lacks in one of them
+        found = work() if is_distributed() else attempt(work)
         if found is None:
-            training.halve(stage.name) if lacking else training.rewind()
-            return None
+            state.rewind()
+            if not stop.number:
+                state.halve(stage.name)
+            return False
         loss, rate = found
-        norm = nn.utils.clip_grad_norm_(training.parameters, stage.clip_norm)
+        norm = nn.utils.clip_grad_norm_(state.parameters, stage.clip_norm)
         at.loss = finite(stage, at.step, budget.steps, loss, norm)
-        training.adamw.step()
-        training.schedule.step()
-        training.adamw.zero_grad(set_to_none=True)
+        set_rate(state.adamw, stage, at.step, budget.steps)
+        state.adamw.step()
+        state.adamw.zero_grad(set_to_none=True)
         realised = 1.0 - float(rate)
         at.thresholds[target] += stage.hold * (target - realised)
         at.step += 1
-        figures: dict[str, float] = {"step": at.step, "loss": at.loss}
-        tokens = budget.accumulate * budget.batch_size * budget.seq_len
-        figures["tokens_per_s"] = tokens / (time.perf_counter() - began)
+        tokens = budget.tokens / budget.steps
+        speed = tokens / (time.perf_counter() - began)
+        figures = {"step": at.step, "loss": at.loss, "tokens_per_s": speed}
         if stage.forward == "routed":
             figures |= {"sparsity": realised, "target": target}
-        return figures
+        at.curve.append(figures)
+        return True
 
     def _gradients(
-        self, stage: Stage, budget: StageBudget, training: Training, target: float, stop: Stop
+        self, stage: Stage, budget: StageBudget, state: StageState, target: float, stop: Stop
     ) -> tuple[Tensor, Tensor] | None:
         """Mean loss and execute rate of a step whose gradients are now summed.
 
         None if a signal came between two micro-batches.
         """
-        progress_share, rows = training.at.step / max(1, budget.steps - 1), training.at.micro_batch
+        batches = [next(state.batches) for _ in range(budget.accumulate)]
+        anneal = state.at.step / max(1, budget.steps - 1)
         losses, rates = [], []
-        for _ in range(budget.accumulate):
+        parts = self.passes.micro_batches(stage, batches, state.at.micro_batch, anneal, target)
+        for loss, rate, share in parts:
+            (loss * share).backward()
+            losses.append(loss.detach() * share)
+            rates.append(rate * share)
             if stop.number and not is_distributed():
                 return None
-            batch = next(training.batches)
-            for loss, rate, part in self.passes.losses(stage, batch, rows, progress_share, target):
-                (loss * (part / budget.accumulate)).backward()
-                losses.append(loss.detach() * part)
-                rates.append(rate * part)
-        loss = torch.stack(losses).sum() / budget.accumulate
-        rate = torch.stack(rates).sum() / budget.accumulate
-        all_reduce([loss, rate, *shared_gradients(training.parameters)])
+        loss, rate = torch.stack(losses).sum(), torch.stack(rates).sum()
+        all_reduce([loss, rate, *shared_gradients(state.parameters)])
         return loss, rate
 
     def _trainable(self, stage: Stage) -> list[nn.Parameter]:
@@ -266,7 +282,3 @@ class Loop:
         random.seed(value)
         numpy.random.seed(value)
         torch.manual_seed(value)
-
-
-def _short(figures: dict[str, float]) -> str:
-    return " ".join(f"{k}={v:.3g}" for k, v in figures.items())

@@ -1,4 +1,4 @@
-"""Optimiser, learning-rate schedule and the check of each step of a training stage."""
+"""Optimise a training stage: AdamW, its learning rate at each step, the check of each step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from methods.base import Stage, StageBudget
+from methods.base import Stage
 from runners.errors import UserError
 
 LEAST_SIZE = 1e-3
@@ -20,33 +20,32 @@ class TrainingDiverged(UserError):
     """A loss became NaN or infinite."""
 
 
-def optimiser(
-    stage: Stage, parameters: Sequence[nn.Parameter], budget: StageBudget
-) -> tuple[torch.optim.AdamW, Any]:
-    """AdamW on the stage's parameters, and its schedule (linear warm-up, then the stage's)."""
-    groups: list[dict[str, Any]] = [{"params": list(parameters)}]
+def optimizer(stage: Stage, parameters: Sequence[nn.Parameter]) -> torch.optim.AdamW:
+    """AdamW on the stage's parameters; each group keeps its full rate as `initial_lr`."""
+    groups: list[dict[str, Any]] = [{"params": list(parameters), "lr": stage.lr}]
     if stage.relative_lr:
-        sizes = torch.stack([_root_mean_square(p) for p in parameters]).clamp_min(LEAST_SIZE)
-        rates = (stage.lr * sizes).tolist()
+        sizes = [p.detach().float().square().mean().sqrt() for p in parameters]
+        rates = (stage.lr * torch.stack(sizes).clamp_min(LEAST_SIZE)).tolist()
         groups = [{"params": [p], "lr": lr} for p, lr in zip(parameters, rates, strict=True)]
-    adamw = torch.optim.AdamW(
-        groups, lr=stage.lr, betas=stage.betas, weight_decay=stage.weight_decay
-    )
-    warmup_steps = round(stage.warmup * budget.steps)
-
-    def factor(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / warmup_steps
-        if stage.schedule == "constant":
-            return 1.0
-        share = (step - warmup_steps) / max(1, budget.steps - warmup_steps)
-        return 0.5 * (1.0 + math.cos(math.pi * share))
-
-    return adamw, torch.optim.lr_scheduler.LambdaLR(adamw, factor)
+    for group in groups:
+        group["initial_lr"] = group["lr"]
+    return torch.optim.AdamW(groups, betas=stage.betas, weight_decay=stage.weight_decay)
 
 
-def _root_mean_square(parameter: Tensor) -> Tensor:
-    return parameter.detach().float().square().mean().sqrt()
+def set_rate(adamw: torch.optim.AdamW, stage: Stage, step: int, steps: int) -> None:
+    """Linear warm-up, then the stage's schedule.
+
+    Args:
+        step: from 0.
+    """
+    warmup = round(stage.warmup * steps)
+    factor = 1.0
+    if step < warmup:
+        factor = (step + 1) / warmup
+    elif stage.schedule == "cosine":
+        factor = 0.5 * (1.0 + math.cos(math.pi * ((step - warmup) / max(1, steps - warmup))))
+    for group in adamw.param_groups:
+        group["lr"] = group["initial_lr"] * factor
 
 
 def finite(stage: Stage, step: int, steps: int, loss: Tensor, gradient_norm: Tensor) -> float:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,9 +14,9 @@ from methods.base import Method, RoutedView, Site, Stage, UnitView
 from methods.engine.decoder.adapter import decoder
 from methods.engine.observe import observed
 from methods.engine.routed import Routing, routed, routing_of
-from runners.runtime.distributed import local_rows
+from runners.runtime.distributed import all_reduce, is_distributed, local_rows
 from runners.training.losses import distillation_loss, hidden_states, language_model_loss
-from runners.training.micro_batches import Rates, parts_of
+from runners.training.state import RandomState
 
 Objective = Literal["lm", "distill"]
 
@@ -32,69 +33,60 @@ class Passes:
     def __init__(self, model: PreTrainedModel, method: Method, objective: Objective) -> None:
         self.model, self.method, self.objective = model, method, objective
 
-    def losses(
-        self, stage: Stage, batch: Tensor, rows: int, progress_share: float, target: float
+    def micro_batches(
+        self, stage: Stage, batches: Sequence[Tensor], rows: int, anneal: float, target: float
     ) -> Iterator[tuple[Tensor, Tensor, float]]:
-        """(loss, execute rate, share of the micro-batch) of each part of at most `rows` rows.
+        """(loss, execute rate, share of the step) of each pass of this process over a step.
 
         The rate is 1 under the dense forward. Losses are to be used before the next is asked for.
-        """
-        own = local_rows(len(batch))
-        if rows >= len(batch):
-            yield *self._loss(stage, batch, progress_share, target), 1.0
-            return
-        parts, whole = parts_of(batch, rows, own), None
-        soft = stage.forward == "routed" and not stage.hard
-        if soft and len(parts) > 1:
-            views = []
-            for part in parts:
-                with torch.no_grad(), part.drawing():
-                    views.append(self._view(stage, part.ids_BT, progress_share, target))
-            whole = Rates.mean([part.share for part in parts], views)
-        for part in parts:
-            alone = part.share if soft and whole is None else None
-            with part.drawing():
-                loss, rate = self._loss(stage, part.ids_BT, progress_share, target, whole, alone)
-            yield loss, rate, part.share
-
-    def _loss(
-        self,
-        stage: Stage,
-        batch: Tensor,
-        progress_share: float,
-        target: float,
-        whole: Rates | None = None,
-        share: float | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Loss of one pass and its mean execute rate.
 
         Args:
-            whole: rates of the micro-batch that this is a part of.
-            share: of the micro-batch, for the only part of this process; `whole` is then added up
-                over processes.
+            batches: of the step.
+            rows: of a pass at most.
         """
-        if stage.forward == "dense":
-            return self._dense_loss(stage, batch), torch.ones((), device=batch.device)
-        view = self._view(stage, batch, progress_share, target)
-        if share is not None:
-            whole = Rates.mean([share], [view])
-        if whole is not None:
-            view = whole.seen_by(view)
-        return stage.loss(view), view.execute_rate.detach()  # type: ignore[misc, arg-type]
+        parts = [part for b in batches for part in b[local_rows(len(b))].split(rows)]
+        total = sum(map(len, batches))
+        shares = [len(part) / total for part in parts]
+        rates = None
+        soft = stage.forward == "routed" and not stage.hard
+        if soft and len(parts) > 1:
+            # a penalty may bend in the execute rate: its gradient is that at the rate of the whole
+            # step, which a forward of the same draws finds out first
+            draws = RandomState.take(parts[0].device)
+            with torch.no_grad():
+                views = [self._view(stage, part, anneal, target, rates=True) for part in parts]
+            draws.put(parts[0].device)
+            rates = _step_rates(shares, views)
+        for part, share in zip(parts, shares, strict=True):
+            if stage.forward == "dense":
+                yield self._dense_loss(stage, part), torch.ones((), device=part.device), share
+                continue
+            view = self._view(stage, part, anneal, target)
+            if soft and rates is None and is_distributed():
+                rates = _step_rates(shares, [view])
+            if rates is not None:
+                view = _with_rates(view, rates)
+            yield stage.loss(view), view.execute_rate.detach(), share  # type: ignore[misc, arg-type]
 
     def _view(
-        self, stage: Stage, batch: Tensor, progress_share: float, target: float
+        self, stage: Stage, batch: Tensor, anneal: float, target: float, *, rates: bool = False
     ) -> RoutedView:
-        """What a loss sees of a routed pass."""
+        """What a loss sees of a routed pass.
+
+        Args:
+            rates: the task's loss is not asked for.
+        """
         teacher = None
-        if self.objective == "distill":
+        if self.objective == "distill" and not rates:
             with torch.no_grad():
                 teacher = hidden_states(self.model, batch)
         with routed(self.model, self.method, "gathered" if stage.hard else "masked"):
             routing = routing_of(self.model)
             routing.training = not stage.hard
-            routing.anneal, routing.target = progress_share, target
-            if teacher is None:
+            routing.anneal, routing.target = anneal, target
+            if rates:
+                task = hidden_states(self.model, batch).new_zeros(())
+            elif teacher is None:
                 task = language_model_loss(self.model, batch)
             else:
                 task = distillation_loss(self.model, batch, teacher)
@@ -151,3 +143,32 @@ def counted_view(routing: Routing, task_loss: Tensor, target: float) -> RoutedVi
     }
     rate = torch.tensor(1.0 - usage.sparsity(), device=task_loss.device)
     return RoutedView(task_loss, rate, rates, torch.zeros_like(rate), target)
+
+
+Rates = dict[Site | None, Tensor]
+"""Execute rates of a step without gradient, by site; the model's under None."""
+
+
+def _step_rates(shares: Sequence[float], views: Sequence[RoutedView]) -> Rates:
+    """Rates over the passes of a step, those of other processes included."""
+    own = [{None: view.execute_rate, **dict[Any, Tensor](view.site_rates)} for view in views]
+    rates: Rates = {
+        key: torch.stack([s * r[key] for s, r in zip(shares, own, strict=True)]).sum(0).detach()
+        for key in own[0]
+    }
+    all_reduce(list(rates.values()))
+    return rates
+
+
+def _with_rates(view: RoutedView, rates: Rates) -> RoutedView:
+    """A pass's view with the step's rates as values and its own as what carries gradient.
+
+    With f the loss and w the passes' shares, the sum of w * gradient f(step's rates) over the
+    passes is the gradient of f at the step's rates, because these are the w-weighted sum.
+    """
+
+    def pin(whole: Tensor, own: Tensor) -> Tensor:
+        return whole + (own - own.detach())
+
+    sites = {site: pin(rates[site], own) for site, own in view.site_rates.items()}
+    return replace(view, execute_rate=pin(rates[None], view.execute_rate), site_rates=sites)

@@ -68,8 +68,7 @@ def outcome(commands: Commands) -> dict[str, Any]:
 
 def leftovers(cache: Path) -> list[str]:
     """Checkpoints and partial files that a finished sweep still keeps."""
-    names = [p.relative_to(cache).as_posix() for p in (cache / "stages").rglob("*") if p.is_file()]
-    return [name for name in names if "checkpoints" in name or name.endswith(".tmp")]
+    return [p.name for p in (cache / "stages").iterdir() if p.suffix in (".checkpoint", ".tmp")]
 
 
 @dataclass

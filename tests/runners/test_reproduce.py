@@ -10,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 
 from analysis import frames
 from analysis.report_page import configs
-from runners.store.command import started_with
+from runners.store.provenance import started_with
 
 
 @pytest.mark.slow

@@ -143,5 +143,5 @@ def test_a_refused_file_leaves_the_method_alone(saved):
     before = {name: value.clone() for name, value in method.state_dict().items()}
     DAMAGES["other shape"](folder)
     with pytest.raises(BadCheckpoint):
-        load_tensors(method, folder / TENSORS)
+        load_tensors(method, load_file(folder / TENSORS), folder / TENSORS)
     assert all(torch.equal(method.state_dict()[name], value) for name, value in before.items())

@@ -50,7 +50,7 @@ def check_whole(folder: Path) -> None:
             continue
         if file.suffix == ".json":
             json.loads(file.read_bytes())
-        elif file.suffix == ".safetensors":
+        elif file.suffix in (".safetensors", ".checkpoint"):
             with safe_open(str(file), "pt") as opened:
                 assert [opened.get_tensor(name) for name in opened.keys()]  # noqa: SIM118
         elif file.suffix == ".parquet":

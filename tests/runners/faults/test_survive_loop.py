@@ -7,17 +7,11 @@ import torch
 
 from methods.base import Stage, StageBudget
 from runners.errors import UserError
-from runners.training.checkpoints import Checkpoints
 from runners.training.passes import Passes
+from runners.training.state import Checkpoint
 from tests.runners.toy import toy, toy_loop
 
 BUDGET = StageBudget(steps=6, batch_size=4, seq_len=16, accumulate=2)
-
-
-@pytest.fixture(autouse=True)
-def each_step(monkeypatch):
-    """Writing a checkpoint may cost more than a step of the toy."""
-    monkeypatch.setattr("runners.training.checkpoints.LEAST_SHARE", 0)
 
 
 def train(model, saved=None, *, stop_at=None, hold=0.1):
@@ -42,34 +36,34 @@ def train(model, saved=None, *, stop_at=None, hold=0.1):
 
 def test_a_stage_goes_on_to_the_same_bits(tiny_llama, tmp_path):
     whole, losses, _ = train(tiny_llama)
-    train(tiny_llama, Checkpoints(tmp_path, 0.0), stop_at=4)
+    train(tiny_llama, Checkpoint(tmp_path / "x.checkpoint", 0.0), stop_at=4)
     torch.rand(99)
-    resumed, rest, report = train(tiny_llama, Checkpoints(tmp_path, 0.0))
+    resumed, rest, report = train(tiny_llama, Checkpoint(tmp_path / "x.checkpoint", 0.0))
     assert torch.equal(resumed, whole)
     assert rest == losses[3:]
     assert report.steps == 6
 
 
 @pytest.mark.parametrize("cut", [0, 7, 900, -1])
-def test_a_torn_checkpoint_is_left_for_the_one_before(tiny_llama, tmp_path, cut):
+def test_a_torn_checkpoint_is_no_checkpoint(tiny_llama, tmp_path, cut):
     whole, losses, _ = train(tiny_llama)
-    train(tiny_llama, Checkpoints(tmp_path, 0.0), stop_at=4)
-    last = max(tmp_path.iterdir())
-    last.write_bytes(last.read_bytes()[:cut])
-    resumed, rest, _ = train(tiny_llama, Checkpoints(tmp_path, 0.0))
+    file = tmp_path / "x.checkpoint"
+    train(tiny_llama, Checkpoint(file, 0.0), stop_at=4)
+    file.write_bytes(file.read_bytes()[:cut])
+    resumed, rest, _ = train(tiny_llama, Checkpoint(file, 0.0))
     assert torch.equal(resumed, whole)
-    assert rest == losses[2:]
+    assert rest == losses
 
 
 def limited(monkeypatch, rows):
-    losses = Passes._loss
+    view = Passes._view
 
-    def fails(self, stage, batch, *args):
+    def fails(self, stage, batch, *args, **options):
         if len(batch) > rows:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return losses(self, stage, batch, *args)
+        return view(self, stage, batch, *args, **options)
 
-    monkeypatch.setattr(Passes, "_loss", fails)
+    monkeypatch.setattr(Passes, "_view", fails)
 
 
 def test_half_the_batch_is_the_same_step(tiny_llama, monkeypatch):

@@ -18,11 +18,10 @@ from hypothesis import strategies as st
 
 from runners.errors import UserError
 from runners.point_config import fingerprint
-from runners.store.files import full_disk, write_bytes_atomic, write_json_atomic
-from runners.store.plain import to_plain
+from runners.store.files import full_disk, to_json, write_bytes_atomic, write_json_atomic
 from runners.store.redact import is_secret, redact, redact_text
 from runners.store.run_folder import RunFolder
-from runners.store.stage_cache import Products
+from runners.store.stage_cache import StageCache
 from tests.conftest import ROOT, compose_tiny
 
 CONFIG = compose_tiny("method=informed", "sparsity=0.3")
@@ -99,18 +98,18 @@ PLAIN = st.recursive(
 
 @given(PLAIN)
 def test_plain_values_stay_what_they_are(value):
-    assert to_plain(value, "x") == value
+    assert to_json(value, "x") == value
 
 
 def test_scalars_become_numbers():
     scalars = {"a": np.float32(0.5), "b": torch.tensor(3), "c": (np.int64(2),)}
-    assert json.dumps(to_plain(scalars, "x")) == '{"a": 0.5, "b": 3, "c": [2]}'
+    assert json.dumps(to_json(scalars, "x")) == '{"a": 0.5, "b": 3, "c": [2]}'
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), torch.zeros(2), {1, 2}, b"x"])
 def test_what_json_cannot_hold_is_named(value):
     with pytest.raises(ValueError, match=r"record\.deep\[1\]"):
-        to_plain({"deep": [0, value]}, "record")
+        to_json({"deep": [0, value]}, "record")
 
 
 def full(*_):
@@ -208,7 +207,7 @@ def test_a_file_system_without_locks_is_one_line(folder, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"cannot lock .*No locks available.*results_dir="):
         folder.lock().__enter__()
     with pytest.raises(UserError, match=r"cannot lock .*No locks available.*cache_dir="):
-        Products(tmp_path).value("key", dict)
+        StageCache(tmp_path).value("key", dict)
 
 
 HOLD = """

@@ -15,7 +15,7 @@ from methods.engine.ops.cpu.build import reason_without
 from methods.engine.routed import attach, routed, routing_of
 from methods.informed import Informed
 from runners.point_config import SpeedConfig
-from runners.store.seal import read_sealed
+from runners.store.files import read_checked
 from runners.timing import bench
 from runners.timing.bench import Bench, RandomDraw
 from runners.timing.stopwatch import Timing, interleaved, ratio
@@ -30,7 +30,7 @@ TIMED = (
 
 def written(commands) -> dict:
     (file,) = commands.results.glob("*/result.json")
-    return read_sealed(file)
+    return read_checked(file)
 
 
 @pytest.mark.parametrize("policy", [pytest.param("keep", marks=pytest.mark.slow), "evict"])

@@ -89,6 +89,26 @@ def test_accumulation_equals_one_big_batch(tiny_llama):
     assert not torch.allclose(found[0], vectors(toy(tiny_llama)), atol=1e-3)
 
 
+@pytest.mark.parametrize("parts", [StageBudget(3, 2, 16, accumulate=4), StageBudget(3, 1, 16, 8)])
+def test_accumulation_is_one_big_batch_where_a_penalty_bends(tiny_llama, parts):
+    """A mean of penalties on the micro-batches' rates is not the penalty on their mean."""
+
+    def penalised(view):
+        bent = (view.execute_rate - 0.9).abs() + sum(r.square() for r in view.site_rates.values())
+        return view.task_loss + 8.0 * bent
+
+    found = []
+    for budget in (parts, StageBudget(3, 8, 16)):
+        method = toy(tiny_llama)
+        loop = toy_loop(tiny_llama, method)
+        own = list(method.weights.values())
+        loop.run(stage(method, budget=budget, lr=0.01, loss=penalised, parameters=own))
+        found.append(torch.cat([weight.detach() for weight in own]))
+    start = torch.cat([weight.detach() for weight in toy(tiny_llama).weights.values()])
+    assert torch.allclose(*found, atol=1e-5)
+    assert not torch.allclose(found[0], start, atol=1e-3)
+
+
 def spy_optimiser(monkeypatch):
     """Gradient norm and learning rate as each optimiser step sees them."""
     seen = []

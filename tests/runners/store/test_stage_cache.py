@@ -1,7 +1,8 @@
-"""The cache of stage products: content keys, whole or absent, made once."""
+"""The cache of stage cache: content keys, whole or absent, made once."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -10,15 +11,15 @@ import pytest
 import torch
 
 from runners.errors import UserError
-from runners.store.seal import read_sealed
-from runners.store.stage_cache import Products, content_key
+from runners.store.files import read_checked
+from runners.store.stage_cache import StageCache, content_key
 from tests.conftest import ROOT
 from tests.runners.toy import toy
 
 
 @pytest.fixture
-def products(tmp_path):
-    return Products(tmp_path / "cache")
+def cache(tmp_path):
+    return StageCache(tmp_path / "cache")
 
 
 class Work:
@@ -40,17 +41,17 @@ def test_content_key_depends_on_content_only():
     assert len(keys) == 6
 
 
-def test_a_product_is_made_once_and_loaded_into_another_method(products, tiny_llama):
+def test_a_product_is_made_once_and_loaded_into_another_method(cache, tiny_llama):
     made, loaded = Work(toy(tiny_llama)), Work(toy(tiny_llama))
-    first = products.stage("key", made.method, made)
-    second = products.stage("key", loaded.method, loaded)
+    first = cache.load_or_run("key", made.method, made)
+    second = cache.load_or_run("key", loaded.method, loaded)
     assert (made.runs, loaded.runs) == (1, 0)
     assert (first["cached"], second["cached"]) == (False, True)
     assert {**second, "cached": False} == first
     expected = made.method.state_dict()
     for name, value in loaded.method.state_dict().items():
         assert torch.equal(value, expected[name])
-    products.stage("other", loaded.method, loaded)
+    cache.load_or_run("other", loaded.method, loaded)
     assert loaded.runs == 1
 
 
@@ -69,73 +70,79 @@ def empty(path):
 
 
 @pytest.mark.parametrize(
-    ("name", "damage"),
-    [
-        ("method.safetensors", truncate),
-        ("method.safetensors", flip),
-        ("method.safetensors", empty),
-        ("method.safetensors", lambda path: path.unlink()),
-        ("report.json", truncate),
-        ("report.json", empty),
-        ("report.json", lambda path: path.write_text("[]")),
-        ("report.json", lambda path: path.write_text("{}")),
-        ("report.json", lambda path: path.unlink()),
-    ],
+    "damage",
+    [truncate, flip, empty, lambda path: path.write_text("{}"), lambda path: path.unlink()],
 )
-def test_a_damaged_product_is_made_again(products, tiny_llama, name, damage):
+def test_a_damaged_product_is_made_again(cache, tiny_llama, damage):
     work = Work(toy(tiny_llama))
-    products.stage("key", work.method, work)
-    damage(products.stages / "key" / name)
+    cache.load_or_run("key", work.method, work)
+    damage(cache.product("key"))
     fresh = Work(toy(tiny_llama), number=5.0)
-    assert products.stage("key", fresh.method, fresh)["cached"] is False
+    assert cache.load_or_run("key", fresh.method, fresh)["cached"] is False
     assert fresh.runs == 1
     last = Work(toy(tiny_llama))
-    assert products.stage("key", last.method, last)["cached"] is True
+    assert cache.load_or_run("key", last.method, last)["cached"] is True
     assert last.method.vectors["1_mlp"][0].item() == 5.0
 
 
-def test_a_failed_stage_leaves_no_product(products, tiny_llama):
+def test_a_failed_stage_leaves_no_product(cache, tiny_llama):
     method = toy(tiny_llama)
     with pytest.raises(ZeroDivisionError):
-        products.stage("key", method, lambda: 1 / 0)
+        cache.load_or_run("key", method, lambda: 1 / 0)
     work = Work(method)
-    assert products.stage("key", method, work)["cached"] is False
+    assert cache.load_or_run("key", method, work)["cached"] is False
 
 
-def test_a_kill_before_the_report_leaves_no_product(products, tiny_llama, monkeypatch):
+def test_a_product_of_another_method_is_made_again(cache, tiny_llama):
+    work, other = Work(toy(tiny_llama)), Work(toy(tiny_llama))
+    cache.load_or_run("key", work.method, work)
+    other.method.weights.pop("1_mlp")
+    assert cache.load_or_run("key", other.method, other)["cached"] is False
+
+
+def test_what_a_killed_writer_left_is_removed(cache, tiny_llama):
     work = Work(toy(tiny_llama))
-    with monkeypatch.context() as patch:
-        patch.setattr("runners.store.stage_cache.write_json_atomic", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            products.stage("key", work.method, work)
-    products.stage("key", work.method, work)
-    assert work.runs == 2
+    cache.stages.mkdir(parents=True)
+    (cache.stages / ".key.safetensors.12345678.tmp").write_bytes(b"half")
+    cache.checkpoint("key").write_bytes(b"whole")
+    cache.load_or_run("key", work.method, work)
+    assert [path.suffix for path in sorted(cache.stages.iterdir())] == [".safetensors", ".lock"]
 
 
-def test_values(products):
+def test_files_follow_the_umask(cache, tiny_llama):
+    work = Work(toy(tiny_llama))
+    before = os.umask(0o027)
+    try:
+        cache.load_or_run("key", work.method, work)
+    finally:
+        os.umask(before)
+    assert cache.product("key").stat().st_mode & 0o777 == 0o640
+
+
+def test_values(cache):
     calls = []
 
     def make():
         calls.append(1)
         return {"value": 1.5}
 
-    assert products.value("key", make) == ({"value": 1.5}, False)
-    assert products.value("key", make) == ({"value": 1.5}, True)
-    (products.values / "key.json").write_text('{"value": 1')
-    assert products.value("key", make) == ({"value": 1.5}, False)
+    assert cache.value("key", make) == ({"value": 1.5}, False)
+    assert cache.value("key", make) == ({"value": 1.5}, True)
+    (cache.values / "key.json").write_text('{"value": 1')
+    assert cache.value("key", make) == ({"value": 1.5}, False)
     assert len(calls) == 2
 
 
 def test_a_cache_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(UserError, match="choose another folder"):
-        Products(tmp_path / "cache").value("key", dict)
+        StageCache(tmp_path / "cache").value("key", dict)
 
 
 TWO = """
 import sys, time, pathlib
 sys.path.insert(0, {root!r})
-from runners.store.stage_cache import Products
+from runners.store.stage_cache import StageCache
 folder = pathlib.Path(sys.argv[1])
 def make():
     with (folder / "calls").open("a") as calls:
@@ -145,7 +152,7 @@ def make():
 (folder / f"ready{{sys.argv[2]}}").touch()
 while not (folder / "go").exists():
     time.sleep(0.01)
-print(Products(folder).value("key", make)[0])
+print(StageCache(folder).value("key", make)[0])
 """
 
 
@@ -163,4 +170,4 @@ def test_two_processes_make_it_once(tmp_path):
     (tmp_path / "go").touch()
     assert [process.communicate(timeout=60)[0].strip() for process in pair] == ["{'value': 3}"] * 2
     assert (tmp_path / "calls").read_text() == "x"
-    assert read_sealed(tmp_path / "values" / "key.json") == {"value": 3}
+    assert read_checked(tmp_path / "values" / "key.json") == {"value": 3}
