@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from methods.base import LinearUnit
+from methods.base import SwiGLU
 from methods.engine.decoder.unit import Unit
 from methods.engine.execute.attention import keys_of_all, split_heads
 from methods.engine.execute.masked import scaled
@@ -23,15 +23,9 @@ from methods.engine.ops.linear import all_linear
 from methods.engine.ops.rotary import angles_of
 from methods.engine.ops.swiglu import is_swiglu
 from methods.engine.ops.triton.attend_rows import attend
-from methods.engine.ops.triton.linear_rows import linear_rows, linear_rows_add
-from methods.engine.ops.triton.mlp_rows import swiglu_rows
-from methods.engine.ops.triton.partition import Partition
-from methods.engine.ops.triton.route import (
-    LinearScore,
-    LowRank,
-    forecast_bypassed,
-    route_and_forecast,
-)
+from methods.engine.ops.triton.linear_rows import linear_rows, linear_rows_add, swiglu_rows
+from methods.engine.ops.triton.route import forecast_bypassed, route_and_forecast
+from methods.engine.ops.triton.types import Partition, Sight
 from methods.engine.routed import Routing
 
 PROJECTIONS = {"attention": ("q_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
@@ -89,23 +83,20 @@ class FusedExecutor:
         options: dict[str, Any] = {"tokens": shape[1], "kernels": self.kernels}
         linear = routing.method.linear(unit.site)
         if linear is not None and not routing.watched and routing.draw is None:
-            score = LinearScore(linear.score_D, linear.offset, routing.method.threshold)
-            done = route_and_forecast(
-                x_ND, residual_ND, valid_N, score, _low_rank(linear), **options
-            )
+            threshold = routing.method.threshold
+            done = route_and_forecast(x_ND, residual_ND, valid_N, linear, threshold, **options)
             routing.counters.add(unit.site, done.execute_N.view(shape))
             return done.rows, None
         decision = routing.decide(unit)
         execute_BT = decision.execute_BT
         routing.counters.add(unit.site, execute_BT)
-        forecast = None if linear is None else _low_rank(linear)
         execute_N = execute_BT.reshape(-1)
         if linear is None:
             estimate = routing.approximate(unit.site, unit.x_BTD)
             if estimate is not None:
                 away = execute_N | ~valid_N
                 residual_ND += _flat(estimate).masked_fill(away[:, None], 0)
-        rows = forecast_bypassed(x_ND, residual_ND, valid_N, execute_N, forecast, **options)
+        rows = forecast_bypassed(x_ND, residual_ND, valid_N, execute_N, linear, **options)
         return rows, decision.scale_BT
 
     def _attention(self, unit: Unit, residual_ND: Tensor, rows: Partition) -> None:
@@ -114,66 +105,34 @@ class FusedExecutor:
         angles = angles_of(inputs.position_embeddings)
         key, value = keys_of_all(attention, unit.x_BTD, inputs, angles, self.routing.ops)
         tokens = unit.x_BTD.shape[1]
-        query = linear_rows(
-            _flat(unit.x_BTD),
-            rows.index_N,
-            rows.executed,
-            attention.q_proj.weight,
-            attention.q_proj.bias,
-            kernels=self.kernels,
-        )
+        q_proj, o_proj = _weights(attention.q_proj), _weights(attention.o_proj)
+        query = linear_rows(_flat(unit.x_BTD), rows, *q_proj, kernels=self.kernels)
         past = inputs.past
         if not isinstance(past, Tensor):
             # a sliding window has dropped keys before the first
             past = min(past, key.shape[2] - tokens)
+        pads_B, _ = self.routing.state.padding()
+        sight = Sight(tokens, past, window=inputs.window, first_valid_B=pads_B)
         out_NHd = attend(
             self.routing.ops.rotate(split_heads(attention, "q", query), angles.at(rows.index_N)),
-            rows.index_N,
-            rows.counts_B,
-            rows.starts_B,
+            rows,
             key,
             value,
-            tokens=tokens,
-            past=past,
+            sight,
             scale=attention.scaling,
-            window=inputs.window,
-            first_valid_B=self.routing.state.padding()[0],
             kernels=self.kernels,
         )
-        linear_rows_add(
-            out_NHd.flatten(1),
-            residual_ND,
-            rows.index_N,
-            rows.executed,
-            attention.o_proj.weight,
-            attention.o_proj.bias,
-            kernels=self.kernels,
-        )
+        linear_rows_add(out_NHd.flatten(1), residual_ND, rows, *o_proj, kernels=self.kernels)
 
     def _mlp(self, unit: Unit, x_BTD: Tensor, residual_ND: Tensor, rows: Partition) -> None:
-        mlp: Any = unit.part.mlp
-        swiglu_rows(
-            _flat(x_BTD),
-            residual_ND,
-            rows.index_N,
-            rows.executed,
-            mlp.gate_proj.weight,
-            mlp.up_proj.weight,
-            mlp.down_proj.weight,
-            gate_bias_F=mlp.gate_proj.bias,
-            up_bias_F=mlp.up_proj.bias,
-            down_bias_D=mlp.down_proj.bias,
-            kernels=self.kernels,
-        )
+        parts = [getattr(unit.part.mlp, name) for name in PROJECTIONS["mlp"]]
+        weights, biases = zip(*map(_weights, parts), strict=True)
+        swiglu_rows(_flat(x_BTD), residual_ND, rows, SwiGLU(*weights), biases, kernels=self.kernels)
 
 
 def _flat(x_BTD: Tensor) -> Tensor:
     return x_BTD.reshape(-1, x_BTD.shape[-1])
 
 
-def _low_rank(linear: LinearUnit) -> LowRank | None:
-    if linear.down_rD is None or linear.up_Dr is None:
-        return None
-    return LowRank(
-        linear.down_rD, linear.up_Dr, linear.bias_D, linear.down_bias_r, silu=linear.silu
-    )
+def _weights(linear: Any) -> tuple[Tensor, Tensor | None]:
+    return linear.weight, linear.bias

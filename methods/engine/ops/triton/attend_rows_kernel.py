@@ -6,64 +6,38 @@ few queries and reduced by a second kernel.
 
 from __future__ import annotations
 
-from methods.engine.ops.triton.jit import dot, jit, tl
+from typing import Any
 
+import torch
+from torch import Tensor
 
-@jit
-def over_keys(
-    acc,
-    peak,
-    total,
-    query,
-    key_ptr,
-    value_ptr,
-    key_stride,
-    key_width_stride,
-    value_stride,
-    value_width_stride,
-    start,
-    end,
-    lower,
-    visible,
-    scale,
-    width,
-    MASKED: tl.constexpr,
-    EVEN: tl.constexpr,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    """Fold the slots start..end into the running softmax; MASKED where a query may not see all."""
-    lane = tl.arange(0, WIDTH)
-    for block in range(start, end, KEYS):
-        slot = block + tl.arange(0, KEYS)
-        far = slot.to(tl.int64)
-        key_tile = key_ptr + far[None, :] * key_stride + lane[:, None] * key_width_stride
-        value_tile = value_ptr + far[:, None] * value_stride + lane[None, :] * value_width_stride
-        if MASKED:
-            stored = slot < end
-            inside = lane < width
-            key = tl.load(key_tile, mask=stored[None, :] & inside[:, None], other=0.0)
-            value = tl.load(value_tile, mask=stored[:, None] & inside[None, :], other=0.0)
-        elif EVEN:
-            key = tl.load(key_tile)
-            value = tl.load(value_tile)
-        else:
-            inside = lane < width
-            key = tl.load(key_tile, mask=inside[:, None], other=0.0)
-            value = tl.load(value_tile, mask=inside[None, :], other=0.0)
-        scores = dot(query, key, tl.zeros([ROWS, KEYS], tl.float32), "ieee") * scale
-        if MASKED:
-            seen = (slot[None, :] < visible[:, None]) & (slot[None, :] >= lower[:, None])
-            scores = tl.where(seen, scores, float("-inf"))
-        higher = tl.maximum(peak, tl.max(scores, 1))
-        base = tl.where(higher == float("-inf"), 0.0, higher)
-        weight = tl.exp2(scores - base[:, None])
-        decay = tl.exp2(peak - base)
-        total = total * decay + tl.sum(weight, 1)
-        acc = dot(weight.to(value.dtype), value, acc * decay[:, None], "ieee")
-        peak = higher
-    return acc, peak, total
+from methods.engine.ops.triton.jit import (
+    PROGRAMS,
+    Tiles,
+    Tuner,
+    bucket,
+    dot,
+    floor_power,
+    jit,
+    lane_width,
+    load,
+    tl,
+)
+from methods.engine.ops.triton.types import Partition, Sight
+
+PREFILL = (
+    Tiles(128, 64, 0, 8, 3),
+    Tiles(128, 128, 0, 8, 2),
+    Tiles(64, 64, 0, 4, 3),
+    Tiles(64, 128, 0, 4, 2),
+)
+"""rows: queries of a program; cols: keys of a step."""
+DECODE = (Tiles(16, 64, 0, 4, 3), Tiles(16, 128, 0, 4, 2), Tiles(16, 32, 0, 2, 4))
+FEW_TOKENS = 16
+"""Up to here the query heads of one key-value head share a tile, and the keys are split."""
+LOG2_E = 1.4426950408889634
+
+tuner = Tuner()
 
 
 @jit(do_not_specialize=["past", "window"])
@@ -75,6 +49,7 @@ def attend_kernel(
     key_ptr,
     value_ptr,
     past,
+    window,
     first_valid_ptr,
     first_ptr,
     out_ptr,
@@ -82,7 +57,6 @@ def attend_kernel(
     peak_ptr,
     total_ptr,
     tokens,
-    window,
     scale,
     rows,
     heads,
@@ -99,9 +73,6 @@ def attend_kernel(
     query_stride_h,
     PAST: tl.constexpr,
     COMPACT: tl.constexpr,
-    WINDOW: tl.constexpr,
-    FIRST_VALID: tl.constexpr,
-    FIRST: tl.constexpr,
     GROUP: tl.constexpr,
     PACK: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -146,12 +117,12 @@ def attend_kernel(
         last = before + (place - sequence.to(tl.int64) * tokens).to(tl.int32)
     visible = tl.where(live, last + 1, 0)
     lower = lane * 0
-    if FIRST:
+    if first_ptr is not None:
         lower = tl.load(first_ptr + row, mask=live, other=0).to(tl.int32)
     else:
-        if FIRST_VALID:
+        if first_valid_ptr is not None:
             lower += tl.load(first_valid_ptr + sequence).to(tl.int32)
-        if WINDOW:
+        if window is not None:
             lower = tl.maximum(lower, last + 1 - window)
     high = tl.max(visible, 0)
     low = tl.maximum(tl.min(tl.where(live, lower, high), 0), 0) // KEYS * KEYS
@@ -174,20 +145,34 @@ def attend_kernel(
     acc = tl.zeros([ROWS, WIDTH], tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     peak = total - float("inf")
-    # fmt: off
-    acc, peak, total = over_keys(
-        acc, peak, total, query, key_ptr, value_ptr, key_stride_s, key_stride_d, value_stride_s,
-        value_stride_d, begin, full_from, lower, visible, scale, width, True,
-        EVEN, ROWS, KEYS, WIDTH)
-    acc, peak, total = over_keys(
-        acc, peak, total, query, key_ptr, value_ptr, key_stride_s, key_stride_d, value_stride_s,
-        value_stride_d, full_from, full_to, lower, visible, scale, width, False,
-        EVEN, ROWS, KEYS, WIDTH)
-    acc, peak, total = over_keys(
-        acc, peak, total, query, key_ptr, value_ptr, key_stride_s, key_stride_d, value_stride_s,
-        value_stride_d, full_to, end, lower, visible, scale, width, True,
-        EVEN, ROWS, KEYS, WIDTH)
-    # fmt: on
+    within = deep < width
+    # three stretches of keys: in the middle one every query of the tile sees every key
+    for stretch in tl.static_range(3):
+        start = begin if stretch == 0 else (full_from if stretch == 1 else full_to)
+        stop = full_from if stretch == 0 else (full_to if stretch == 1 else end)
+        for block in range(start, stop, KEYS):
+            slot = block + tl.arange(0, KEYS)
+            far = slot.to(tl.int64)
+            key_tile = key_ptr + far[None, :] * key_stride_s + deep[:, None] * key_stride_d
+            value_tile = value_ptr + far[:, None] * value_stride_s + deep[None, :] * value_stride_d
+            if stretch == 1:
+                key = load(key_tile, within[:, None], EVEN)
+                value = load(value_tile, within[None, :], EVEN)
+            else:
+                stored = slot < stop
+                key = load(key_tile, stored[None, :] & within[:, None], False)
+                value = load(value_tile, stored[:, None] & within[None, :], False)
+            scores = dot(query, key, tl.zeros([ROWS, KEYS], tl.float32), "ieee") * scale
+            if stretch != 1:
+                seen = (slot[None, :] < visible[:, None]) & (slot[None, :] >= lower[:, None])
+                scores = tl.where(seen, scores, float("-inf"))
+            higher = tl.maximum(peak, tl.max(scores, 1))
+            base = tl.where(higher == float("-inf"), 0.0, higher)
+            weight = tl.exp2(scores - base[:, None])
+            decay = tl.exp2(peak - base)
+            total = total * decay + tl.sum(weight, 1)
+            acc = dot(weight.to(value.dtype), value, acc * decay[:, None], "ieee")
+            peak = higher
     inside = live[:, None] & (deep[None, :] < width)
     place = row * heads + head
     if SPLITS == 1:
@@ -233,3 +218,74 @@ def reduce_kernel(
     )
     out = tl.sum(part * weight[:, None], 0) / tl.where(total == 0, 1.0, total)
     tl.store(out_ptr + place * width + deep, out.to(out_ptr.dtype.element_ty), mask=deep < width)
+
+
+def splits_of(programs: int, slots: int) -> int:
+    """Power of two that fills the device with work of at least 128 keys each."""
+    wanted = min(max(PROGRAMS // programs, 1), max(slots // 128, 1), 64)
+    return floor_power(wanted)
+
+
+@torch.compiler.disable
+def launch_attend(
+    query_NHd: Tensor,
+    rows: Partition,
+    key_BKSd: Tensor,
+    value_BKSd: Tensor,
+    sight: Sight,
+    scale: float,
+) -> Tensor:
+    """`attend` by the kernels; arguments as there."""
+    number, heads, width = query_NHd.shape
+    batch, kv_heads, slots, _ = key_BKSd.shape
+    group, few = heads // kv_heads, sight.tokens <= FEW_TOKENS
+    if query_NHd.stride(-1) != 1:
+        query_NHd = query_NHd.contiguous()
+    out = torch.empty(number, heads, width, dtype=query_NHd.dtype, device=query_NHd.device)
+    pack = bucket(group) if few else 1
+    if number == 0:
+        return out
+
+    def launch(tiles: Tiles, order: Partition) -> None:
+        tall = max(tiles.rows, pack) if few else min(tiles.rows, lane_width(sight.tokens))
+        query_tiles = -(-sight.tokens // (tall // pack))
+        lead = kv_heads if few else heads
+        splits = splits_of(query_tiles * lead * batch, slots) if few else 1
+        places = splits * number * heads if splits > 1 else 0
+        partial = query_NHd.new_empty(places * (width + 2), dtype=torch.float32)
+        parts = partial.split([places * width, places, places])
+        attend_kernel[(query_tiles, lead, batch * splits)](
+            *(query_NHd, order.index_N, order.counts_B, order.starts_B, key_BKSd, value_BKSd),
+            *(sight.past, sight.window, sight.first_valid_B, sight.first_N, out, *parts),
+            *(sight.tokens, scale * LOG2_E, number, heads, width),
+            *(*key_BKSd.stride(), *value_BKSd.stride(), *query_NHd.stride()[:2]),
+            PAST=0 if isinstance(sight.past, int) else 1 + sight.past.dim(),
+            COMPACT=sight.compact,
+            GROUP=group,
+            PACK=pack,
+            SPLITS=splits,
+            EVEN=width == lane_width(width),
+            ROWS=tall,
+            KEYS=tiles.cols,
+            WIDTH=lane_width(width),
+            **tiles.options,
+        )
+        if splits > 1:
+            reduce_kernel[(number, heads)](
+                *(*parts, order.counts_B, order.starts_B, out, batch, number, heads, width),
+                SPLITS=splits,
+                WIDTH=lane_width(width),
+            )
+
+    def trial() -> Any:
+        order = rows
+        if number == batch * sight.tokens:
+            index = torch.arange(number, device=rows.index_N.device)
+            every = torch.full_like(rows.counts_B, sight.tokens)
+            order = rows._replace(index_N=index, counts_B=every, starts_B=index[:: sight.tokens])
+        return lambda tiles: launch(tiles, order)
+
+    sizes = (bucket(sight.tokens), bucket(slots), bucket(batch), heads, kv_heads, width)
+    key = (*sizes, out.dtype, few, out.device)
+    launch(tuner.pick(key, DECODE if few else PREFILL, trial), rows)
+    return out

@@ -12,6 +12,9 @@ import torch
 
 from methods.engine.ops.choose import interpreting
 
+PROGRAMS = 264
+"""Programs that fill the device: two on each of an H100's 132 multiprocessors."""
+
 try:
     import triton
     from triton import language
@@ -35,6 +38,12 @@ def dot(a, b, acc, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@jit  # type: ignore[untyped-decorator]
+def load(tile, mask, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A tile with zeros where the mask is not set; unmasked if EVEN, where it always is."""
+    return tl.load(tile) if EVEN else tl.load(tile, mask=mask, other=0.0)
 
 
 def bucket(number: int) -> int:

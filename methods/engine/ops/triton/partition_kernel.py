@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from methods.engine.ops.triton.jit import bucket, jit, tl
-from methods.engine.ops.triton.partition import Partition
+from methods.engine.ops.triton.types import Partition
 
 
 @jit
@@ -23,6 +23,15 @@ def count_between(execute_ptr, valid_ptr, start, end, CHUNK: tl.constexpr):
         valid += real.to(tl.int32)
     total = tl.sum(executed, 0)
     return total, tl.sum(valid, 0) - total
+
+
+@jit
+def ranks(run, real, inside, executed_from, bypassed_from, padding_from):
+    """Rank of each place of a tile, given those of its first executed, bypassed, padding place."""
+    run_rank = executed_from + tl.cumsum(run.to(tl.int32), 0) - 1
+    skip_rank = bypassed_from + tl.cumsum((real & (run == 0)).to(tl.int32), 0) - 1
+    pad_rank = padding_from + tl.cumsum((inside & (real == 0)).to(tl.int32), 0) - 1
+    return tl.where(run, run_rank, tl.where(real, skip_rank, pad_rank))
 
 
 @jit
@@ -62,36 +71,30 @@ def partition_kernel(
     inside = place < places
     real = tl.load(valid_ptr + place, mask=inside, other=0) != 0
     run = (tl.load(execute_ptr + place, mask=inside, other=0) != 0) & real
-    skip = real & (run == 0)
-    pad = inside & (real == 0)
-    run_rank = executed_before + tl.cumsum(run.to(tl.int32), 0) - 1
-    skip_rank = executed + bypassed_before + tl.cumsum(skip.to(tl.int32), 0) - 1
     pad_before = start - executed_before - bypassed_before
-    pad_rank = executed + bypassed + pad_before + tl.cumsum(pad.to(tl.int32), 0) - 1
-    rank = tl.where(run, run_rank, tl.where(skip, skip_rank, pad_rank))
+    bypassed_from, padding_from = executed + bypassed_before, executed + bypassed + pad_before
+    rank = ranks(run, real, inside, executed_before, bypassed_from, padding_from)
     tl.store(index_ptr + rank, place.to(tl.int64), mask=inside)
 
 
+def new_partition(places: int, batch: int, device: torch.device) -> Partition:
+    """An order that is yet to be written; `bypassed` lies behind `executed`."""
+    empty = torch.empty(places + 2 + 2 * batch, dtype=torch.int64, device=device)
+    index, totals, counts, starts = empty.split([places, 2, batch, batch])
+    return Partition(index, totals[0], totals[1], counts, starts)
+
+
 @torch.compiler.disable
-def launch_partition(execute_BT: Tensor, valid_BT: Tensor) -> Partition:
-    """`partition` by the kernel; arguments as there."""
+def launch_partition(execute_BT: Tensor, valid_BT: Tensor, rows: Partition) -> None:
+    """Write the order of these masks to `rows`."""
     batch, tokens = execute_BT.shape
     places = batch * tokens
-    empty = torch.empty(places + 2 + 2 * batch, dtype=torch.int64, device=execute_BT.device)
-    index, totals, counts, starts = empty.split([places, 2, batch, batch])
     tile = min(bucket(places), 1024)
     tiles = -(-places // tile)
+    masks = (mask.contiguous().view(torch.uint8) for mask in (execute_BT, valid_BT))
     partition_kernel[(tiles + batch,)](
-        execute_BT.contiguous().view(torch.uint8),
-        valid_BT.contiguous().view(torch.uint8),
-        index,
-        totals,
-        counts,
-        starts,
-        places,
-        tokens,
-        tiles,
+        *(*masks, rows.index_N, rows.executed, rows.counts_B, rows.starts_B),
+        *(places, tokens, tiles),
         TILE=tile,
         CHUNK=min(bucket(places), 2048),
     )
-    return Partition(index, totals[0], totals[1], counts, starts)

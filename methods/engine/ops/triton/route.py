@@ -1,55 +1,22 @@
-"""Router, forecaster and partition of one unit in two or three launches."""
+"""Router, forecaster and the order of the rows of one unit, in two or three launches."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from methods.base import LinearUnit
 from methods.engine.ops.choose import Kernels, use_triton
-from methods.engine.ops.triton.partition import Partition, partition_reference
-
-
-class LinearScore(NamedTuple):
-    """Execute where x @ weight + offset is above the threshold."""
-
-    weight_D: Tensor
-    """float32."""
-    offset: Tensor | float
-    """0-dim tensor on the device, or a number."""
-    threshold: Tensor | float
-    """The same; minus infinity executes all, infinity none."""
-
-
-class LowRank(NamedTuple):
-    """A forecaster: up @ act(down @ x + down_bias) + bias, weights in float32."""
-
-    down_rD: Tensor
-    up_Dr: Tensor
-    bias_D: Tensor | None = None
-    down_bias_r: Tensor | None = None
-    silu: bool = False
-    """SiLU between the two (the published forecaster); False is the closed form's linear map."""
-
-
-class Routed(NamedTuple):
-    """What the router decided."""
-
-    scores_N: Tensor
-    """float32, padding included."""
-    execute_N: Tensor
-    """bool, False for padding."""
-    rows: Partition
+from methods.engine.ops.linear import estimate
+from methods.engine.ops.triton.types import Partition, Routed
 
 
 def route_and_forecast(
     x_ND: Tensor,
     residual_ND: Tensor,
     valid_N: Tensor,
-    score: LinearScore,
-    forecast: LowRank | None,
+    linear: LinearUnit,
+    threshold: Tensor,
     *,
     tokens: int,
     kernels: Kernels = "auto",
@@ -63,17 +30,17 @@ def route_and_forecast(
         x_ND: the unit's normalised input, that of the router too.
         residual_ND: changed in place at bypassed tokens; padding and executed ones are untouched.
         valid_N: bool, False for padding.
-        forecast: None adds nothing (skip).
+        threshold: 0-dim; minus infinity executes all, infinity none.
         tokens: T, for the counts of each sequence.
     """
     if use_triton(kernels, x_ND):
         from methods.engine.ops.triton.route_kernel import launch_route
 
-        return launch_route(x_ND, residual_ND, valid_N, score, None, forecast, tokens)
-    scores_N = x_ND.float() @ score.weight_D + score.offset
-    execute_N = (scores_N > score.threshold) & valid_N
+        return launch_route(x_ND, residual_ND, valid_N, linear, threshold, None, tokens)
+    scores_N = x_ND.float() @ linear.score_D + linear.offset
+    execute_N = (scores_N > threshold) & valid_N
     rows = forecast_bypassed(
-        x_ND, residual_ND, valid_N, execute_N, forecast, tokens=tokens, kernels="torch"
+        x_ND, residual_ND, valid_N, execute_N, linear, tokens=tokens, kernels="torch"
     )
     return Routed(scores_N, execute_N, rows)
 
@@ -83,7 +50,7 @@ def forecast_bypassed(
     residual_ND: Tensor,
     valid_N: Tensor,
     execute_N: Tensor,
-    forecast: LowRank | None,
+    linear: LinearUnit | None,
     *,
     tokens: int,
     kernels: Kernels = "auto",
@@ -92,24 +59,41 @@ def forecast_bypassed(
     if use_triton(kernels, x_ND):
         from methods.engine.ops.triton.route_kernel import launch_route
 
-        return launch_route(x_ND, residual_ND, valid_N, None, execute_N, forecast, tokens).rows
+        return launch_route(x_ND, residual_ND, valid_N, linear, None, execute_N, tokens).rows
     execute_N = execute_N & valid_N
-    if forecast is not None:
-        estimate_ND = low_rank(x_ND, forecast).to(residual_ND.dtype)
-        residual_ND += estimate_ND.masked_fill((execute_N | ~valid_N)[:, None], 0)
+    found_ND = None if linear is None else estimate(linear, x_ND)
+    if found_ND is not None:
+        away_N = execute_N | ~valid_N
+        residual_ND += found_ND.to(residual_ND.dtype).masked_fill(away_N[:, None], 0)
     return partition_reference(execute_N.view(-1, tokens), valid_N.view(-1, tokens))
 
 
-def low_rank(x_ND: Tensor, forecast: LowRank) -> Tensor:
-    """The forecast of every row, float32."""
-    hidden_Nr = functional.linear(x_ND.float(), forecast.down_rD, forecast.down_bias_r)
-    if forecast.silu:
-        hidden_Nr = functional.silu(hidden_Nr)
-    return functional.linear(hidden_Nr, forecast.up_Dr, forecast.bias_D)
+def partition(execute_BT: Tensor, valid_BT: Tensor, *, kernels: Kernels = "auto") -> Partition:
+    """Order a batch stably into executed, bypassed and padding tokens.
+
+    Args:
+        execute_BT: bool; a token is executed where this and `valid_BT` are true.
+        valid_BT: bool, False for padding.
+    """
+    if not use_triton(kernels, execute_BT):
+        return partition_reference(execute_BT, valid_BT)
+    from methods.engine.ops.triton.partition_kernel import launch_partition, new_partition
+
+    rows = new_partition(execute_BT.numel(), len(execute_BT), execute_BT.device)
+    launch_partition(execute_BT, valid_BT, rows)
+    return rows
 
 
-def on_device(value: Tensor | float, like: Tensor) -> Tensor:
-    """0-dim float32 tensor; a number is filled in by the device, not copied to it."""
-    if isinstance(value, Tensor):
-        return value
-    return torch.full((), value, dtype=torch.float32, device=like.device)
+def partition_reference(execute_BT: Tensor, valid_BT: Tensor) -> Partition:
+    """`partition` in PyTorch, without waiting for the device."""
+    execute_BT = execute_BT & valid_BT
+    kind_N = torch.where(execute_BT, 0, torch.where(valid_BT, 1, 2)).flatten()
+    counts_B = execute_BT.sum(1)
+    executed = counts_B.sum()
+    return Partition(
+        index_N=torch.argsort(kind_N, stable=True),
+        executed=executed,
+        bypassed=valid_BT.sum() - executed,
+        counts_B=counts_B,
+        starts_B=counts_B.cumsum(0) - counts_B,
+    )

@@ -13,14 +13,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from methods.engine.ops.triton.jit import dot, floor_power, jit, lane_width, tl
+from methods.base import LinearUnit
+from methods.engine.ops.triton.jit import PROGRAMS, dot, floor_power, jit, lane_width, tl
 from methods.engine.ops.triton.linear_rows_kernel import check_layout
-from methods.engine.ops.triton.partition import Partition
-from methods.engine.ops.triton.partition_kernel import launch_partition
-from methods.engine.ops.triton.route import LinearScore, LowRank, Routed, on_device
-
-PROGRAMS = 264
-"""Programs that fill the device: two on each of an H100's 132 multiprocessors."""
+from methods.engine.ops.triton.partition_kernel import launch_partition, new_partition, ranks
+from methods.engine.ops.triton.types import Routed
 
 
 @jit
@@ -36,8 +33,6 @@ def project_kernel(
     rank,
     x_stride,
     down_stride,
-    SCORE: tl.constexpr,
-    FORECAST: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     RANK: tl.constexpr,
@@ -60,10 +55,10 @@ def project_kernel(
             mask=live[:, None] & (deep[None, :] < width),
             other=0.0,
         ).to(tl.float32)
-        if SCORE:
+        if score_ptr is not None:
             weight = tl.load(score_ptr + deep, mask=deep < width, other=0.0)
             score += tl.sum(x * weight[None, :], 1)
-        if FORECAST:
+        if down_ptr is not None:
             down = tl.load(
                 down_ptr + lane[None, :] * down_stride + deep[:, None],
                 mask=(deep[:, None] < width) & (lane[None, :] < rank),
@@ -71,9 +66,9 @@ def project_kernel(
             )
             hidden = dot(x, down, hidden, PRECISION)
     place = part.to(tl.int64) * rows + row
-    if SCORE:
+    if score_ptr is not None:
         tl.store(score_part_ptr + place, score, mask=live)
-    if FORECAST:
+    if down_ptr is not None:
         tl.store(
             hidden_part_ptr + place[:, None] * RANK + lane[None, :], hidden, mask=live[:, None]
         )
@@ -82,19 +77,15 @@ def project_kernel(
 @jit
 def order_single_tile(run, valid, row, rows, index_ptr, totals_ptr, counts_ptr, starts_ptr):
     """The partition of one tile that holds every row, a sequence each (decode)."""
-    skip = valid & (run == 0)
-    pad = (row < rows) & (valid == 0)
-    run_before = tl.cumsum(run.to(tl.int32), 0) - run.to(tl.int32)
-    executed = tl.sum(run.to(tl.int32), 0)
-    bypassed = tl.sum(skip.to(tl.int32), 0)
-    skip_rank = executed + tl.cumsum(skip.to(tl.int32), 0) - 1
-    pad_rank = executed + bypassed + tl.cumsum(pad.to(tl.int32), 0) - 1
-    rank = tl.where(run, run_before, tl.where(skip, skip_rank, pad_rank))
-    tl.store(index_ptr + rank, row.to(tl.int64), mask=row < rows)
-    tl.store(counts_ptr + row, run.to(tl.int64), mask=row < rows)
-    tl.store(starts_ptr + row, run_before.to(tl.int64), mask=row < rows)
+    own = run.to(tl.int32)
+    executed, real = tl.sum(own, 0), tl.sum(valid.to(tl.int32), 0)
+    inside = row < rows
+    rank = ranks(run, valid, inside, 0, executed, real)
+    tl.store(index_ptr + rank, row.to(tl.int64), mask=inside)
+    tl.store(counts_ptr + row, own.to(tl.int64), mask=inside)
+    tl.store(starts_ptr + row, (tl.cumsum(own, 0) - own).to(tl.int64), mask=inside)
     tl.store(totals_ptr, executed.to(tl.int64))
-    tl.store(totals_ptr + 1, bypassed.to(tl.int64))
+    tl.store(totals_ptr + 1, (real - executed).to(tl.int64))
 
 
 @jit
@@ -121,11 +112,7 @@ def decide_kernel(
     residual_stride,
     up_stride,
     PARTS: tl.constexpr,
-    SCORE: tl.constexpr,
-    FORECAST: tl.constexpr,
     SILU: tl.constexpr,
-    BIAS: tl.constexpr,
-    DOWN_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     ORDER: tl.constexpr,
     ROWS: tl.constexpr,
@@ -138,7 +125,7 @@ def decide_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = row < rows
     valid = tl.load(valid_ptr + row, mask=live, other=0) != 0
-    if SCORE:
+    if given_ptr is None:
         score = tl.zeros([ROWS], tl.float32) + tl.load(offset_ptr).to(tl.float32)
         for part in range(PARTS):
             score += tl.load(score_part_ptr + part * rows + row, mask=live, other=0.0)
@@ -151,7 +138,7 @@ def decide_kernel(
         tl.store(execute_ptr + row, run.to(tl.uint8), mask=live)
         if ORDER:
             order_single_tile(run, valid, row, rows, index_ptr, totals_ptr, counts_ptr, starts_ptr)
-    if FORECAST:
+    if up_ptr is not None:
         bypass = valid & (run == 0)
         if tl.sum(bypass.to(tl.int32), 0) == 0:
             return
@@ -167,7 +154,7 @@ def decide_kernel(
                     mask=bypass[:, None],
                     other=0.0,
                 )
-            if DOWN_BIAS:
+            if down_bias_ptr is not None:
                 hidden += tl.load(down_bias_ptr + lane, mask=lane < rank, other=0.0)[None, :]
             if SILU:
                 hidden = hidden / (1.0 + tl.exp(-hidden))
@@ -177,7 +164,7 @@ def decide_kernel(
                 other=0.0,
             )
             acc = dot(hidden, up, acc, PRECISION)
-        if BIAS:
+        if bias_ptr is not None:
             acc += tl.load(bias_ptr + col, mask=col < width, other=0.0)[None, :]
         tile = residual_ptr + row.to(tl.int64)[:, None] * residual_stride + col[None, :]
         inside = bypass[:, None] & (col[None, :] < width)
@@ -198,88 +185,60 @@ def launch_route(
     x_ND: Tensor,
     residual_ND: Tensor,
     valid_N: Tensor,
-    score: LinearScore | None,
-    execute_N: Tensor | None,
-    forecast: LowRank | None,
+    linear: LinearUnit | None,
+    threshold: Tensor | None,
+    given_N: Tensor | None,
     tokens: int,
 ) -> Routed:
-    """`route_and_forecast`, or `forecast_bypassed` where `execute_N` is given."""
-    down, up, bias, down_bias, silu = forecast or (None, None, None, None, False)
+    """`route_and_forecast`, or `forecast_bypassed` where the decisions are given."""
+    score = offset = down = down_bias = up = bias = None
+    if linear is not None:
+        down, down_bias, up, bias = linear.down_rD, linear.down_bias_r, linear.up_Dr, linear.bias_D
+        if given_N is None:
+            score, offset = linear.score_D, linear.offset
     check_layout(x=x_ND, residual=residual_ND, down=down, up=up)
-    rows, width = x_ND.shape
+    number, width = x_ND.shape
     rank = 0 if down is None else len(down)
     lanes = lane_width(rank)
-    tile, slices, cols = tile_sizes(rows, width, lanes)
-    row_tiles = -(-rows // tile)
-    precision = "ieee" if x_ND.dtype == torch.float32 else "tf32"
+    tile, slices, cols = tile_sizes(number, width, lanes)
+    row_tiles = -(-number // tile)
     inner = 64 if lanes <= 256 else 32
-    floats = torch.empty(slices * rows * (1 + lanes * (down is not None)), device=x_ND.device)
-    score_part, hidden_part = floats[: slices * rows], floats[slices * rows :]
-    scores, execute = x_ND.new_empty(rows, dtype=torch.float32), valid_N.new_empty(rows)
-    batch = rows // tokens
-    whole = x_ND.new_empty(rows + 2 + 2 * batch, dtype=torch.int64)
-    index, totals, counts, starts = whole.split([rows, 2, batch, batch])
+    floats = torch.empty(slices * number * (1 + lanes * (down is not None)), device=x_ND.device)
+    score_part, hidden_part = floats[: slices * number], floats[slices * number :]
+    scores, execute = x_ND.new_empty(number, dtype=torch.float32), valid_N.new_empty(number)
+    valid_N = valid_N.contiguous()
+    rows = new_partition(number, number // tokens, x_ND.device)
     order = tokens == 1 and row_tiles == 1
+    shared = {
+        "PRECISION": "ieee" if x_ND.dtype == torch.float32 else "tf32",
+        "ROWS": tile,
+        "RANK": lanes,
+        "num_warps": 8 if tile >= 64 else 4,
+    }
     if score is not None or down is not None:
         project_kernel[(row_tiles, slices)](
-            x_ND,
-            score and score.weight_D,
-            down,
-            score_part,
-            hidden_part,
-            rows,
-            width,
-            -(-width // slices // inner) * inner,
-            rank,
-            x_ND.stride(0),
+            *(x_ND, score, down, score_part, hidden_part),
+            *(number, width, -(-width // slices // inner) * inner, rank, x_ND.stride(0)),
             0 if down is None else down.stride(0),
-            SCORE=score is not None,
-            FORECAST=down is not None,
-            PRECISION=precision,
-            ROWS=tile,
-            RANK=lanes,
             INNER=inner,
-            num_warps=8 if tile >= 64 else 4,
             num_stages=3,
+            **shared,
         )
     decide_kernel[(row_tiles, 1 if up is None else -(-width // cols))](
-        score_part,
-        hidden_part,
-        valid_N.contiguous().view(torch.uint8),
-        None if execute_N is None else execute_N.contiguous().view(torch.uint8),
-        score and on_device(score.offset, x_ND),
-        score and on_device(score.threshold, x_ND),
-        up,
-        bias,
-        down_bias,
-        residual_ND,
-        scores,
-        execute.view(torch.uint8),
-        index,
-        totals,
-        counts,
-        starts,
-        rows,
-        width,
-        rank,
-        residual_ND.stride(0),
+        *(score_part, hidden_part, valid_N.view(torch.uint8)),
+        None if given_N is None else given_N.contiguous().view(torch.uint8),
+        *(offset, threshold, up, bias, down_bias, residual_ND, scores, execute.view(torch.uint8)),
+        *(rows.index_N, rows.executed, rows.counts_B, rows.starts_B),
+        *(number, width, rank, residual_ND.stride(0)),
         0 if up is None else up.stride(0),
         PARTS=slices,
-        SCORE=score is not None,
-        FORECAST=up is not None,
-        SILU=silu,
-        BIAS=bias is not None,
-        DOWN_BIAS=down_bias is not None,
-        PRECISION=precision,
+        SILU=linear is not None and linear.silu,
         ORDER=order,
-        ROWS=tile,
         COLS=cols,
-        RANK=lanes,
         INNER=min(lanes, 64),
-        num_warps=8 if tile >= 64 else 4,
         num_stages=2,
+        **shared,
     )
-    if order:
-        return Routed(scores, execute, Partition(index, totals[0], totals[1], counts, starts))
-    rows_of = launch_partition(execute.view(-1, tokens), valid_N.view(-1, tokens))
-    return Routed(scores, execute, rows_of)
+    if not order:
+        launch_partition(execute.view(-1, tokens), valid_N.view(-1, tokens), rows)
+    return Routed(scores, execute, rows)

@@ -56,7 +56,7 @@ def test_imports_and_runs_without_triton():
         "for found in pkgutil.iter_modules(k.__path__, 'methods.engine.ops.triton.'):\n"
         "    importlib.import_module(found.name)\n"
         "mask = torch.ones(2, 3, dtype=torch.bool)\n"
-        "partition = importlib.import_module('methods.engine.ops.triton.partition').partition\n"
+        "partition = importlib.import_module('methods.engine.ops.triton.route').partition\n"
         "print(partition(mask, mask).executed.item())\n"
     )
     done = subprocess.run(
@@ -67,7 +67,7 @@ def test_imports_and_runs_without_triton():
 
 def test_public_modules_do_not_load_triton():
     """The compiler is loaded with the first kernel, not with the engine."""
-    names = "partition route mlp_rows linear_rows attend_rows".split()
+    names = "types route linear_rows attend_rows".split()
     code = "import sys\n" + "".join(f"import methods.engine.ops.triton.{name}\n" for name in names)
     code += "assert not any('kernel' in m.rsplit('.', 1)[-1] and m.endswith('_kernel')"
     code += " for m in sys.modules)\nassert 'methods.engine.ops.triton.jit' not in sys.modules\n"

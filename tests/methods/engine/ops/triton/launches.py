@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from methods.base import LinearUnit, SwiGLU
 from methods.engine.ops.triton.attend_rows import attend
-from methods.engine.ops.triton.linear_rows import linear_rows, linear_rows_add
-from methods.engine.ops.triton.mlp_rows import swiglu_rows
-from methods.engine.ops.triton.partition import partition
-from methods.engine.ops.triton.route import (
-    LinearScore,
-    LowRank,
-    forecast_bypassed,
-    route_and_forecast,
-)
+from methods.engine.ops.triton.linear_rows import linear_rows, linear_rows_add, swiglu_rows
+from methods.engine.ops.triton.route import forecast_bypassed, partition, route_and_forecast
+from methods.engine.ops.triton.types import Partition, Sight
 
 
 class Sizes(NamedTuple):
@@ -42,41 +38,45 @@ def meta(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def first(index_N: Tensor, count: Tensor) -> Partition:
+    """An order whose first `count` rows are executed, as far as products of rows look at it."""
+    return Partition(
+        index_N, count, len(index_N) - count, count[None], torch.zeros_like(count)[None]
+    )
+
+
 def launch_all(sizes: Sizes, dtype: torch.dtype, variants: bool = True) -> None:
     """One routed layer, and with `variants` the other forms of its operations."""
     rows, exact, whole = sizes.batch * sizes.tokens, torch.float32, torch.int64
     x, residual = (meta(rows, sizes.width, dtype=dtype) for _ in range(2))
     valid, mask = (meta(rows, dtype=torch.bool), meta(sizes.batch, sizes.tokens, dtype=torch.bool))
     order = partition(mask, mask, kernels="triton")
-    score = LinearScore(meta(sizes.width, dtype=exact), 0.0, meta(dtype=exact))
-    down, up = (
-        meta(sizes.rank, sizes.width, dtype=exact),
-        meta(sizes.width, sizes.rank, dtype=exact),
+    score = LinearUnit(meta(sizes.width, dtype=exact), meta(dtype=exact))
+    plain = replace(
+        score,
+        down_rD=meta(sizes.rank, sizes.width, dtype=exact),
+        up_Dr=meta(sizes.width, sizes.rank, dtype=exact),
+        bias_D=meta(sizes.width, dtype=exact),
     )
-    plain = LowRank(down, up, meta(sizes.width, dtype=exact))
-    published = plain._replace(down_bias_r=meta(sizes.rank, dtype=exact), silu=True)
-    each = {"tokens": sizes.tokens, "kernels": "triton"}
-    route_and_forecast(x, residual, valid, score, plain, **each)
+    published = replace(plain, down_bias_r=meta(sizes.rank, dtype=exact), silu=True)
+    threshold, each = meta(dtype=exact), {"tokens": sizes.tokens, "kernels": "triton"}
+    route_and_forecast(x, residual, valid, plain, threshold, **each)
     if variants:
-        route_and_forecast(x, residual, valid, score, published, **each)
-        route_and_forecast(x, residual, valid, score, None, **each)
+        route_and_forecast(x, residual, valid, published, threshold, **each)
+        route_and_forecast(x, residual, valid, score, threshold, **each)
         forecast_bypassed(x, residual, valid, valid, published, **each)
 
-    index, count = order.index_N, order.executed
     gate, lift = (meta(sizes.mlp_width, sizes.width, dtype=dtype) for _ in range(2))
-    swiglu_rows(
-        x, residual, index, count, gate, lift, meta(sizes.width, sizes.mlp_width, dtype=dtype),
-        kernels="triton",
-    )  # fmt: skip
+    weights = SwiGLU(gate, lift, meta(sizes.width, sizes.mlp_width, dtype=dtype))
+    swiglu_rows(x, residual, order, weights, kernels="triton")
     inner = sizes.heads * sizes.head_dim
     bias = meta(inner, dtype=dtype)
     into = meta(inner, sizes.width, dtype=dtype)
-    query = linear_rows(x, index, count, into, bias, kernels="triton")
+    query = linear_rows(x, order, into, bias, kernels="triton")
     cache = [
         meta(sizes.batch, sizes.kv_heads, sizes.slots, sizes.head_dim, dtype=dtype) for _ in "kv"
     ]
     query = query.view(rows, sizes.heads, sizes.head_dim)
-    arguments = (query, index, order.counts_B, order.starts_B, *cache)
     pads = meta(sizes.batch, dtype=whole)
     kinds = [
         {"past": sizes.slots - sizes.tokens, "first_valid_B": pads},
@@ -85,6 +85,7 @@ def launch_all(sizes: Sizes, dtype: torch.dtype, variants: bool = True) -> None:
         {"past": pads, "compact": True, "first_N": meta(rows, dtype=whole)},
     ]
     for options in kinds[: None if variants else 1]:
-        out = attend(*arguments, **options, tokens=sizes.tokens, scale=0.1, kernels="triton")
+        sight = Sight(sizes.tokens, **options)
+        out = attend(query, order, *cache, sight, scale=0.1, kernels="triton")
     back = meta(sizes.width, inner, dtype=dtype)
-    linear_rows_add(out.flatten(1), residual, index, count, back, kernels="triton")
+    linear_rows_add(out.flatten(1), residual, order, back, kernels="triton")

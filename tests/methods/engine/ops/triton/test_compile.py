@@ -16,7 +16,6 @@ KERNELS = {
     "partition_kernel",
     "project_kernel",
     "rows_kernel",
-    "swiglu_kernel",
 }
 
 
@@ -33,7 +32,7 @@ def compiled(model, dtype, choice=0, variants=True):
 @pytest.mark.slow
 @pytest.mark.parametrize("tokens", [1, 4, 48, 2048])
 @pytest.mark.parametrize(
-    ("model", "choice"), [*((LLAMA_8B, choice) for choice in range(5)), (SMOLLM2, 0)]
+    ("model", "choice"), [*((LLAMA_8B, choice) for choice in range(6)), (SMOLLM2, 0)]
 )
 def test_every_tile(model, tokens, choice):
     sizes = model._replace(tokens=tokens, batch=1 if tokens < 2048 else model.batch, slots=4096)
@@ -49,7 +48,7 @@ def test_other_dtypes(dtype):
 @pytest.mark.slow
 def test_prefill_uses_the_tensor_cores_of_hopper():
     done = compiled(LLAMA_8B, torch.bfloat16)
-    for name in ("rows_kernel", "swiglu_kernel", "attend_kernel"):
+    for name in ("rows_kernel", "attend_kernel"):
         assert all("wgmma" in kernel.ptx for kernel in done if kernel.name == name), name
 
 

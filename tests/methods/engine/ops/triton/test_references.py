@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
+from methods.base import LinearUnit, SwiGLU
 from methods.engine.ops.triton.attend_rows import attend
-from methods.engine.ops.triton.linear_rows import linear_rows, linear_rows_add
-from methods.engine.ops.triton.mlp_rows import swiglu_rows
-from methods.engine.ops.triton.partition import partition
-from methods.engine.ops.triton.route import LinearScore, LowRank, route_and_forecast
+from methods.engine.ops.triton.linear_rows import linear_rows, linear_rows_add, swiglu_rows
+from methods.engine.ops.triton.route import partition, route_and_forecast
+from methods.engine.ops.triton.types import Sight
 from methods.parts.forecaster import Forecaster
+from tests.methods.engine.ops.triton.launches import first
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
@@ -39,18 +40,19 @@ def test_partition(batch, tokens, data):
 def test_rows(count):
     x, residual, index = torch.randn(7, 8), torch.randn(7, 8), torch.randperm(7)
     gate, up = torch.nn.Linear(8, 12), torch.nn.Linear(8, 12)
-    down, chosen, number = torch.nn.Linear(12, 8), index[:count], torch.tensor(count)
+    down, chosen = torch.nn.Linear(12, 8), index[:count]
+    rows = first(index, torch.tensor(count))
     with torch.no_grad():
-        compact = linear_rows(x, index, number, gate.weight, gate.bias)
+        compact = linear_rows(x, rows, gate.weight, gate.bias)
         assert torch.allclose(compact[:count], gate(x[chosen]), atol=1e-6)
         after = residual.clone()
         compact[count:] = float("nan")
-        linear_rows_add(compact, after, index, number, down.weight, down.bias)
+        linear_rows_add(compact, after, rows, down.weight, down.bias)
         expected = residual.clone()
         expected[chosen] += down(gate(x[chosen]))
         assert torch.allclose(after, expected, atol=1e-5)
         after = residual.clone()
-        swiglu_rows(x, after, index, number, gate.weight, up.weight, down.weight)
+        swiglu_rows(x, after, rows, SwiGLU(gate.weight, up.weight, down.weight))
         expected = residual.clone()
         some = x[chosen]
         middle = functional.silu(some @ gate.weight.T) * (some @ up.weight.T)
@@ -67,16 +69,16 @@ def test_route(activation, threshold):
     x, before, weight = torch.randn(10, 8), torch.randn(10, 8), torch.randn(8)
     valid = torch.arange(10) % 5 > 0
     after = before.clone()
-    low_rank = LowRank(
+    linear = LinearUnit(
+        weight,
+        torch.tensor(0.3),
         forecaster.down.weight,
+        forecaster.down.bias,
         forecaster.up.weight,
         forecaster.up.bias,
-        forecaster.down.bias,
         activation == "silu",
     )
-    routed = route_and_forecast(
-        x, after, valid, LinearScore(weight, 0.3, threshold), low_rank, tokens=5
-    )
+    routed = route_and_forecast(x, after, valid, linear, torch.tensor(threshold), tokens=5)
     scores = x @ weight + 0.3
     assert torch.allclose(routed.scores_N, scores, atol=1e-6)
     assert torch.equal(routed.execute_N, (scores > threshold) & valid)
@@ -102,18 +104,8 @@ def test_attend_equals_rows_of_the_causal_kernel(heads, past):
     )
     rows = partition(execute, torch.ones_like(execute))
     flat = query.transpose(1, 2).flatten(0, 1)[rows.index_N]
-    found = attend(
-        flat,
-        rows.index_N,
-        rows.counts_B,
-        rows.starts_B,
-        key,
-        value,
-        tokens=tokens,
-        past=past,
-        scale=0.4,
-        first_valid_B=pads,
-    )
+    sight = Sight(tokens, past, first_valid_B=pads)
+    found = attend(flat, rows, key, value, sight, scale=0.4)
     expected = dense.transpose(1, 2).flatten(0, 1)[rows.index_N]
     count = int(rows.executed)
     assert count and torch.allclose(found[:count], expected[:count], atol=1e-5)
@@ -126,17 +118,14 @@ def test_attend_over_a_compact_cache_is_causal_among_the_kept():
     rows = partition(execute, torch.ones_like(execute))
     key, value = torch.randn(1, 1, 10, 8), torch.randn(1, 1, 10, 8)
     query = torch.randn(6, 1, 8)
-    past = torch.tensor([kept_before])
-    arguments = (query, rows.index_N, rows.counts_B, rows.starts_B, key, value)
-    found = attend(*arguments, tokens=tokens, past=past, scale=1.0, compact=True)
+    sight = Sight(tokens, torch.tensor([kept_before]), compact=True)
+    found = attend(query, rows, key, value, sight, scale=1.0)
     for i in range(4):
         keys, values = key[0, 0, : kept_before + i + 1], value[0, 0, : kept_before + i + 1]
         expected = (query[i, 0] @ keys.T).softmax(-1) @ values
         assert torch.allclose(found[i, 0], expected, atol=1e-5)
     with pytest.raises(ValueError, match="first_N"):
-        attend(*arguments, tokens=tokens, past=past, scale=1.0, compact=True, window=4)
+        attend(query, rows, key, value, sight._replace(window=4), scale=1.0)
     with pytest.raises(ValueError, match="heads"):
-        attend(
-            torch.randn(6, 3, 8), *arguments[1:4], torch.randn(1, 2, 9, 8), torch.randn(1, 2, 9, 8),
-            tokens=6, past=3, scale=1.0,
-        )  # fmt: skip
+        cache = torch.randn(1, 2, 9, 8)
+        attend(torch.randn(6, 3, 8), rows, cache, cache, Sight(6, 3), scale=1.0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from methods.engine.ops.choose import interpreting
-from methods.engine.ops.triton import attend_rows_launch, linear_rows_kernel, mlp_rows_kernel
+from methods.engine.ops.triton import attend_rows_kernel, linear_rows_kernel
 from methods.engine.ops.triton.jit import Tiles
 
 SMALL = (Tiles(16, 16, 16, 4, 2),)
@@ -21,10 +21,9 @@ def device() -> str:
 def small_tiles():
     """Every edge of a tile is met by a problem of a few dozen rows."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (linear_rows_kernel, mlp_rows_kernel):
-            patch.setattr(module, "tile_choices", lambda *_: SMALL)
-        patch.setattr(attend_rows_launch, "PREFILL", SMALL)
-        patch.setattr(attend_rows_launch, "DECODE", SMALL)
+        patch.setattr(linear_rows_kernel, "tile_choices", lambda *_: SMALL)
+        patch.setattr(attend_rows_kernel, "PREFILL", SMALL)
+        patch.setattr(attend_rows_kernel, "DECODE", SMALL)
         yield
 
 

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from methods.engine.ops.triton import attend_rows_launch
+from methods.engine.ops.triton import attend_rows_kernel
 from methods.engine.ops.triton.attend_rows import attend
-from methods.engine.ops.triton.partition import partition_reference
+from methods.engine.ops.triton.route import partition_reference
+from methods.engine.ops.triton.types import Sight
 from tests.methods.engine.ops.triton.interpreted.conftest import close, draw, masks
 
 
@@ -64,21 +65,14 @@ def check(
         used = int(pasts[b]) + (int(rows.counts_B[b]) if compact else tokens)
         key[b, :, used:] = value[b, :, used:] = float("nan")
     given = {"int": past, "scalar": torch.tensor(past), "each": pasts}[past_as]
-    found = attend(
-        query,
-        rows.index_N,
-        rows.counts_B,
-        rows.starts_B,
-        key,
-        value,
-        tokens=tokens,
-        past=given if isinstance(given, int) else given.to(device),
-        scale=0.3,
-        compact=compact,
-        window=window,
-        first_valid_B=pads if padded else None,
-        kernels="triton",
+    sight = Sight(
+        tokens,
+        given if isinstance(given, int) else given.to(device),
+        compact,
+        window,
+        pads if padded else None,
     )
+    found = attend(query, rows, key, value, sight, scale=0.3, kernels="triton")
     expected = one_by_one(
         query, rows.index_N[:count], key, value, tokens, pasts, compact, window,
         pads if padded else None, 0.3,
@@ -130,7 +124,7 @@ def test_half_precision(device, tokens, dtype, small_tiles):
 @pytest.mark.parametrize("compact", [False, True])
 def test_keys_split_over_programs(device, compact, small_tiles, monkeypatch):
     """Some splits are empty: short sequences hold fewer blocks than there are splits."""
-    monkeypatch.setattr(attend_rows_launch, "splits_of", lambda *_: 4)
+    monkeypatch.setattr(attend_rows_kernel, "splits_of", lambda *_: 4)
     past_as = "each" if compact else "int"
     check(device, batch=3, tokens=1, past=70, heads=(3, 1), compact=compact, past_as=past_as)
     check(device, batch=2, tokens=4, past=50, share=0.7, compact=compact, past_as=past_as)
@@ -154,14 +148,8 @@ def test_first_slot_of_each_row(device, small_tiles):
         for i, shape in enumerate([(6, 2, 16), (1, 1, 10, 16), (1, 1, 10, 16)])
     )
     first = torch.tensor([0, 2, 3, 3, 5, 9], device=device)
-    options = {
-        "tokens": 6,
-        "past": torch.tensor([4], device=device),
-        "scale": 0.2,
-        "first_N": first,
-    }
-    arguments = (query, rows.index_N, rows.counts_B, rows.starts_B, key, value)
-    found = attend(*arguments, **options, compact=True, kernels="triton")
+    sight = Sight(6, torch.tensor([4], device=device), compact=True, first_N=first)
+    found = attend(query, rows, key, value, sight, scale=0.2, kernels="triton")
     for row, start in enumerate(first.tolist()):
         seen = slice(start, 5 + row)
         weights = (query[row] @ key[0, 0, seen].T * 0.2).softmax(-1)

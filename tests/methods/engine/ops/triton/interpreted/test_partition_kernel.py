@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from methods.engine.ops.triton import partition_kernel
-from methods.engine.ops.triton.partition import partition, partition_reference
+from methods.engine.ops.triton.route import partition, partition_reference
 
 
 def same(execute, valid) -> bool:

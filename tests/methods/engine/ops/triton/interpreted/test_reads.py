@@ -8,12 +8,14 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from methods.base import LinearUnit, SwiGLU
 from methods.engine.ops.choose import interpreting
 from methods.engine.ops.triton.attend_rows import attend
-from methods.engine.ops.triton.linear_rows import linear_rows, linear_rows_add
-from methods.engine.ops.triton.mlp_rows import swiglu_rows
-from methods.engine.ops.triton.route import LinearScore, LowRank, route_and_forecast
+from methods.engine.ops.triton.linear_rows import linear_rows, linear_rows_add, swiglu_rows
+from methods.engine.ops.triton.route import route_and_forecast
+from methods.engine.ops.triton.types import Partition, Sight
 from tests.methods.engine.ops.triton.interpreted.conftest import draw
+from tests.methods.engine.ops.triton.launches import first
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="addresses are seen by the interpreter")
 
@@ -44,12 +46,12 @@ def touched(seen: list, tensor: torch.Tensor) -> int:
 @pytest.mark.parametrize("count", [0, 3])
 @pytest.mark.parametrize("rows", [4, 30])
 def test_weights_are_read_only_if_a_row_executes(count, rows, monkeypatch):
-    x, index, number = draw(rows, 32, seed=0), torch.arange(rows), torch.tensor(count)
+    x, order = draw(rows, 32, seed=0), first(torch.arange(rows), torch.tensor(count))
     gate, up, down, one = (draw(32, 32, seed=i) for i in range(4))
     with reads(monkeypatch) as seen:
-        swiglu_rows(x, x.clone(), index, number, gate, up, down, kernels="triton")
-        compact = linear_rows(x, index, number, one, kernels="triton")
-        linear_rows_add(compact, x.clone(), index, number, one, kernels="triton")
+        swiglu_rows(x, x.clone(), order, SwiGLU(gate, up, down), kernels="triton")
+        compact = linear_rows(x, order, one, kernels="triton")
+        linear_rows_add(compact, x.clone(), order, one, kernels="triton")
     assert [touched(seen, w) > 0 for w in (gate, up, down, one)] == [count > 0] * 4
 
 
@@ -57,29 +59,21 @@ def test_weights_are_read_only_if_a_row_executes(count, rows, monkeypatch):
 def test_the_forecast_of_executed_rows_is_not_made(threshold, monkeypatch):
     x, weight = draw(8, 32, seed=0), draw(32, seed=1)
     down, up = draw(4, 32, seed=2), draw(32, 4, seed=3)
-    score = LinearScore(weight, 0.0, threshold)
+    linear = LinearUnit(weight, torch.tensor(0.0), down_rD=down, up_Dr=up)
+    valid, bound = torch.ones(8, dtype=torch.bool), torch.tensor(threshold)
     with reads(monkeypatch) as seen:
-        route_and_forecast(
-            x,
-            x.clone(),
-            torch.ones(8, dtype=torch.bool),
-            score,
-            LowRank(down, up),
-            tokens=4,
-            kernels="triton",
-        )
+        route_and_forecast(x, x.clone(), valid, linear, bound, tokens=4, kernels="triton")
     assert (touched(seen, up) > 0) == (threshold > 0)
 
 
 def test_the_cache_of_a_bypassed_sequence_is_not_read(monkeypatch):
-    counts, starts, index = torch.tensor([0, 1]), torch.tensor([0, 0]), torch.tensor([1, 0])
+    counts, one = torch.tensor([0, 1]), torch.tensor(1)
+    rows = Partition(torch.tensor([1, 0]), one, one, counts, torch.tensor([0, 0]))
     keys = [draw(1, 1, 40, 16, seed=i) for i in range(2)]
     cache = torch.cat(keys)
     with reads(monkeypatch) as seen:
-        attend(
-            draw(2, 2, 16, seed=3), index, counts, starts, cache, cache.clone(),
-            tokens=1, past=39, scale=1.0, kernels="triton",
-        )  # fmt: skip
+        query, sight = draw(2, 2, 16, seed=3), Sight(1, 39)
+        attend(query, rows, cache, cache.clone(), sight, scale=1.0, kernels="triton")
     addresses = torch.cat(seen) - cache.data_ptr()
     first = (addresses >= 0) & (addresses < cache[0].numel() * 4)
     second = (addresses >= cache[0].numel() * 4) & (addresses < cache.numel() * 4)

@@ -9,11 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from methods.engine.ops.triton.partition import partition_reference
+from methods.base import LinearUnit
 from methods.engine.ops.triton.route import (
-    LinearScore,
-    LowRank,
     forecast_bypassed,
+    partition_reference,
     route_and_forecast,
 )
 from methods.parts.forecaster import Forecaster
@@ -31,6 +30,16 @@ def modules(width, rank, activation, device):
     return router.requires_grad_(False), forecaster.requires_grad_(False)
 
 
+def unit(router, forecaster=None):
+    """The contract's form of both."""
+    score = (router.head.weight[0], router.head.bias[0])
+    if forecaster is None:
+        return LinearUnit(*score)
+    down, up = forecaster.down, forecaster.up
+    silu = isinstance(forecaster.activation, torch.nn.SiLU)
+    return LinearUnit(*score, down.weight, down.bias, up.weight, up.bias, silu)
+
+
 def check(batch, tokens, width, rank, activation, threshold, dtype, seed, device, forecast=True):
     router, forecaster = modules(width, rank, activation, device)
     _, valid = masks(batch, tokens, 1.0, seed, device)
@@ -42,16 +51,8 @@ def check(batch, tokens, width, rank, activation, threshold, dtype, seed, device
         x,
         after,
         valid,
-        LinearScore(router.head.weight[0], router.head.bias[0], threshold),
-        LowRank(
-            forecaster.down.weight,
-            forecaster.up.weight,
-            forecaster.up.bias,
-            forecaster.down.bias,
-            activation == "silu",
-        )
-        if forecast
-        else None,
+        unit(router, forecaster if forecast else None),
+        torch.tensor(threshold, device=device),
         tokens=tokens,
         kernels="triton",
     )
@@ -109,21 +110,19 @@ def test_threshold_and_offset_on_the_device(device):
     x = draw(8, 32, seed=1, device=device)
     valid = torch.ones(8, dtype=torch.bool, device=device)
     threshold = router(x).median()
-    score = LinearScore(router.head.weight[0], router.head.bias[0], threshold)
-    routed = route_and_forecast(x, x.clone(), valid, score, None, tokens=4, kernels="triton")
+    linear = unit(router)
+    routed = route_and_forecast(x, x.clone(), valid, linear, threshold, tokens=4, kernels="triton")
     assert 3 <= int(routed.rows.executed) <= 5
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_decisions_made_elsewhere(share, device):
-    _, forecaster = modules(32, 4, "silu", device)
+    router, forecaster = modules(32, 4, "silu", device)
     execute, valid = (mask.flatten() for mask in masks(3, 7, share, 1, device))
     x, before = draw(21, 32, seed=1, device=device), draw(21, 32, seed=2, device=device)
-    forecast = LowRank(
-        forecaster.down.weight, forecaster.up.weight, forecaster.up.bias, forecaster.down.bias, True
-    )
+    linear = unit(router, forecaster)
     after, bypass = before.clone(), valid & ~execute
-    rows = forecast_bypassed(x, after, valid, execute, forecast, tokens=7, kernels="triton")
+    rows = forecast_bypassed(x, after, valid, execute, linear, tokens=7, kernels="triton")
     expected = before + forecaster(x) * bypass[:, None]
     assert torch.allclose(after, expected, atol=TOLERANCE[torch.float32])
     assert torch.equal(after[~bypass], before[~bypass])

@@ -7,28 +7,30 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from methods.engine.ops.triton.linear_rows import linear_rows, linear_rows_add
-from methods.engine.ops.triton.mlp_rows import swiglu_rows
+from methods.base import SwiGLU
+from methods.engine.ops.triton.linear_rows import linear_rows, linear_rows_add, swiglu_rows
 from tests.methods.engine.ops.triton.interpreted.conftest import close, draw
+from tests.methods.engine.ops.triton.launches import first
 
 HALF = [torch.bfloat16, torch.float16]
 
 
 def problem(rows, count, inputs, outputs, seed, dtype, device):
-    """x, a shuffled index, the count, and a weight of sensible size."""
+    """x, the first rows of a shuffled index, and a weight of sensible size."""
     x = draw(rows, inputs, seed=seed, dtype=dtype, device=device)
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).to(device)
     weight = draw(outputs, inputs, seed=seed + 1, device=device) / inputs**0.5
-    return x, order, torch.tensor(count, device=device), weight.to(dtype)
+    return x, first(order, torch.tensor(count, device=device)), weight.to(dtype)
 
 
 def check_linear(rows, count, inputs, outputs, bias, seed, dtype, device):
-    x, index, number, weight = problem(rows, count, inputs, outputs, seed, dtype, device)
+    x, order, weight = problem(rows, count, inputs, outputs, seed, dtype, device)
+    index = order.index_N
     bias = draw(outputs, seed=seed + 2, dtype=dtype, device=device) if bias else None
     chosen = index[:count]
     delta = torch.nn.functional.linear(x[chosen].float(), weight.float(), None)
     delta = delta if bias is None else delta + bias.float()
-    compact = linear_rows(x, index, number, weight, bias, kernels="triton")
+    compact = linear_rows(x, order, weight, bias, kernels="triton")
     assert close(compact[:count], delta.to(dtype))
 
     source = x[index].clone()
@@ -36,28 +38,30 @@ def check_linear(rows, count, inputs, outputs, bias, seed, dtype, device):
     residual = draw(rows, outputs, seed=seed + 3, dtype=dtype, device=device)
     expected = residual.clone()
     expected[chosen] = (expected[chosen].float() + delta).to(dtype)
-    linear_rows_add(source, residual, index, number, weight, bias, kernels="triton")
+    linear_rows_add(source, residual, order, weight, bias, kernels="triton")
     assert close(residual, expected)
     untouched = index[count:]
     assert torch.equal(residual[untouched], expected[untouched])
 
 
 def check_mlp(rows, count, width, inner, bias, seed, dtype, device):
-    x, index, number, gate = problem(rows, count, width, inner, seed, dtype, device)
+    x, order, gate = problem(rows, count, width, inner, seed, dtype, device)
+    index = order.index_N
     up = (draw(inner, width, seed=seed + 4, device=device) / width**0.5).to(dtype)
     down = (draw(width, inner, seed=seed + 5, device=device) / inner**0.5).to(dtype)
-    sizes = {"gate_bias_F": inner, "up_bias_F": inner, "down_bias_D": width} if bias else {}
-    biases = {
-        name: draw(size, seed=seed + 6, dtype=dtype, device=device) for name, size in sizes.items()
-    }
+    biases = [
+        draw(size, seed=seed + 6, dtype=dtype, device=device) if bias else None
+        for size in (inner, inner, width)
+    ]
     residual = draw(rows, width, seed=seed + 7, dtype=dtype, device=device)
-    expected, chosen, b = residual.clone(), index[:count], {k: v.float() for k, v in biases.items()}
+    expected, chosen = residual.clone(), index[:count]
+    exact = [None if b is None else b.float() for b in biases]
     linear, some = torch.nn.functional.linear, x[chosen].float()
-    middle = torch.nn.functional.silu(linear(some, gate.float(), b.get("gate_bias_F")))
-    middle = middle * linear(some, up.float(), b.get("up_bias_F"))
-    delta = linear(middle, down.float(), b.get("down_bias_D"))
+    middle = torch.nn.functional.silu(linear(some, gate.float(), exact[0]))
+    middle = middle * linear(some, up.float(), exact[1])
+    delta = linear(middle, down.float(), exact[2])
     expected[chosen] = (expected[chosen].float() + delta).to(dtype)
-    swiglu_rows(x, residual, index, number, gate, up, down, **biases, kernels="triton")
+    swiglu_rows(x, residual, order, SwiGLU(gate, up, down), biases, kernels="triton")
     assert close(residual, expected)
     assert torch.equal(residual[index[count:]], expected[index[count:]])
 
@@ -101,10 +105,11 @@ def test_tiles_that_a_gpu_would_take(check, rows, device):
 
 
 def test_inside_torch_compile(small_tiles, device):
-    x, index, number, gate = problem(20, 9, 16, 16, 0, torch.float32, device)
+    x, order, gate = problem(20, 9, 16, 16, 0, torch.float32, device)
+    weights = SwiGLU(gate, gate, gate)
 
     def layer(x, residual):
-        swiglu_rows(x * 2, residual, index, number, gate, gate, gate, kernels="triton")
+        swiglu_rows(x * 2, residual, order, weights, kernels="triton")
         return residual.sum(-1)
 
     expected = layer(x, x.clone())
@@ -112,12 +117,13 @@ def test_inside_torch_compile(small_tiles, device):
 
 
 def test_no_rows(device):
-    x, index, number, weight = problem(4, 0, 16, 16, 0, torch.float32, device)
-    assert linear_rows(x[:0], index[:0], number, weight, kernels="triton").shape == (0, 16)
-    swiglu_rows(x[:0], x[:0], index[:0], number, weight, weight, weight, kernels="triton")
+    x, order, weight = problem(4, 0, 16, 16, 0, torch.float32, device)
+    none = order._replace(index_N=order.index_N[:0])
+    assert linear_rows(x[:0], none, weight, kernels="triton").shape == (0, 16)
+    swiglu_rows(x[:0], x[:0], none, SwiGLU(weight, weight, weight), kernels="triton")
 
 
 def test_refuses_a_transposed_weight(device):
-    x, index, number, weight = problem(4, 2, 16, 16, 0, torch.float32, device)
+    x, order, weight = problem(4, 2, 16, 16, 0, torch.float32, device)
     with pytest.raises(ValueError, match="contiguous"):
-        linear_rows(x, index, number, weight.T, kernels="triton")
+        linear_rows(x, order, weight.T, kernels="triton")
