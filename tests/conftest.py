@@ -21,12 +21,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from runners.base_model.synthetic import byte_tokenizer, tiny_model
 from runners.corpus.source import Document
+from tests.nursery import Nursery, Step
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
 SHRUNK = (
     "model=tiny",
     "dtype=float32",
+    "++data.documents_limit=4",
     "budget.seq_len=32",
     "budget.fit_tokens=512",
     "budget.calibration_tokens=512",
@@ -135,10 +137,16 @@ HANGS_S = 600
 
 
 class Commands:
-    """Runs `runners/<script>.py` in an empty folder, as a user would."""
+    """Runs `runners/<script>.py` in an empty folder, as a user would.
 
-    def __init__(self, folder: Path, results: Path, cache: Path) -> None:
-        self.folder, self.results, self.cache = folder, results, cache
+    With a `nursery` in a fork of a process that has imported everything, which takes seconds off
+    each run; without one in a process of its own.
+    """
+
+    def __init__(
+        self, folder: Path, results: Path, cache: Path, nursery: Nursery | None = None
+    ) -> None:
+        self.folder, self.results, self.cache, self.nursery = folder, results, cache, nursery
 
     def line(self, script: str, *words: str, shrink: bool = True) -> list[str]:
         """The command; `shrink` adds the tiny model and budget (not for score's own config)."""
@@ -154,15 +162,22 @@ class Commands:
 
     def run(self, script: str, *words: str, shrink: bool = True, **env: str) -> Finished:
         began = time.perf_counter()
-        done = subprocess.run(
-            self.line(script, *words, shrink=shrink),
-            cwd=self.folder,
-            env=self.environment(**env),
-            capture_output=True,
-            text=True,
-            timeout=HANGS_S,
-        )
-        return Finished(done.returncode, done.stdout, done.stderr, time.perf_counter() - began)
+        line, environment = self.line(script, *words, shrink=shrink), self.environment(**env)
+        if self.nursery is not None:
+            step = Step(line[2:], script, folder=str(self.folder), env=environment)
+            run = self.nursery.run(step)
+            code, stdout, stderr = run.code(), run.stdout, run.stderr
+        else:
+            done = subprocess.run(
+                line,
+                cwd=self.folder,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=HANGS_S,
+            )
+            code, stdout, stderr = done.returncode, done.stdout, done.stderr
+        return Finished(code, stdout, stderr, time.perf_counter() - began)
 
     def start(self, script: str, *words: str) -> subprocess.Popen[bytes]:
         """The same in the background, its output thrown away."""
@@ -171,6 +186,21 @@ class Commands:
         return subprocess.Popen(command, cwd=self.folder, env=self.environment(), **quiet)
 
 
+@pytest.fixture(scope="session")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    """Starts runs quickly."""
+    running = Nursery(tmp_path_factory.mktemp("nursery"))
+    yield running
+    running.close()
+
+
 @pytest.fixture
-def commands(tmp_path: Path) -> Commands:
+def commands(tmp_path: Path, nursery: Nursery) -> Commands:
+    """What most tests of a command need: its code, output and files."""
+    return Commands(tmp_path, tmp_path / "results", tmp_path / "cache", nursery)
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Commands:
+    """Each command in a process of its own, for tests of processes and of how soon they end."""
     return Commands(tmp_path, tmp_path / "results", tmp_path / "cache")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import SHRUNK, Commands
-from tests.runners.nursery import Nursery, Run, Step
+from tests.nursery import Nursery, Run, Step
 from tests.runners.survival import RECIPE, events, leftovers, numbers, outcome
 
 STEPS = "{steps:40,batch_size:2,seq_len:32,accumulate:1}"

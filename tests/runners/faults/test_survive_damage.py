@@ -15,7 +15,7 @@ from runners.store.run_folder import RunFolder
 from runners.store.stage_cache import StageCache
 from runners.training.state import Checkpoint
 from tests.conftest import SHRUNK, Commands
-from tests.runners.nursery import Nursery, Run, Step
+from tests.nursery import Nursery, Run, Step
 from tests.runners.survival import RECIPE, events, leftovers, outcome
 from tests.runners.toy import toy
 

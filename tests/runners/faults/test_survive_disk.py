@@ -13,7 +13,7 @@ import pytest
 from safetensors import safe_open
 
 from tests.conftest import ROOT, SHRUNK, Commands
-from tests.runners.nursery import Nursery, Run, Step
+from tests.nursery import Nursery, Run, Step
 from tests.runners.survival import RECIPE, leftovers, outcome
 
 WORDS = (*SHRUNK, "tracking=off", *RECIPE, "sparsity=0.4", "checkpoint_seconds=0")
@@ -23,7 +23,7 @@ WORDS += ("eval.tasks=[agreement]",)
 @cache
 def can_mount() -> bool:
     """In a process of its own: it leaves its name spaces."""
-    code = "from tests.runners.nursery import can_mount; import sys; sys.exit(not can_mount())"
+    code = "from tests.nursery import can_mount; import sys; sys.exit(not can_mount())"
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 

@@ -18,7 +18,7 @@ from runners.evaluation.perplexity import joined_perplexity
 from runners.evaluation.shared_contexts import SharedContexts
 from runners.runtime.memory import free_memory
 from tests.conftest import SHRUNK, documents, token_rows
-from tests.runners.nursery import Step
+from tests.nursery import Step
 from tests.runners.toy import toy
 
 BUDGET = "budget.routers={steps:2,batch_size:32,seq_len:256,accumulate:2}"

@@ -15,17 +15,19 @@ import pytest
 
 from runners.runtime.signals import Interrupted, Stop
 from tests.conftest import ROOT, SHRUNK, Commands
-from tests.runners.nursery import Run, Step
+from tests.nursery import Run, Step
 from tests.runners.survival import RECIPE, events, outcome
 
 TINY = (*SHRUNK, "tracking=off", "sparsity=0.4")
 STEPS = "{steps:%d,batch_size:2,seq_len:32,accumulate:1}"
 LONG = STEPS % 100_000
+ALL_TEXT = "++data.documents_limit=null"
 PHASES = {
     "stage": (*RECIPE, f"budget.routers={LONG}"),
-    "fit": ("method=informed", "method.rank=4", "budget.fit_tokens=400000"),
+    "fit": ("method=informed", "method.rank=4", "budget.fit_tokens=400000", ALL_TEXT),
     "evaluation": (
         "method=random",
+        ALL_TEXT,
         "eval.perplexity.documents_limit=60",
         "eval.perplexity.tokens_per_document=100000",
     ),
@@ -196,6 +198,11 @@ def test_a_failed_point_is_retried_or_not(nursery, tmp_path):
 
 def test_a_point_that_failed_for_want_of_room_completes(nursery, tmp_path):
     own = words(tmp_path, "method=random")
-    assert nursery.run(Step(own, file_bytes=2000)).code() == 1
+    full = nursery.run(Step(own, file_bytes=2000))
+    assert full.code() == 1
+    assert len(full.errors) == 1 and "no space left" in full.errors[0]
+    assert "Traceback" not in full.said
+    (record,) = (json.loads(file.read_bytes()) for file in tmp_path.glob("results/*/result.json"))
+    assert record["status"] == "failed" and "no space left" in record["reason"]
     assert nursery.run(Step(own)).code() == 0
     assert nursery.run(Step([*own, "retry_failed=false"])).code() == 0

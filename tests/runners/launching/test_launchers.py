@@ -31,9 +31,9 @@ EVERY = [
 
 
 @pytest.fixture(scope="module")
-def serial(tmp_path_factory):
+def serial(tmp_path_factory, nursery):
     folder = tmp_path_factory.mktemp("serial")
-    commands = Commands(folder, folder / "results", folder / "cache")
+    commands = Commands(folder, folder / "results", folder / "cache", nursery)
     assert commands.run("sweep", *RECIPE, "-m").code == 0
     return apart(outcome(commands))
 
@@ -45,13 +45,13 @@ def apart(found: dict[str, dict[str, Any]]) -> tuple[dict[str, Any], list[Any]]:
 
 
 @pytest.mark.parametrize("launcher", EVERY)
-def test_records_are_those_of_a_serial_sweep(commands, serial, launcher):
+def test_records_are_those_of_a_serial_sweep(shell, serial, launcher):
     words = (f"hydra/launcher={launcher}", *TWO_AT_A_TIME[launcher])
-    done = commands.run("sweep", *RECIPE, *words, "-m")
+    done = shell.run("sweep", *RECIPE, *words, "-m")
     assert done.code == 0, done.stderr
-    assert apart(outcome(commands)) == serial
+    assert apart(outcome(shell)) == serial
     ran: dict[str, list[bool]] = {}
-    for file in commands.results.glob("*/result.json"):
+    for file in shell.results.glob("*/result.json"):
         for stage in json.loads(file.read_bytes())["stages"]:
             ran.setdefault(stage["name"], []).append(stage["cached"])
     calibrated = ran.pop("calibrate")
@@ -61,12 +61,12 @@ def test_records_are_those_of_a_serial_sweep(commands, serial, launcher):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", EVERY)
-def test_a_failed_point_is_told_by_the_sweep(commands, launcher):
+def test_a_failed_point_is_told_by_the_sweep(shell, launcher):
     words = (f"hydra/launcher={launcher}", *TWO_AT_A_TIME[launcher])
-    done = commands.run("sweep", "method=mod", "sparsity=0.3,0.7", *words, "-m")
+    done = shell.run("sweep", "method=mod", "sparsity=0.3,0.7", *words, "-m")
     assert done.code == 1
     assert "sparsity 0.7 is out of reach" in done.stderr
-    records = [json.loads(f.read_bytes()) for f in commands.results.glob("*/result.json")]
+    records = [json.loads(f.read_bytes()) for f in shell.results.glob("*/result.json")]
     assert sorted(record.get("status") for record in records) == ["complete", "failed"], records
 
 
@@ -85,13 +85,13 @@ def running(commands: Commands) -> int:
 
 
 @pytest.fixture(scope="module")
-def three(tmp_path_factory):
+def three(tmp_path_factory, nursery):
     """The words of three points that share nothing, and what they come to undisturbed."""
     folder = tmp_path_factory.mktemp("three")
     lines = (json.dumps({"text": document.text}) for document in documents(60))
     (folder / "train.jsonl").write_text("\n".join(lines))
-    words = (*LONG, "data=files", f"data.dir={folder}")
-    commands = Commands(folder, folder / "results", folder / "cache")
+    words = (*LONG, "data=files", f"data.dir={folder}", "++data.documents_limit=null")
+    commands = Commands(folder, folder / "results", folder / "cache", nursery)
     done = commands.run("sweep", *words, "-m")
     assert done.code == 0, done.stdout + done.stderr
     return words, outcome(commands)
@@ -106,28 +106,28 @@ def three(tmp_path_factory):
         pytest.param("ray", signal.SIGTERM, marks=needs_ray),
     ],
 )
-def test_a_signal_to_the_sweep_ends_its_points_with_a_checkpoint(commands, three, launcher, number):
+def test_a_signal_to_the_sweep_ends_its_points_with_a_checkpoint(shell, three, launcher, number):
     """As a scheduler sends it, to the sweep's own process: nothing is lost, nobody is left."""
     own, undisturbed = three
     words = (*own, f"hydra/launcher={launcher}", *TWO_AT_A_TIME[launcher], "-m")
-    process = commands.start("sweep", *words)
-    while running(commands) < 2:
+    process = shell.start("sweep", *words)
+    while running(shell) < 2:
         assert process.poll() is None
         time.sleep(0.02)
     process.send_signal(number)
     assert process.wait(WITHIN_S) == 128 + number
-    statuses = [json.loads(f.read_bytes()) for f in commands.results.glob("*/status.json")]
+    statuses = [json.loads(f.read_bytes()) for f in shell.results.glob("*/status.json")]
     assert [status["state"] for status in statuses] == ["interrupted"] * 2, "the third never began"
-    assert len(list(commands.cache.glob("stages/*.checkpoint"))) == 2
+    assert len(list(shell.cache.glob("stages/*.checkpoint"))) == 2
     for status in statuses:
         with pytest.raises(ProcessLookupError):
             os.kill(status["pid"], 0)
 
-    again = commands.run("sweep", *words)
+    again = shell.run("sweep", *words)
     assert again.code == 0, again.stderr
     assert (again.stdout + again.stderr).count("goes on after step") == 2
-    assert outcome(commands) == undisturbed
-    assert leftovers(commands.cache) == []
+    assert outcome(shell) == undisturbed
+    assert leftovers(shell.cache) == []
 
 
 @pytest.mark.parametrize("word", ["hydra/launcher=slurm", "hydra/launcher=joblib,ray"])

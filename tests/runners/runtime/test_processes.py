@@ -68,13 +68,13 @@ def point(commands: Commands):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
+def alone(tmp_path_factory, nursery):
     """What a recipe comes to in one process."""
 
     @cache
     def run(recipe):
         folder = tmp_path_factory.mktemp("alone")
-        commands = Commands(folder, folder / "results", folder / "cache")
+        commands = Commands(folder, folder / "results", folder / "cache", nursery)
         done = commands.run("sweep", *QUIET[recipe])
         assert done.code == 0, done.stderr
         return point(commands)

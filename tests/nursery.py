@@ -20,11 +20,11 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 NEW_USER, NEW_MOUNT, REMOUNT = 0x10000000, 0x00020000, 32
 
 
@@ -37,6 +37,8 @@ class Step:
         file_bytes: largest file that may be written.
         spare_mib: memory that may be mapped beyond what imports have taken.
         clock: seconds by which `time.time` jumps to and fro.
+        folder: the current one.
+        env: the whole environment; None leaves that of the nursery.
     """
 
     words: list[str]
@@ -45,7 +47,8 @@ class Step:
     file_bytes: int | None = None
     spare_mib: int | None = None
     clock: float | None = None
-    env: dict[str, str] = field(default_factory=dict)
+    folder: str | None = None
+    env: dict[str, str] | None = None
 
 
 @dataclass
@@ -53,10 +56,11 @@ class Run:
     """A step that was started; its files lie in `folder`."""
 
     folder: Path
+    parent: subprocess.Popen[str]
 
     @property
     def pid(self) -> int:
-        return int(_awaited(self.folder / "pid"))
+        return int(self._awaited("pid"))
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         os.kill(self.pid, number)
@@ -65,11 +69,27 @@ class Run:
         return not (self.folder / "code").exists()
 
     def code(self, timeout_s: float = 240) -> int:
-        return int(_awaited(self.folder / "code", timeout_s))
+        return int(self._awaited("code", timeout_s))
+
+    def _awaited(self, name: str, timeout_s: float = 240) -> str:
+        deadline = time.monotonic() + timeout_s
+        while not (self.folder / name).exists():
+            assert self.parent.poll() is None, "the nursery has ended"
+            assert time.monotonic() < deadline, f"no {name}"
+            time.sleep(0.01)
+        return (self.folder / name).read_text()
+
+    @property
+    def stdout(self) -> str:
+        return (self.folder / "stdout").read_text()
+
+    @property
+    def stderr(self) -> str:
+        return (self.folder / "stderr").read_text()
 
     @property
     def said(self) -> str:
-        return (self.folder / "stderr").read_text() + (self.folder / "stdout").read_text()
+        return self.stderr + self.stdout
 
     @property
     def errors(self) -> list[str]:
@@ -110,7 +130,7 @@ class Nursery:
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
-        return [Run(folder) for folder in folders]
+        return [Run(folder, self.process) for folder in folders]
 
     def run(self, step: Step) -> Run:
         """One step, finished."""
@@ -121,14 +141,6 @@ class Nursery:
     def close(self) -> None:
         """End it and whatever it was asked for last."""
         self.process.communicate(timeout=60)
-
-
-def _awaited(file: Path, timeout_s: float = 240) -> str:
-    deadline = time.monotonic() + timeout_s
-    while not file.exists():
-        assert time.monotonic() < deadline, f"no {file}"
-        time.sleep(0.01)
-    return file.read_text()
 
 
 def _write(file: Path, value: int) -> None:
@@ -197,7 +209,11 @@ def _become(step: dict[str, Any], folder: Path) -> None:
             file = os.open(folder / name, os.O_WRONLY | os.O_CREAT, 0o644)
             os.dup2(file, number)
         sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
-        os.environ.update(step["env"])
+        if step["env"] is not None:
+            os.environ.clear()
+            os.environ.update(step["env"])
+        if step["folder"] is not None:
+            os.chdir(step["folder"])
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if step["file_bytes"] is not None:
             resource.setrlimit(resource.RLIMIT_FSIZE, (step["file_bytes"],) * 2)
@@ -269,4 +285,5 @@ def can_mount() -> bool:
 
 
 if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # instead of tests/, whose folders have the names of our packages
     _serve()
