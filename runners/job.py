@@ -101,16 +101,17 @@ def measure_speed(cfg: DictConfig) -> None:
 
 def _time(config: PointConfig, folder: RunFolder) -> None:
     from runners import point
-    from runners.timing.measure import measure
+    from runners.timing.measure import measure, unevaluated
     from runners.tracking.mirror import mirror_speed
 
-    assert config.speed is not None
+    speed = config.speed
+    assert speed is not None
     with _tracked(config, folder, "speed") as tracker:
         built = point.build(config)
-        stages = point.train(config, built, folder, tracker).stages if config.speed.trained else []
-        figures = measure(config, built.base, built.method, stages)
-        folder.add_speed(figures["speed"], {**config.identity, **figures["record"]})
-        mirror_speed(tracker, figures["speed"])
+        stages = point.train(config, built, folder, tracker).stages if speed.trained else []
+        for phase, case in measure(speed, config.data, config.seed, built.base, built.method):
+            folder.add_speed(phase, case, unevaluated(config, built.method, stages, case))
+        mirror_speed(tracker, folder.speed())
 
 
 def _tracked(config: PointConfig, folder: RunFolder, job: str) -> AbstractContextManager[Safe]:

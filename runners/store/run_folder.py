@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 ITEMS_HASH = "items_sha256"
+SPEED_KEY = "seq context batch steps decisions trained threads dtype device kernels graphs".split()
+"""What tells timed cases of a point apart."""
 
 
 class RunFolder:
@@ -98,27 +100,38 @@ class RunFolder:
     def complete(self, result: Mapping[str, Any]) -> None:
         """Write the result record; from here on the point counts as done."""
         record = {**result, "schema_version": SCHEMA_VERSION, "status": "complete"}
-        self._write_result({**record, **self._measured_speed()})
+        record |= {"speed": self.speed()} if self.speed() else {}
+        self._write_result(record)
         self._status("complete")
 
-    def add_speed(self, speed: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-        """Keep measured speed, and put it into the record.
+    def add_speed(self, phase: str, case: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+        """Keep a timed case, in the place of one that was timed alike, and put it into the record.
 
         A point that was never evaluated gets a record without quality, which does not count as
         complete for a sweep.
+
+        Args:
+            phase: `prefill` or `decode`.
+            identity: of the record without quality.
         """
-        write_json_atomic(self.speed_file, redact({"speed": speed, **identity}))
+        alike = [case.get(key) for key in SPEED_KEY]
+        speed = {"prefill": [], "decode": [], **self.speed()}
+        others = [c for c in speed[phase] if [c.get(key) for key in SPEED_KEY] != alike]
+        speed[phase] = [*others, case]
+        write_json_atomic(self.speed_file, redact({**identity, "speed": speed}))
         record = self.result() or {}
         if record.get("status") != "complete":
             record = {**identity, "evaluated": False, "perplexity": {}, "accuracy": {}}
             record |= {"schema_version": SCHEMA_VERSION, "status": "complete"}
         self._write_result({**record, "speed": speed})
 
-    def _measured_speed(self) -> dict[str, Any]:
+    def speed(self) -> dict[str, Any]:
+        """Timed cases by phase; empty if none was."""
         try:
-            return {"speed": json.loads(self.speed_file.read_bytes())["speed"]}
+            speed: dict[str, Any] = json.loads(self.speed_file.read_bytes())["speed"]
         except (OSError, ValueError, KeyError):
             return {}
+        return speed
 
     def saved(self) -> None:
         """Training is done and `routed/` written; nothing was evaluated."""

@@ -1,21 +1,21 @@
-"""All cases of a speed measurement, and what its record says about how they were taken."""
+"""Time all cases of a speed measurement, and say of each how it was taken."""
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from methods.base import Method
 from methods.engine.decoder.placement import input_device, placed
 from runners.base_model.load import Base
 from runners.corpus.rows import encoder, load_rows
 from runners.errors import UserError
-from runners.point_config import PointConfig
+from runners.point_config import DataConfig, PointConfig, SpeedConfig
 from runners.store.provenance import provenance
 from runners.timing.bench import Bench, RandomDraw
 
@@ -26,80 +26,63 @@ ROUNDS = {"cuda": (10, 50), "cpu": (1, 5)}
 
 
 def measure(
-    config: PointConfig, base: Base, method: Method, stages: Sequence[Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Time every case of the settings.
+    speed: SpeedConfig, data: DataConfig, seed: int, base: Base, method: Method
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Time every case, one after the other.
 
     Args:
         method: attached; trained and calibrated unless its decisions are drawn.
-        stages: reports of its training, for the record.
 
-    Returns:
-        `{speed: {prefill, decode, settings}, record}`; `record` holds what a record without
-        quality needs.
+    Yields:
+        `prefill` or `decode`, and a case's figures with how they were taken.
 
     Raises:
         UserError: too little text.
     """
-    settings, model = config.resolved["speed"], base.model
-    device = input_device(model)
-    default = ROUNDS["cuda" if device.type == "cuda" else "cpu"]
-    warmup = default[0] if settings["warmup"] is None else settings["warmup"]
-    repeats = settings["repeats"] or default[1]
+    model, device = base.model, input_device(base.model)
+    warmup, repeats = ROUNDS["cuda" if device.type == "cuda" else "cpu"]
     bench = Bench(
         model,
         method,
-        _rows(config, base, settings),
-        draw=_draw(method, config.seed, device) if settings["decisions"] == "random" else None,
-        warmup=warmup,
-        repeats=repeats,
-        kernels=settings["kernels"],
-        graphs=_graphs(model, device) if settings["graphs"] == "auto" else settings["graphs"],
+        _rows(speed, data, seed, base),
+        draw=_draw(method, seed, device) if speed.decisions == "random" else None,
+        warmup=warmup if speed.warmup is None else speed.warmup,
+        repeats=speed.repeats or repeats,
+        kernels=speed.kernels,
+        # a graph replays on one device, over weights that are there
+        graphs=device.type == "cuda" and not placed(model)
+        if speed.graphs == "auto"
+        else speed.graphs,
     )
-    prefill = [
-        _logged("prefill", bench.prefill(tokens, batch))
-        for tokens in settings["prefill"]["tokens"]
-        for batch in settings["prefill"]["batch_sizes"]
-    ]
-    decode = [
-        _logged("decode", bench.decode(context, batch, settings["decode"]["steps"]))
-        for context in settings["decode"]["context"]
-        for batch in settings["decode"]["batch_sizes"]
-    ]
     how = {
-        "decisions": settings["decisions"],
-        "trained": settings["trained"],
-        "warmup": warmup,
-        "repeats": repeats,
+        "decisions": speed.decisions,
+        "trained": speed.trained,
+        "warmup": bench.warmup,
+        "repeats": bench.repeats,
         "graphs": bench.graphs,
-        "kernels": settings["kernels"],
+        "kernels": speed.kernels,
         "compiled_loops": bench.compiled_loops,
         "attention": model.config._attn_implementation,
         "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         **{key: provenance()[key] for key in ("device", "git", "packages")},
     }
-    return {
-        "speed": {"prefill": prefill, "decode": decode, "settings": how},
-        "record": _record(config, method, stages, prefill or decode),
-    }
+    for tokens, batch in itertools.product(speed.prefill.tokens, speed.prefill.batch_sizes):
+        yield "prefill", _logged("prefill", bench.prefill(tokens, batch)) | how
+    for context, batch in itertools.product(speed.decode.context, speed.decode.batch_sizes):
+        case = bench.decode(context, batch, speed.decode.steps)
+        yield "decode", _logged("decode", case) | how
 
 
-def _graphs(model: PreTrainedModel, device: torch.device) -> bool:
-    """A graph replays on one device, over weights that are there."""
-    return device.type == "cuda" and not placed(model)
-
-
-def _record(
-    config: PointConfig,
-    method: Method,
-    stages: Sequence[Mapping[str, Any]],
-    cases: list[dict[str, Any]],
+def unevaluated(
+    config: PointConfig, method: Method, stages: Sequence[Mapping[str, Any]], case: dict[str, Any]
 ) -> dict[str, Any]:
+    """What a record without quality holds, if a point is timed before it is evaluated."""
     identity = {"fingerprint": config.fingerprint, "budget": config.budget.name, **provenance()}
     return {
-        "sparsity_realised": cases[0]["sparsity"] if cases else None,
-        "flops_ratio": 1.0 / cases[0]["bound"] if cases else None,
+        **config.identity,
+        "sparsity_realised": case["sparsity"],
+        "flops_ratio": 1.0 / case["bound"],
         "stages": stages,
         "added_parameters": sum(p.numel() for p in method.parameters()),
         "identity": identity,
@@ -129,18 +112,13 @@ def _draw(method: Method, seed: int, device: torch.device) -> RandomDraw:
     return RandomDraw(min(method.sparsity, reach), reach, seed, device)
 
 
-def _rows(config: PointConfig, base: Base, settings: Mapping[str, Any]) -> Tensor:
+def _rows(speed: SpeedConfig, data: DataConfig, seed: int, base: Base) -> Tensor:
     """Test text as rows that every case fits in, int64 [batch, tokens]."""
-    prefill, decode = settings["prefill"], settings["decode"]
-    lengths = [*prefill["tokens"], *(c + decode["steps"] for c in decode["context"])]
-    longest, most = max(lengths), max([*prefill["batch_sizes"], *decode["batch_sizes"]])
+    prefill, decode = speed.prefill, speed.decode
+    longest = max(*prefill.tokens, *(tokens + decode.steps for tokens in decode.context))
+    most = max(*prefill.batch_sizes, *decode.batch_sizes)
     rows = load_rows(
-        config.data,
-        "test",
-        encoder(base.tokenizer),
-        seq_len=longest,
-        tokens=longest * most,
-        seed=config.seed,
+        data, "test", encoder(base.tokenizer), seq_len=longest, tokens=longest * most, seed=seed
     )
     if len(rows) < most:
         raise UserError(

@@ -240,3 +240,18 @@ def test_a_second_process_waits(folder):
             if process is not None:
                 process.kill()
                 process.wait()
+
+
+def test_a_timed_case_takes_the_place_of_one_that_was_timed_alike_alone(folder):
+    folder.begin({"seed": 0})
+    case = {"seq": 512, "batch": 1, "decisions": "real", "threads": 2, "speedup": 1.2}
+    drawn = {**case, "decisions": "random", "speedup": 1.4}
+    for found in (case, drawn, {**case, "threads": 1}, {**case, "speedup": 1.3}):
+        folder.add_speed("prefill", found, {"method": "informed"})
+    folder.complete({"method": "informed"})
+    kept = folder.result()["speed"]["prefill"]
+    assert [(c["decisions"], c["threads"], c["speedup"]) for c in kept] == [
+        ("random", 2, 1.4),
+        ("real", 1, 1.2),
+        ("real", 2, 1.3),
+    ]

@@ -43,7 +43,7 @@ def test_drawn_decisions_on_random_weights_need_no_training(commands, policy):
     assert record["status"] == "complete" and record["evaluated"] is False
     assert record["stages"] == [] and record["perplexity"] == {}
     speed = record["speed"]
-    assert speed["settings"]["compiled_loops"] == (reason_without() is None)
+    assert {e["compiled_loops"] for e in speed["prefill"]} == {reason_without() is None}
     assert [(e["seq"], e["batch"]) for e in speed["prefill"]] == [(24, 1), (24, 2)]
     assert [(e["context"], e["batch"]) for e in speed["decode"]] == [(16, 1), (16, 2)]
     for entry in [*speed["prefill"], *speed["decode"]]:
@@ -66,8 +66,12 @@ def test_a_trained_point_keeps_its_quality_and_gains_speed(commands):
     done = commands.run("speed", *TIMED, *point)
     assert done.code == 0, done.stderr
     after = written(commands)
-    assert after.pop("speed")["settings"]["decisions"] == "real"
+    assert {case["decisions"] for case in after.pop("speed")["prefill"]} == {"real"}
     assert after == before
+    drawn = ("speed.decisions=random", "speed.trained=false")
+    assert commands.run("speed", *TIMED, *point, *drawn).code == 0
+    both = [(case["decisions"], case["batch"]) for case in written(commands)["speed"]["prefill"]]
+    assert both == [("real", 1), ("real", 2), ("random", 1), ("random", 2)]
     again = commands.run("sweep", *point, "force=true")
     assert again.code == 0 and "speed" in written(commands)
 
