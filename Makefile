@@ -14,7 +14,7 @@ sweep: $(READY)
 
 forecasters: $(READY)
 	$(BIN)/python runners/sweep.py experiment=forecasters results_dir=$(RESULTS)/forecasters -m
-	$(BIN)/python runners/sweep.py experiment=forecasters method.forecaster_fit=closed_form \
+	$(BIN)/python runners/sweep.py experiment=forecasters method.forecaster.fit=closed_form \
 	  budget=standard results_dir=$(RESULTS)/forecasters -m
 	$(BIN)/python analysis/training_time.py results_dir=$(RESULTS)/forecasters
 

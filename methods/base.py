@@ -117,6 +117,14 @@ class Method(nn.Module):
         """Recipe after `fit`; by default nothing to train."""
         return []
 
+    def start(self, probe: Probe, sparsity: float) -> None:
+        """Set the threshold at which a gradient stage for this target begins.
+
+        By default where the routed model realises it, so that no step is spent on finding the
+        rate and the model is trained at the point at which it will be judged.
+        """
+        self.calibrate(probe, sparsity)
+
     def calibrate(self, probe: Probe, sparsity: float) -> float | None:
         """Set the threshold so that the routed model realises `sparsity` on calibration text.
 

@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from methods.base import (
     Budget,
-    Decision,
-    Method,
+    Count,
+    LoraSpec,
+    Natural,
+    NonNegative,
+    Positive,
     RouteContext,
     RoutedView,
-    Shape,
     Site,
-    SiteCost,
+    Sparsity,
     Stage,
 )
-from methods.parts.bottleneck import BottleneckRouter, biased_head
 from methods.parts.gates import gumbel_gate
-from methods.parts.lora import lora_spec
 from methods.parts.penalties import token_rate_penalty
-from methods.parts.per_site import PerSite
+from methods.parts.routed_method import RoutedMethod
+from methods.parts.routers import BottleneckRouter, PerSite
+from methods.parts.stages import lora_spec
 
 
-class DLLM(Method):
+class DLLM(RoutedMethod):
     """Dynamic blocks with KV eviction (Jiang et al., D-LLM, NeurIPS 2024).
 
     The router reads the residual stream that enters the block. A token that skips a block writes
@@ -38,6 +41,7 @@ class DLLM(Method):
         router_width: of the bottleneck; 0 means D // 8, its share at the published width.
         first_layer: blocks before it are never skipped.
         reserved: first tokens of a sequence that execute every block.
+        train: `routers` (and adapters), or `none` for random routers.
         train_lr: of routers and adapters; cosine with a fifth of warm-up.
         penalty_weight: of the L1 distance between each token's depth and the target; it rises
             as a quarter sine over the stage.
@@ -50,58 +54,47 @@ class DLLM(Method):
     def __init__(
         self,
         *,
-        sparsity: float,
-        router_width: int = 512,
-        first_layer: int = 2,
-        reserved: int = 2,
+        sparsity: Sparsity,
+        router_width: Natural = 512,
+        first_layer: Natural = 2,
+        reserved: Count = 2,
         train: Literal["none", "routers"] = "routers",
-        train_lr: float = 2.8e-4,
-        penalty_weight: float = 5.0,
-        lora: Mapping[str, Any] | None = None,
+        train_lr: Positive = 2.8e-4,
+        penalty_weight: NonNegative = 5.0,
+        lora: LoraSpec | None = None,
     ) -> None:
-        super().__init__(sparsity=sparsity)
-        if first_layer < 0 or reserved < 1:
-            raise ValueError("d_llm needs first_layer >= 0 and reserved >= 1")
+        routers = PerSite(lambda shape: _router(shape.width, router_width or shape.width // 8))
+        super().__init__(sparsity=sparsity, routers=routers)
         self.first_layer, self.reserved = first_layer, reserved
-        self.routers = PerSite(lambda width: _router(width, router_width or width // 8))
         self.train_what, self.train_lr = train, train_lr
         self.penalty_weight, self.lora = penalty_weight, lora_spec(lora)
-
-    def setup(self, shape: Shape) -> None:
-        super().setup(shape)
-        self.routers.create(self.sites(), shape.width)
 
     def sites(self) -> Sequence[Site]:
         assert self.shape is not None, "setup() comes first"
         return [Site(layer, "block") for layer in range(self.first_layer, self.shape.layers)]
 
-    def route(self, site: Site, x_BTD: Tensor, ctx: RouteContext) -> Decision:
+    def score(self, site: Site, x_BTD: Tensor, ctx: RouteContext) -> Tensor:
         reserved_BT = ctx.positions_BT < self.reserved
-        scores = self.routers(site, ctx.residual_BTD).masked_fill(reserved_BT, math.inf)
-        if not ctx.training:
-            return self.decide(scores)
-        gate = gumbel_gate(scores - self.threshold, tau=1.0)
-        return Decision(gate > 0.5, gate, scores)
+        return self.routers(site, ctx.residual_BTD).masked_fill(reserved_BT, math.inf)
+
+    def gate(self, logits_BT: Tensor, ctx: RouteContext) -> Tensor:
+        return gumbel_gate(logits_BT, tau=1.0)
 
     def stages(self, budget: Budget) -> Iterable[Stage]:
         if self.train_what == "none":
             return
-        yield Stage(
+        yield self.train_stage(
             "train",
-            loss=self._routed_loss,
-            parameters=list(self.routers.parameters()),
+            self._routed_loss,
+            [self.routers],
+            budget.routers,
             lora=self.lora,
-            budget=budget.routers,
             lr=self.train_lr,
             schedule="cosine",
             warmup=0.2,
             weight_decay=0.02,
             betas=(0.9, 0.95),
-            per_target=True,
         )
-
-    def cost(self, site: Site) -> SiteCost:
-        return SiteCost(route=self.routers.flops_per_token(site))
 
     def _routed_loss(self, view: RoutedView) -> Tensor:
         assert self.shape is not None and view.valid_BT is not None
@@ -118,5 +111,7 @@ class DLLM(Method):
 
 def _router(width: int, hidden: int) -> BottleneckRouter:
     """Linear(D, r) -> RMSNorm -> SiLU -> Linear(r, 2); the bias favours execution."""
-    head = biased_head(hidden, (0.1, 2.0))
+    head = nn.Linear(hidden, 2)
+    with torch.no_grad():
+        head.bias.copy_(torch.tensor((0.1, 2.0)))  # (bypass, execute), as published
     return BottleneckRouter(width=width, hidden=hidden, activation=nn.SiLU(), head=head, bias=True)

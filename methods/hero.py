@@ -3,37 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from dataclasses import replace
+from typing import Annotated, Literal
 
-import torch
 from torch import Tensor
 
 from methods.base import (
     Budget,
-    Decision,
+    Ge,
+    Gt,
+    Le,
     Method,
+    Natural,
+    NonNegative,
+    Positive,
     RouteContext,
-    RoutedView,
     Shape,
     Site,
     SiteCost,
+    Sparsity,
     Stage,
 )
-from methods.parts.adapters import Adapter, gate_branch
 from methods.parts.history import HistoryEncoder, unit_rms
-from methods.parts.penalties import depth_penalty
-from methods.parts.per_site import PerSite
-from methods.parts.routers import Router
+from methods.parts.narrow_ffn import NarrowFFN
+from methods.parts.routers import PerSite, Routers
+from methods.parts.trained_bypass import TrainedBypass
 
 
-class HeRo(Method):
+class HeRo(TrainedBypass):
     """History-aware routing of MLPs (HeRo, 2026); attention stays dense.
 
     The score of a token at a layer is a local logit of the residual stream after attention plus a
     history logit: its state and path features, and a linear-attention memory of the layers that
     it passed. The memory runs over depth, within one forward call and one token, so chunks,
-    decoding and padding need no care. The chosen branch is scaled by its gate as in FlexiDepth,
-    with gate = sigmoid(score - threshold).
+    decoding and padding need no care. The chosen branch is scaled by its gate as in FlexiDepth.
 
     Args:
         first_layer: routed from here on; -1 is the latter half, or from as early as leaves each
@@ -43,10 +46,11 @@ class HeRo(Method):
             7 D // 32, the published share.
         output: `scaled` as published; `whole` keeps the branch's value and lets the gate carry
             the gradient.
+        train: `end_to_end`, or `none` for random routers and adapters.
         train_lr: of routers, history and adapters together, cosine.
         depth_weight: of the mean over tokens of the squared sum of gates.
         hold: gain of the controller that keeps training at the target by moving the threshold
-            after each step; 0 leaves it at 0 as published.
+            after each step; 0 leaves it where it began, as published.
     """
 
     paper = "HeRo, 2026"
@@ -54,33 +58,38 @@ class HeRo(Method):
     def __init__(
         self,
         *,
-        sparsity: float,
-        first_layer: int = -1,
-        share: float = 0.9,
-        adapter_width: int = 0,
+        sparsity: Sparsity,
+        first_layer: Annotated[int, Ge(-1)] = -1,
+        share: Annotated[float, Gt(0.0), Le(1.0)] = 0.9,
+        adapter_width: Natural = 0,
         output: Literal["scaled", "whole"] = "scaled",
         train: Literal["none", "end_to_end"] = "end_to_end",
-        train_lr: float = 1e-4,
-        depth_weight: float = 1e-3,
-        hold: float = 0.0,
+        train_lr: Positive = 1e-4,
+        depth_weight: NonNegative = 1e-3,
+        hold: NonNegative = 0.0,
     ) -> None:
-        super().__init__(sparsity=sparsity)
-        self.first_layer, self.share, self.output = first_layer, share, output
-        self.routers = PerSite(lambda width: Router(width=width))
-        self.adapters = PerSite(
-            lambda width: Adapter(width=width, hidden=adapter_width or 7 * width // 32, kind="silu")
+        super().__init__(
+            sparsity=sparsity,
+            routers=Routers(),
+            adapters=PerSite(
+                lambda shape: NarrowFFN(
+                    width=shape.width, hidden=adapter_width or 7 * shape.width // 32, kind="silu"
+                )
+            ),
+            output=output,
+            depth_weight=depth_weight,
         )
+        self.first_layer, self.share = first_layer, share
         self.history: HistoryEncoder | None = None
-        self.train_what, self.train_lr = train, train_lr
-        self.depth_weight, self.hold = depth_weight, hold
+        self.train_what, self.train_lr, self.hold = train, train_lr, hold
 
     def setup(self, shape: Shape) -> None:
-        super().setup(shape)
+        Method.setup(self, shape)
         self.history = HistoryEncoder(width=shape.width, layers=shape.layers)
         for site in reversed(self.sites()):
             # From the last layer, so that a layer starts alike whatever the target adds before it.
-            self.routers.create([site], shape.width)
-            self.adapters.create([site], shape.width)
+            self.routers.create([site], shape)
+            self.adapters.create([site], shape)
 
     def sites(self) -> Sequence[Site]:
         assert self.shape is not None, "setup() comes first"
@@ -90,47 +99,28 @@ class HeRo(Method):
             first = max(0, min(layers // 2, int(layers - needed)))
         return [Site(layer, "mlp") for layer in range(first, layers)]
 
-    def route(self, site: Site, x_BTD: Tensor, ctx: RouteContext) -> Decision:
-        assert self.history is not None
+    def score(self, site: Site, x_BTD: Tensor, ctx: RouteContext) -> Tensor:
+        assert self.history is not None, "setup() comes first"
         logit, path = self.history(site.layer, ctx.residual_BTD, ctx.memory.get("path"))
         ctx.memory["path"] = path
-        scores = logit + self.routers(site, unit_rms(ctx.residual_BTD.float()))
-        decision = self.decide(scores)
-        gate = torch.sigmoid(scores - self.threshold)
-        scaled = self.output == "scaled"
-        return gate_branch(decision, gate, scaled=scaled, training=ctx.training)
-
-    def approximate(self, site: Site, x_BTD: Tensor) -> Tensor | None:
-        output: Tensor = self.adapters(site, x_BTD)
-        return output
+        return logit + self.routers(site, unit_rms(ctx.residual_BTD.float()))
 
     def stages(self, budget: Budget) -> Iterable[Stage]:
         if self.train_what == "none":
             return
         assert self.history is not None, "setup() comes first"
-        parts = (self.routers, self.adapters, self.history)
-        yield Stage(
+        yield self.train_stage(
             "train",
-            loss=self._routed_loss,
-            parameters=[parameter for part in parts for parameter in part.parameters()],
-            budget=budget.routers,
+            self._routed_loss,
+            [self.routers, self.adapters, self.history],
+            budget.routers,
             lr=self.train_lr,
             schedule="cosine",
-            per_target=True,
-            calibrate_first=self.hold > 0,
             hold=self.hold,
         )
 
     def cost(self, site: Site) -> SiteCost:
-        assert self.history is not None
+        assert self.history is not None, "setup() comes first"
         shared = sum(p.numel() for p in self.history.parameters() if p.dim() == 2)
-        width = self.history.query.in_features
-        return SiteCost(
-            route=self.routers.flops_per_token(site) + 2.0 * shared + 5.0 * width * width,
-            approximate=self.adapters.flops_per_token(site),
-        )
-
-    def _routed_loss(self, view: RoutedView) -> Tensor:
-        assert view.valid_BT is not None
-        gates = [torch.sigmoid(d.scores_BT - self.threshold) for d in view.decisions.values()]
-        return view.task_loss + depth_penalty(gates, view.valid_BT, weight=self.depth_weight)
+        width, cost = self.history.query.in_features, super().cost(site)
+        return replace(cost, route=cost.route + 2.0 * shared + 5.0 * width * width)

@@ -4,13 +4,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from methods.base import Budget, Method, Probe, Shape, Site, Stage
-from methods.parts.lora import lora_spec, lora_stage
+from methods.base import (
+    Budget,
+    Count,
+    LoraSpec,
+    Method,
+    Natural,
+    Positive,
+    Probe,
+    Shape,
+    Site,
+    Sparsity,
+    Stage,
+)
+from methods.parts.stages import lora_spec, lora_stage
 from methods.parts.static_order import block_influence, greedy_loss, unit_influence
 
 log = logging.getLogger(__name__)
@@ -45,16 +57,14 @@ class LayerSkip(Method):
     def __init__(
         self,
         *,
-        sparsity: float,
+        sparsity: Sparsity,
         policy: Policy = "block_influence",
-        seed: int = 0,
-        tokens: int = 2048,
-        lora: Mapping[str, Any] | None = None,
-        lora_lr: float = 2e-4,
+        seed: Natural = 0,
+        tokens: Count = 2048,
+        lora: LoraSpec | None = None,
+        lora_lr: Positive = 2e-4,
     ) -> None:
         super().__init__(sparsity=sparsity)
-        if policy not in get_args(Policy):
-            raise ValueError(f"policy must be one of {', '.join(get_args(Policy))}, not {policy!r}")
         self.policy, self.seed, self.tokens = policy, seed, tokens
         self.lora, self.lora_lr = lora_spec(lora), lora_lr
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,20 +11,24 @@ from torch import Tensor
 from methods.base import (
     Budget,
     Decision,
-    Method,
+    LoraSpec,
+    Natural,
+    NonNegative,
+    Positive,
+    Probe,
     RouteContext,
-    Shape,
     Site,
     SiteCost,
+    Sparsity,
     Stage,
 )
-from methods.parts.expert_choice import membership_loss, top_share
-from methods.parts.gates import straight_through
-from methods.parts.lora import lora_spec
+from methods.parts.gates import membership_loss, straight_through, top_share
+from methods.parts.routed_method import RoutedMethod
 from methods.parts.routers import Routers
+from methods.parts.stages import lora_spec
 
 
-class MoD(Method):
+class MoD(RoutedMethod):
     """Expert choice over whole blocks (Raposo et al., arXiv 2404.02258), on a pretrained model.
 
     In training a block executes the top share of each sequence by a linear score of the residual
@@ -40,6 +44,7 @@ class MoD(Method):
         output: `scaled` multiplies the block by the sigmoid of the score, `whole` keeps its value
             and lets the score carry the gradient: a frozen model was not trained to be scaled.
         predictor_width: hidden width of the predictor; 0 means D // 4.
+        train: `routers` (and adapters), or `none` for random routers.
         train_lr: of routers and adapters together, cosine.
         bce_weight: of the membership loss.
         lora: adapters trained with the routers (`LoraSpec` fields), or None.
@@ -51,34 +56,27 @@ class MoD(Method):
     def __init__(
         self,
         *,
-        sparsity: float,
+        sparsity: Sparsity,
         layers: Literal["alternate", "every"] = "alternate",
         decision: Literal["score", "predictor"] = "score",
         output: Literal["whole", "scaled"] = "whole",
-        predictor_width: int = 0,
+        predictor_width: Natural = 0,
         train: Literal["none", "routers"] = "routers",
-        train_lr: float = 1e-3,
-        bce_weight: float = 1.0,
-        lora: Mapping[str, Any] | None = None,
+        train_lr: Positive = 1e-3,
+        bce_weight: NonNegative = 1.0,
+        lora: LoraSpec | None = None,
     ) -> None:
-        super().__init__(sparsity=sparsity)
+        super().__init__(sparsity=sparsity, routers=Routers())
         if decision == "predictor" and output == "scaled":
             raise ValueError(
                 "output=scaled needs decision=score: a predictor tells who, not how much"
             )
         self.stride, self.first = (2, 1) if layers == "alternate" else (1, 0)
-        self.routers = Routers(kind="linear", outputs=1)
         self.predictors: Routers | None = None
         if decision == "predictor":
-            self.predictors = Routers(kind="mlp", hidden=predictor_width, outputs=1)
+            self.predictors = Routers(kind="mlp", hidden=predictor_width)
         self.output, self.train_what = output, train
         self.train_lr, self.bce_weight, self.lora = train_lr, bce_weight, lora_spec(lora)
-
-    def setup(self, shape: Shape) -> None:
-        super().setup(shape)
-        for parts in (self.routers, self.predictors):
-            if parts is not None:
-                parts.create(self.sites(), shape.width)
 
     def sites(self) -> Sequence[Site]:
         assert self.shape is not None, "setup() comes first"
@@ -102,25 +100,25 @@ class MoD(Method):
     def stages(self, budget: Budget) -> Iterable[Stage]:
         if self.train_what == "none":
             return
-        yield Stage(
+        yield self.train_stage(
             "train",
-            loss=lambda view: view.task_loss + self.bce_weight * view.auxiliary,
-            parameters=self._trained(),
+            lambda view: view.task_loss + self.bce_weight * view.auxiliary,
+            [part for part in (self.routers, self.predictors) if part is not None],
+            budget.routers,
             lora=self.lora,
-            budget=budget.routers,
             lr=self.train_lr,
             schedule="cosine",
-            per_target=True,
         )
 
+    def start(self, probe: Probe, sparsity: float) -> None:
+        """Begin at 0: the top share executes in training whatever the threshold, and the BCE
+        teaches sigmoid(score) > 0.5 to tell who was in it."""
+        self.threshold.zero_()
+
     def cost(self, site: Site) -> SiteCost:
-        return SiteCost(route=(self.predictors or self.routers).at(site).flops_per_token)
+        return SiteCost(route=(self.predictors or self.routers).flops_per_token(site))
 
     def _scaled(self, decision: Decision, scores_BT: Tensor) -> Decision:
         if self.output == "scaled":
             decision.scale_BT = torch.sigmoid(scores_BT - self.threshold)
         return decision
-
-    def _trained(self) -> list[torch.nn.Parameter]:
-        parts = [self.routers] if self.predictors is None else [self.routers, self.predictors]
-        return [parameter for part in parts for parameter in part.parameters()]

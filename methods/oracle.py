@@ -9,12 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from methods.base import Budget, Decision, Method, Probe, RouteContext, Shape, Site, SiteCost, Stage
-from methods.parts.forecaster import Forecasters
-from methods.parts.recoverability import EPSILON
+from methods.base import Budget, Count, Positive, Probe, RouteContext, Shape, Site, Sparsity, Stage
+from methods.parts.forecaster import ForecasterOptions, Forecasters
+from methods.parts.routed_method import RoutedMethod
+from methods.parts.router_start import EPSILON
 
 
-class Oracle(Method):
+class Oracle(RoutedMethod):
     """Executes where log ||unit output - bypass|| is large: the true error on the routed stream.
 
     It is what a router that reads the unit's input tries to predict; the distance of a method to
@@ -36,45 +37,35 @@ class Oracle(Method):
     def __init__(
         self,
         *,
-        sparsity: float,
+        sparsity: Sparsity,
         bypass: Literal["forecast", "skip"] = "forecast",
-        rank: int = 64,
-        damping: float = 1e-3,
+        rank: Count = 64,
+        damping: Positive = 1e-3,
         sensitivity: bool = True,
     ) -> None:
-        super().__init__(sparsity=sparsity)
-        forecast = bypass == "forecast"
-        self.forecasters = Forecasters(rank=rank, damping=damping) if forecast else None
+        options = ForecasterOptions(damping=damping)
+        forecasters = Forecasters(rank=rank, options=options) if bypass == "forecast" else None
+        super().__init__(sparsity=sparsity, forecasters=forecasters)
         self.sensitivity = sensitivity
 
     def setup(self, shape: Shape) -> None:
         super().setup(shape)
         self.register_buffer("log_sensitivity", torch.zeros(len(self.sites())))
         self.place = {site: i for i, site in enumerate(self.sites())}
-        if self.forecasters is not None:
-            self.forecasters.create(self.sites(), shape.width)
 
-    def route(self, site: Site, x_BTD: Tensor, ctx: RouteContext) -> Decision:
+    def score(self, site: Site, x_BTD: Tensor, ctx: RouteContext) -> Tensor:
         assert ctx.output is not None, "an oracle needs the unit's output"
         error = ctx.output().float()
         if self.forecasters is not None:
             error = error - self.forecasters(site, x_BTD).float()
         scores = (error.norm(dim=-1) + EPSILON).log()
-        return self.decide(scores + self.log_sensitivity[self.place[site]])
-
-    def approximate(self, site: Site, x_BTD: Tensor) -> Tensor | None:
-        return None if self.forecasters is None else self.forecasters(site, x_BTD)
+        return scores + self.log_sensitivity[self.place[site]]
 
     def stages(self, budget: Budget) -> Iterable[Stage]:
         if self.forecasters is not None:
             yield self.forecasters.stage(budget.forecasters)
         if self.sensitivity:
             yield Stage("sensitivity", fit=self._measure)
-
-    def cost(self, site: Site) -> SiteCost:
-        if self.forecasters is None:
-            return SiteCost()
-        return SiteCost(approximate=self.forecasters.flops_per_token(site))
 
     def _measure(self, probe: Probe) -> None:
         slopes = probe.sensitivity()

@@ -8,11 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from methods.base import Budget, Decision, Method, RouteContext, Shape, Site, SiteCost, Stage
+from methods.base import Budget, Count, Natural, RouteContext, Site, Sparsity, Stage
 from methods.parts.forecaster import Forecasters
+from methods.parts.routed_method import RoutedMethod
 
 
-class Random(Method):
+class Random(RoutedMethod):
     """Each (token, unit) pair is bypassed with probability `sparsity`, independently.
 
     The draw is a hash of (seed, layer, kind, position): the same in prefill, in decode, in any
@@ -22,30 +23,17 @@ class Random(Method):
     def __init__(
         self,
         *,
-        sparsity: float,
-        seed: int = 0,
+        sparsity: Sparsity,
+        seed: Natural = 0,
         bypass: Literal["skip", "forecast"] = "skip",
-        rank: int = 64,
+        rank: Count = 64,
     ) -> None:
-        super().__init__(sparsity=sparsity)
+        forecasters = Forecasters(rank=rank) if bypass == "forecast" else None
+        super().__init__(sparsity=sparsity, forecasters=forecasters)
         self.seed = seed
-        self.forecasters = Forecasters(rank=rank) if bypass == "forecast" else None
 
-    def setup(self, shape: Shape) -> None:
-        super().setup(shape)
-        if self.forecasters is not None:
-            self.forecasters.create(self.sites(), shape.width)
-
-    def route(self, site: Site, x_BTD: Tensor, ctx: RouteContext) -> Decision:
-        return self.decide(uniform(site, ctx.positions_BT, self.seed))
-
-    def approximate(self, site: Site, x_BTD: Tensor) -> Tensor | None:
-        return None if self.forecasters is None else self.forecasters(site, x_BTD)
-
-    def cost(self, site: Site) -> SiteCost:
-        if self.forecasters is None:
-            return SiteCost()
-        return SiteCost(approximate=self.forecasters.flops_per_token(site))
+    def score(self, site: Site, x_BTD: Tensor, ctx: RouteContext) -> Tensor:
+        return uniform(site, ctx.positions_BT, self.seed)
 
     def stages(self, budget: Budget) -> Iterable[Stage]:
         return [] if self.forecasters is None else [self.forecasters.stage(budget.forecasters)]

@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
 from methods.base import (
     Budget,
-    Decision,
+    Gt,
     Kind,
-    Method,
+    Le,
+    Natural,
+    NonNegative,
+    Positive,
+    Probe,
     RouteContext,
     RoutedView,
     Shape,
     Site,
-    SiteCost,
+    Sparsity,
     Stage,
 )
 from methods.parts.gates import straight_through
 from methods.parts.penalties import capacity_penalty
+from methods.parts.routed_method import RoutedMethod
 from methods.parts.routers import Routers
 
 
-class RouterTuning(Method):
+class RouterTuning(RoutedMethod):
     """MindSkip (He et al., Router-Tuning, arXiv 2410.13184), per token.
 
     A linear router without bias reads the unit's normalised input and starts at zero, so that the
@@ -39,6 +44,7 @@ class RouterTuning(Method):
             half, or as many as leave each routed unit at most `share` of its tokens to bypass: a
             half of the attention is no more than a quarter of all units.
         share: see `layers`.
+        train: `routers`, or `none` for the zero start, which cannot tell tokens apart.
         router_lr: cosine with 3 % of warm-up (published: 1e-5).
         gradient_scale: of sum over units of relu(execute rate - its target).
     """
@@ -48,25 +54,21 @@ class RouterTuning(Method):
     def __init__(
         self,
         *,
-        sparsity: float,
+        sparsity: Sparsity,
         part: Kind = "attention",
-        layers: int = 0,
-        share: float = 0.8,
+        layers: Natural = 0,
+        share: Annotated[float, Gt(0.0), Le(1.0)] = 0.8,
         train: Literal["none", "routers"] = "routers",
-        router_lr: float = 1e-5,
-        gradient_scale: float = 1.0,
+        router_lr: Positive = 1e-5,
+        gradient_scale: NonNegative = 1.0,
     ) -> None:
-        super().__init__(sparsity=sparsity)
-        if not 0.0 < share <= 1.0 or layers < 0:
-            raise ValueError("router_tuning needs share in (0, 1] and layers >= 0")
+        super().__init__(sparsity=sparsity, routers=Routers(bias=False))
         self.part, self.layers, self.share = part, layers, share
-        self.routers = Routers(kind="linear", outputs=1, bias=False)
         self.train_what, self.router_lr = train, router_lr
         self.gradient_scale = gradient_scale
 
     def setup(self, shape: Shape) -> None:
         super().setup(shape)
-        self.routers.create(self.sites(), shape.width)
         for parameter in self.routers.parameters():
             nn.init.zeros_(parameter)
 
@@ -79,29 +81,25 @@ class RouterTuning(Method):
         count = min(self.layers or max(total // 2, needed), total)
         return [Site(layer, self.part) for layer in sorted(order[:count])]
 
-    def route(self, site: Site, x_BTD: Tensor, ctx: RouteContext) -> Decision:
-        scores = self.routers(site, x_BTD)
-        if not ctx.training:
-            return self.decide(scores)
-        execute = scores >= self.threshold
-        gate = straight_through(torch.sigmoid(scores - self.threshold), execute)
-        return Decision(execute, gate, scores)
+    def gate(self, logits_BT: Tensor, ctx: RouteContext) -> Tensor:
+        return straight_through(torch.sigmoid(logits_BT), logits_BT >= 0)
 
     def stages(self, budget: Budget) -> Iterable[Stage]:
         if self.train_what == "routers":
-            yield Stage(
+            yield self.train_stage(
                 "routers",
-                loss=self._routed_loss,
-                parameters=list(self.routers.parameters()),
-                budget=budget.routers,
+                self._routed_loss,
+                [self.routers],
+                budget.routers,
                 lr=self.router_lr,
                 schedule="cosine",
                 warmup=0.03,
-                per_target=True,
             )
 
-    def cost(self, site: Site) -> SiteCost:
-        return SiteCost(route=self.routers.at(site).flops_per_token)
+    def start(self, probe: Probe, sparsity: float) -> None:
+        """Begin at 0, where all execute: every score of a zero router is the same, so that no
+        threshold would realise the target; the loss brings the rate down from there."""
+        self.threshold.zero_()
 
     def _routed_loss(self, view: RoutedView) -> Tensor:
         target = 1.0 - view.sparsity / self.reach()

@@ -8,9 +8,9 @@ F neurons of an MLP.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, NamedTuple, Protocol
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, TypeVar, get_args
 
 from torch import Tensor, nn
 
@@ -48,12 +48,28 @@ class Lt:
     lt: float
 
 
+OPTIONS: dict[str, Any] = {"extra": "forbid", "strict": True}
+"""`__pydantic_config__` of a dataclass that groups options: no other keys, nothing converted."""
+T = TypeVar("T")
 Count = Annotated[int, Ge(1)]
 Natural = Annotated[int, Ge(0)]
 Positive = Annotated[float, Gt(0.0)]
 NonNegative = Annotated[float, Ge(0.0)]
 Share = Annotated[float, Ge(0.0), Le(1.0)]
 Sparsity = Annotated[float, Ge(0.0), Lt(1.0)]
+
+
+def grouped(options: T | Mapping[str, Any], default: T) -> T:
+    """Read the options of a group: `default` with what a mapping says in place of its own.
+
+    Raises:
+        TypeError: neither a mapping nor of the group's class, or an unknown option.
+    """
+    if isinstance(options, Mapping):
+        return replace(default, **options)  # type: ignore[type-var]
+    if not isinstance(options, type(default)):
+        raise TypeError(f"{type(default).__name__} has options by name; {options!r} is none")
+    return options
 
 
 class OutOfReach(ValueError):
@@ -235,8 +251,6 @@ class RoutedScores:
     """float32, same length: units that each score decides for (a block's count 2)."""
     total_weight: float
     """Pairs over all units, never routed ones included."""
-    is_mlp: Tensor
-    """bool, same length: True for the score of an MLP unit."""
 
 
 class Probe(Protocol):
@@ -246,12 +260,6 @@ class Probe(Protocol):
 
     def stream(self, visit: Callable[[UnitView], None], split: str = "train") -> None:
         """Call `visit` for every unit and batch under the dense forward, without gradient."""
-
-    def stream_routed(self, visit: Callable[[UnitView], None]) -> None:
-        """The same for every routed site under the routed forward, on train text.
-
-        Every unit runs for every token; those that bypass it go on with their estimate.
-        """
 
     def loss(self, bypassed: Collection[Site], tokens: int | None = None) -> float:
         """LM loss in nats per token with these sites bypassed by all.
@@ -318,6 +326,7 @@ class LoraSpec:
     The defaults are those of informed routing's and SkipGPT's published fine-tuning.
     """
 
+    __pydantic_config__ = OPTIONS
     rank: Count = 16
     alpha: Count = 32
     """The update is alpha / rank * B A x."""
@@ -326,15 +335,11 @@ class LoraSpec:
     targets: Sequence[Projection] = ("q", "v", "gate")
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.targets) - set(PROJECTIONS))
+        unknown = sorted(set(self.targets) - set(get_args(Projection)))
         if unknown or not self.targets:
-            raise ValueError(f"lora targets must be among {' '.join(PROJECTIONS)}, not {unknown}")
-        if self.rank < 1 or not 0.0 <= self.dropout < 1.0:
-            raise ValueError("lora needs rank >= 1 and dropout in [0, 1)")
+            known = " ".join(get_args(Projection))
+            raise ValueError(f"lora targets must be among {known}, not {unknown}")
         object.__setattr__(self, "targets", tuple(self.targets))
-
-
-PROJECTIONS: tuple[str, ...] = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 @dataclass
@@ -369,19 +374,12 @@ class Stage:
     """Of AdamW."""
     clip_norm: float = 1.0
     per_target: bool = False
-    """True if the product depends on the target sparsity; others are shared by a sweep."""
-    calibrate_first: bool = False
-    """Set the threshold for the target (or for each of `targets`) before the first step."""
+    """True if the product depends on the target sparsity; others are shared by a sweep. A gradient
+    stage of the routed model that is per target, or has `targets`, begins at `Method.start`."""
     targets: Sequence[float] = ()
-    """Train for several target sparsities in turn; each step runs at the threshold that was
-    calibrated for its target before the stage (0 without `calibrate_first`)."""
+    """Train for several target sparsities in turn; each step runs at the threshold of its own."""
     hold: float = 0.0
     """Gain of a controller: after each step the threshold of its target moves by `hold` times
     (target - realised sparsity), so that training runs at the target whatever the scores do."""
     report: Callable[[Probe], dict[str, float]] | None = None
     """Figures worth keeping in the result record, measured after the stage."""
-
-
-def middle(targets: Sequence[float], sparsity: float) -> float:
-    """The target that a fit reads which all points share: the middle one, or the only one."""
-    return sorted(targets)[len(targets) // 2] if targets else sparsity

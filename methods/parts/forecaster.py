@@ -2,20 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from methods.parts.closed_form import fit_closed_form
-from methods.parts.neurons import keep_neurons, no_neurons
-from methods.types import Probe, Site, Stage, StageBudget, UnitView
+from methods.parts.narrow_ffn import keep_neurons, no_neurons
+from methods.parts.ridge import Components, allocated, site_moments
+from methods.parts.routers import PerSite
+from methods.types import OPTIONS, Positive, Probe, Shape, Site, Stage, StageBudget, UnitView
 
 Activation = Literal["silu", "identity"]
-Fit = Literal["closed_form", "sgd"]
-Loss = Literal["smooth_l1", "mse", "cosine"]
+
+
+@dataclass(frozen=True)
+class ForecasterOptions:
+    """How forecasters are fitted.
+
+    Raises:
+        ValueError: a closed form with another activation than `identity`.
+    """
+
+    __pydantic_config__ = OPTIONS
+    fit: Literal["closed_form", "sgd"] = "closed_form"
+    """`closed_form`: reduced-rank ridge regression, one dense pass; `sgd`: the paper's stage 1,
+    SmoothL1 regression on every unit's output by gradient."""
+    activation: Activation | None = None
+    """Between the two linears; None is `identity` for the closed form, which needs it, and the
+    paper's `silu` for `sgd`."""
+    lr: Positive = 1e-3
+    """Of `sgd`, cosine (paper: 1e-3)."""
+    damping: Positive = 1e-3
+    """Ridge penalty of the closed forms, relative to the mean variance of what they read."""
+
+    def __post_init__(self) -> None:
+        if self.fit == "closed_form" and self.activation not in (None, "identity"):
+            raise ValueError("a closed-form forecaster is linear: activation must be 'identity'")
 
 
 class Forecaster(nn.Module):
@@ -26,14 +51,15 @@ class Forecaster(nn.Module):
 
     Args:
         neurons: so many of an MLP's own run beside the two maps.
+
+    Raises:
+        ValueError: a rank outside 1..D.
     """
 
     def __init__(
         self, *, width: int, rank: int, activation: Activation = "silu", neurons: int = 0
     ) -> None:
         super().__init__()
-        if activation not in ("silu", "identity"):
-            raise ValueError(f"activation must be 'silu' or 'identity', not {activation!r}")
         if not 1 <= rank <= width:
             raise ValueError(f"forecaster rank must lie in 1..{width}, not {rank}")
         self.rank = rank
@@ -44,8 +70,6 @@ class Forecaster(nn.Module):
             nn.init.normal_(layer.weight, std=1e-3)
             nn.init.zeros_(layer.bias)
         self.neurons = no_neurons(width, neurons) if neurons else None
-        self.code_flops_per_token = 2.0 * width * rank
-        self.flops_per_token = 2.0 * self.code_flops_per_token + 6.0 * width * neurons
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D], in the dtype of x."""
@@ -60,7 +84,7 @@ class Forecaster(nn.Module):
         return y_ND.float() if self.neurons is None else y_ND.float() - self.neurons(x_ND.float())
 
     def code(self, x: Tensor) -> Tensor:
-        """The bottleneck, float32 [..., r]."""
+        """Compute the bottleneck, float32 [..., r]."""
         code: Tensor = self.activation(self.down(x.float()))
         return code
 
@@ -73,56 +97,35 @@ class Forecaster(nn.Module):
         self.up.bias.copy_(bias_D)
 
 
-class Forecasters(nn.Module):
+class Forecasters(PerSite[Forecaster]):
     """One forecaster per site, and the two ways to fit them.
 
     Args:
         rank: r of every forecaster; their mean with `allocate`.
-        fit: `closed_form` (reduced-rank ridge regression, identity activation) or `sgd`
-            (the paper's: regression by gradient on the unit's output under the dense forward).
-        activation: between the two linears; None is `identity` for the closed form, which needs
-            it, and the paper's `silu` for `sgd`.
-        loss: of `sgd`; `smooth_l1` is the published one, `mse` and `cosine` its alternatives.
-        damping: ridge penalty relative to the mean input variance.
-        lr: learning rate of `sgd`, cosine schedule (paper: 1e-3).
-        allocate: closed form with the total rank spent where it avoids the most error.
+        options: of the fit.
+        neurons: that the forecaster of an MLP keeps of its own, at most all.
+        allocate: closed form with the total rank spent where it avoids the most loss instead of
+            equally: a direction's worth is the output variance that it explains times the square
+            of the unit's loss sensitivity.
     """
 
     def __init__(
         self,
         *,
         rank: int,
-        fit: Fit = "closed_form",
-        activation: Activation | None = None,
-        loss: Loss = "smooth_l1",
-        damping: float = 1e-3,
-        lr: float = 1e-3,
+        options: ForecasterOptions = ForecasterOptions(),
+        neurons: int = 0,
         allocate: bool = False,
     ) -> None:
         super().__init__()
-        if fit not in ("closed_form", "sgd"):
-            raise ValueError(f"forecaster fit must be 'closed_form' or 'sgd', not {fit!r}")
-        if loss not in ("smooth_l1", "mse", "cosine"):
-            raise ValueError(
-                f"forecaster loss must be 'smooth_l1', 'mse' or 'cosine', not {loss!r}"
-            )
-        activation = activation or ("identity" if fit == "closed_form" else "silu")
-        if fit == "closed_form" and activation != "identity":
-            raise ValueError("a closed-form forecaster is linear: activation must be 'identity'")
-        if fit != "closed_form" and allocate:
-            raise ValueError("ranks are allocated by the closed form")
-        self.rank, self.fit, self.activation = rank, fit, activation
-        self.damping, self.lr, self.loss = damping, lr, loss
-        self.allocate = allocate
-        self.modules_by_site = nn.ModuleDict()
+        self.rank, self.neurons, self.allocate = rank, neurons, allocate
+        self.fit, self.lr, self.damping = options.fit, options.lr, options.damping
+        closed = options.fit == "closed_form"
+        self.activation: Activation = options.activation or ("identity" if closed else "silu")
 
-    def create(self, sites: Sequence[Site], width: int, neurons: int = 0) -> None:
-        """One forecaster for each site; [.., width] -> [.., width].
-
-        Args:
-            neurons: that the forecaster of an MLP keeps of its own.
-        """
-        self.width, self.neurons = width, neurons
+    def create(self, sites: Sequence[Site], shape: Shape) -> None:
+        """Build one forecaster for each site; [.., D] -> [.., D]."""
+        self.width, self.kept = shape.width, min(self.neurons, shape.mlp_width)
         for site in sites:
             self._put(site.key, self.rank)
 
@@ -132,33 +135,18 @@ class Forecasters(nn.Module):
             self._put(site.key, rank)
 
     def adopt(self, shapes: Mapping[str, Sequence[int]], prefix: str) -> None:
-        """Ranks of saved tensors: `<prefix>modules_by_site.<key>.down.weight` is [r, D]."""
+        """Take the ranks of saved `<prefix>modules_by_site.<key>.down.weight`, [r, D]."""
         for key, forecaster in self.modules_by_site.items():
             shape = shapes.get(f"{prefix}modules_by_site.{key}.down.weight")
             if shape is not None and 1 <= shape[0] <= self.width and shape[0] != forecaster.rank:
                 self._put(key, int(shape[0]))
 
-    def __contains__(self, site: Site) -> bool:
-        return site.key in self.modules_by_site
-
-    def at(self, site: Site) -> Forecaster:
-        """The forecaster of one site."""
-        return cast(Forecaster, self.modules_by_site[site.key])
-
-    def forward(self, site: Site, x: Tensor) -> Tensor:
-        """Estimate of the unit's output at `site`."""
-        return self.modules_by_site[site.key](x)
-
-    def flops_per_token(self, site: Site) -> float:
-        """Analytic FLOPs of one estimate."""
-        return self.at(site).flops_per_token
-
-    def stage(self, budget: StageBudget) -> Stage:
-        """The stage that fits all forecasters; shared by all targets."""
+    def stage(self, budget: StageBudget, solve: Callable[[Probe], None] | None = None) -> Stage:
+        """The stage that fits all forecasters, by `solve` if closed; shared by all targets."""
         report = self.explained_variance
         if self.fit == "closed_form":
             held = 2 * 8 * self.width**2 * len(self.modules_by_site)  # two D x D doubles a site
-            return Stage("forecasters", fit=self.solve, fit_bytes=held, report=report)
+            return Stage("forecasters", fit=solve or self.solve, fit_bytes=held, report=report)
         return Stage(
             "forecasters",
             loss=self._regression_loss,
@@ -171,10 +159,29 @@ class Forecasters(nn.Module):
         )
 
     def solve(self, probe: Probe) -> None:
-        """Closed form from a dense pass over the fit text, after the choice of neurons."""
+        """Closed form: choose the neurons, stream one dense pass, solve each site in float64.
+
+        The regression is of what the neurons leave of the output.
+        """
         kept = {site: self.at(site).neurons for site in probe.shape.units() if site in self}
         keep_neurons(probe, {site: own for site, own in kept.items() if own is not None})
-        fit_closed_form(probe, self, damping=self.damping, allocate=self.allocate)
+
+        def pair(view: UnitView) -> tuple[Tensor, Tensor] | None:
+            if view.site not in self:
+                return None
+            return view.x_ND, self.at(view.site).remainder(view.x_ND, view.y_ND)
+
+        moments = site_moments(probe, pair)
+        solved: dict[Site, Components] = {}
+        for site in list(moments):  # each is let go once solved: they are the memory of the fit
+            solved[site] = moments.pop(site).components(self.damping)
+        ranks = dict.fromkeys(solved, self.rank)
+        if self.allocate:
+            slopes = probe.sensitivity()
+            ranks = allocated({s: c.values * slopes[s] ** 2 for s, c in solved.items()}, ranks)
+        for site, rank in ranks.items():
+            self.resize(site, rank)
+            self.at(site).set_linear(*solved[site].take(rank))
 
     def explained_variance(self, probe: Probe) -> dict[str, float]:
         """1 - residual / total variance on a share of the calibration text, mean of each kind."""
@@ -187,7 +194,7 @@ class Forecasters(nn.Module):
             width=self.width,
             rank=rank,
             activation=self.activation,
-            neurons=self.neurons if key.endswith("mlp") else 0,
+            neurons=self.kept if key.endswith("mlp") else 0,
         )
         if key in self.modules_by_site:
             old = cast(Forecaster, self.modules_by_site[key])
@@ -196,15 +203,10 @@ class Forecasters(nn.Module):
         self.modules_by_site[key] = made
 
     def _regression_loss(self, view: UnitView) -> Tensor:
-        """Distance of forecast and output (published code of informed routing, stage 1)."""
+        """SmoothL1 of forecast and output (published code of informed routing, stage 1)."""
         if view.site not in self:
             return view.x_ND.new_zeros((), dtype=torch.float32)
-        estimate, output = self(view.site, view.x_ND).float(), view.y_ND.float()
-        if self.loss == "smooth_l1":
-            return functional.smooth_l1_loss(estimate, output)
-        if self.loss == "mse":
-            return functional.mse_loss(estimate, output)
-        return (1.0 - functional.cosine_similarity(estimate, output, dim=-1)).mean()
+        return functional.smooth_l1_loss(self(view.site, view.x_ND).float(), view.y_ND.float())
 
 
 class ExplainedVariance:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from methods.types import Probe, Site, UnitView
+
+Pair = tuple[Tensor, Tensor]
 
 
 class Moments:
@@ -16,21 +21,20 @@ class Moments:
     """
 
     def __init__(self, *, inputs: int, outputs: int, device: torch.device) -> None:
-        self.count = 0.0
+        self.count = 0
         self.x = torch.zeros(inputs, dtype=torch.float64, device=device)
         self.y = torch.zeros(outputs, dtype=torch.float64, device=device)
         self.xx = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
         self.xy = torch.zeros(inputs, outputs, dtype=torch.float64, device=device)
 
-    def add(self, x_ND: Tensor, y_NP: Tensor, weight_N: Tensor | None = None) -> None:
-        """Add N observations (any float dtype), each counted `weight_N` times (default once)."""
+    def add(self, x_ND: Tensor, y_NP: Tensor) -> None:
+        """Add N observations, any float dtype."""
         x, y = x_ND.float(), y_NP.float()
-        weighted = x if weight_N is None else x * weight_N[:, None]
-        self.count += float(len(x) if weight_N is None else weight_N.sum())
-        self.x += weighted.sum(0)
-        self.y += (y if weight_N is None else y * weight_N[:, None]).sum(0)
-        self.xx += weighted.T @ x
-        self.xy += weighted.T @ y
+        self.count += len(x)
+        self.x += x.sum(0)
+        self.y += y.sum(0)
+        self.xx += x.T @ x
+        self.xy += x.T @ y
 
     def ridge(self, damping: float) -> tuple[Tensor, Tensor, Tensor]:
         """Centred ridge solution in float64.
@@ -52,10 +56,6 @@ class Moments:
         weight = torch.cholesky_solve(cross, factor)
         return weight, mean_y - mean_x @ weight, factor
 
-    def reduced_rank(self, rank: int, damping: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Reduced-rank ridge regression: down [D, r], up [r, P], bias [P] of `components`."""
-        return self.components(damping).take(rank)
-
     def components(self, damping: float) -> Components:
         """Reduced-rank ridge regression, all ranks at once.
 
@@ -66,7 +66,7 @@ class Moments:
         weight, _, factor = self.ridge(damping)
         fitted = factor.T @ weight
         values, vectors = torch.linalg.eigh(fitted.T @ fitted)
-        n = max(self.count, 1.0)
+        n = max(self.count, 1)
         return Components(weight, vectors, values / n, self.x / n, self.y / n)
 
 
@@ -88,3 +88,47 @@ class Components:
         top = self.vectors[:, -rank:]
         down = self.weight @ top
         return down, top.T.contiguous(), self.mean_y - self.mean_x @ down @ top.T
+
+
+def site_moments(probe: Probe, pair: Callable[[UnitView], Pair | None]) -> dict[Site, Moments]:
+    """Sum (input [N, D], output [N, P]) of every unit that has such a pair, in one dense pass."""
+    moments: dict[Site, Moments] = {}
+
+    def visit(view: UnitView) -> None:
+        found = pair(view)
+        if found is None:
+            return
+        x, y = found
+        if view.site not in moments:
+            moments[view.site] = Moments(inputs=x.shape[-1], outputs=y.shape[-1], device=x.device)
+        moments[view.site].add(x, y)
+
+    probe.stream(visit)
+    return moments
+
+
+def allocated(
+    gains: Mapping[Site, Tensor],
+    ranks: Mapping[Site, int],
+    *,
+    least: float = 0.25,
+    most: float = 4.0,
+) -> dict[Site, int]:
+    """Move rank to where it gains most, the total kept, within bounds at every site.
+
+    Directions are independent and each costs the same, so the best choice is the largest gains.
+
+    Args:
+        gains: per site, ascending: what each direction is worth, in one unit for all sites.
+        ranks: equal shares.
+        least, most: bounds relative to a site's equal share.
+    """
+    sites = list(ranks)
+    chosen = {s: max(1, round(least * ranks[s])) for s in sites}
+    high = {s: min(len(gains[s]), round(most * ranks[s])) for s in sites}
+    optional = [gains[s].flip(0)[chosen[s] : high[s]] for s in sites]
+    owner = torch.cat([torch.full((len(o),), i) for i, o in enumerate(optional)])
+    spare = sum(ranks.values()) - sum(chosen.values())
+    best = torch.cat(optional).argsort(descending=True, stable=True)[:spare]
+    more = torch.bincount(owner[best.cpu()], minlength=len(sites)).tolist()
+    return {site: chosen[site] + extra for site, extra in zip(sites, more, strict=True)}

@@ -1,31 +1,71 @@
-"""Small modules that score a token at one unit."""
+"""Small modules that score a token at one unit, and the container of one module a site."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from methods.types import Site
+from methods.types import Shape, Site
 
 RouterKind = Literal["linear", "mlp"]
+M = TypeVar("M", bound=nn.Module)
+
+
+class PerSite(nn.Module, Generic[M]):
+    """One module for each site: routers, forecasters or adapters, in float32.
+
+    Args:
+        make: builds the module of a site from the model's shape; None leaves all without.
+    """
+
+    def __init__(self, make: Callable[[Shape], M] | None = None) -> None:
+        super().__init__()
+        self.make = make
+        self.modules_by_site = nn.ModuleDict()
+
+    def create(self, sites: Sequence[Site], shape: Shape) -> None:
+        """Build the modules of these sites, in their order."""
+        for site in sites:
+            if self.make is not None:
+                self.modules_by_site[site.key] = self.make(shape)
+
+    def __contains__(self, site: Site) -> bool:
+        return site.key in self.modules_by_site
+
+    def at(self, site: Site) -> M:
+        """Return the module of one site."""
+        return cast(M, self.modules_by_site[site.key])
+
+    def forward(self, site: Site, x: Tensor) -> Tensor:
+        """Apply the module of `site`."""
+        return self.modules_by_site[site.key](x)
+
+    def flops_per_token(self, site: Site) -> float:
+        """Count the FLOPs of the matrices of `site`, two for a multiply and an add; 0 if none."""
+        if site not in self:
+            return 0.0
+        return 2.0 * sum(p.numel() for p in self.at(site).parameters() if p.dim() == 2)
 
 
 class Router(nn.Module):
     """Score whether to execute; kept in float32 whatever the model's dtype.
 
-    `linear` is Linear(D, outputs); `mlp` is Linear(D, width) -> ReLU -> Linear(width, outputs).
+    `linear` is Linear(D, outputs); `mlp` is Linear(D, hidden) -> ReLU -> Linear(hidden, outputs).
     Two outputs are the logits (execute, bypass) of the papers; their difference is the score,
     which decides exactly as the softmax over the pair does.
 
     Args:
-        width: D of the model.
+        width: D, of what the router reads.
         kind: `linear` or `mlp`.
         hidden: width of the hidden layer of `mlp`; 0 means D // 4.
         outputs: 1 (sigmoid) or 2 (softmax).
-        bias: bias of the last layer.
+        bias: of the last layer.
+
+    Raises:
+        ValueError: no hidden width is left at this D.
     """
 
     def __init__(
@@ -38,8 +78,6 @@ class Router(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
-        if kind not in ("linear", "mlp"):
-            raise ValueError(f"router must be 'linear' or 'mlp', not {kind!r}")
         inner = (hidden or width // 4) if kind == "mlp" else width
         if inner < 1:
             raise ValueError(f"an mlp router needs a hidden width of at least 1, not {inner}")
@@ -49,69 +87,78 @@ class Router(nn.Module):
             nn.init.kaiming_uniform_(self.inner.weight, nonlinearity="relu")
             nn.init.zeros_(self.inner.bias)
         self.head = nn.Linear(inner, outputs, bias=bias)
-        self.flops_per_token = 2.0 * sum(p.numel() for p in self.parameters() if p.dim() == 2)
 
     def features(self, x: Tensor) -> Tensor:
-        """Input of the last layer, float32: [..., D] -> [..., inner]."""
+        """Compute the input of the last layer, float32: [..., D] -> [..., inner]."""
         x = x.float()
         return x if self.inner is None else torch.relu(self.inner(x))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scores, float32: [..., D] -> [...]."""
+        """Score tokens, float32: [..., D] -> [...]."""
         logits = self.head(self.features(x))
         return logits[..., 0] - logits[..., 1] if logits.shape[-1] == 2 else logits[..., 0]
+
+    def linear(self) -> tuple[Tensor, Tensor] | None:
+        """Give the score as (weight [D], offset); None of an mlp."""
+        if self.inner is not None:
+            return None
+        weight, bias = self.head.weight.detach(), self.head.bias
+        offset = weight.new_zeros(len(weight)) if bias is None else bias.detach()
+        if len(weight) == 2:
+            return weight[0] - weight[1], offset[0] - offset[1]
+        return weight[0], offset[0]
 
     @torch.no_grad()
     def set_head(self, weight: Tensor, bias: float) -> None:
         """Make the score `features @ weight + bias` (weight: [inner])."""
         self.head.weight.zero_()
         self.head.weight[0] = weight
-        if self.head.bias is not None:
-            self.head.bias.zero_()
-            self.head.bias[0] = bias
+        self.head.bias.zero_()
+        self.head.bias[0] = bias
 
     @torch.no_grad()
     def shift(self, amount: float) -> None:
-        """Add `amount` to every score.
-
-        Raises:
-            ValueError: the router has no bias.
-        """
-        if self.head.bias is None:
-            raise ValueError("a router without a bias cannot shift its scores")
+        """Add `amount` to every score."""
         self.head.bias[0] += amount
 
 
-class Routers(nn.Module):
-    """One router per site; the arguments are those of `Router`."""
+class Routers(PerSite[Router]):
+    """One `Router` for each site.
+
+    Args:
+        more: numbers that a router reads beside the D of its unit's input.
+        options: of `Router`.
+    """
+
+    def __init__(self, *, more: int = 0, **options: Any) -> None:
+        super().__init__(lambda shape: Router(width=shape.width + more, **options))
+
+
+class BottleneckRouter(nn.Module):
+    """Linear(D, r) -> RMSNorm -> activation -> head; float32 score, execute where high.
+
+    Args:
+        width: D of the model.
+        hidden: r.
+        activation: after the norm.
+        head: from r to one score, or to the logits (bypass, execute), whose difference is it.
+        bias: of the first layer.
+
+    Raises:
+        ValueError: r is less than 1.
+    """
 
     def __init__(
-        self, *, kind: RouterKind = "linear", hidden: int = 0, outputs: int = 1, bias: bool = True
+        self, *, width: int, hidden: int, activation: nn.Module, head: nn.Module, bias: bool
     ) -> None:
         super().__init__()
-        self.kind, self.hidden, self.outputs, self.bias = kind, hidden, outputs, bias
-        self.modules_by_site = nn.ModuleDict()
+        if hidden < 1:
+            raise ValueError(f"a router needs a hidden width of at least 1, not {hidden}")
+        self.down = nn.Linear(width, hidden, bias=bias)
+        self.norm = nn.RMSNorm(hidden, eps=1e-5)
+        self.activation, self.head = activation, head
 
-    def create(self, sites: Sequence[Site], width: int) -> None:
-        """One router for each site; [.., width] -> [..]."""
-        for site in sites:
-            self.modules_by_site[site.key] = Router(
-                width=width,
-                kind=self.kind,
-                hidden=self.hidden,
-                outputs=self.outputs,
-                bias=self.bias,
-            )
-
-    def __contains__(self, site: Site) -> bool:
-        return site.key in self.modules_by_site
-
-    def at(self, site: Site) -> Router:
-        """The router of one site."""
-        router = self.modules_by_site[site.key]
-        assert isinstance(router, Router)
-        return router
-
-    def forward(self, site: Site, x: Tensor) -> Tensor:
-        """Scores at `site`, float32."""
-        return self.at(site)(x)
+    def forward(self, x: Tensor) -> Tensor:
+        """Score tokens, float32: [..., D] -> [...]."""
+        logits = self.head(self.activation(self.norm(self.down(x.float()))))
+        return logits[..., 1] - logits[..., 0] if logits.shape[-1] == 2 else logits[..., 0]

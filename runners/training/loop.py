@@ -259,12 +259,12 @@ class Loop:
     def _start_thresholds(self, stage: Stage) -> dict[float, float]:
         """Threshold of each target of the stage."""
         targets = tuple(stage.targets) or (self.method.sparsity,)
-        if not stage.calibrate_first:
+        if stage.forward == "dense" or not (stage.per_target or stage.targets):
             self.method.threshold.fill_(0.0)
             return dict.fromkeys(targets, 0.0)
         found = {}
         for target in targets:
-            self.method.calibrate(self.probe.sample(START_SHARE), target)
+            self.method.start(self.probe.sample(START_SHARE), target)
             found[target] = float(self.method.threshold)
         return found
 

@@ -14,7 +14,7 @@ from methods.base import Decision, Method, RoutedScores, Shape, Site, SwiGLU, Un
 from methods.engine.decoder.adapter import decoder, layers_of, shape_of
 from methods.engine.decoder.neurons import weights_of
 from methods.engine.decoder.placement import input_device
-from methods.engine.observe import bypassed, observed, observed_routed, unit_gradients
+from methods.engine.observe import bypassed, observed, unit_gradients
 from methods.engine.routed import routed, routing_of
 from runners.corpus.rows import ProbeText
 from runners.errors import UserError
@@ -52,12 +52,6 @@ class ModelProbe:
         rows = self.text.train if split == "train" else self.text.calibration
         with observed(self.model, visit):
             self._run_decoder(rows, f"dense pass ({split})")
-
-    @torch.no_grad()
-    def stream_routed(self, visit: Callable[[UnitView], None]) -> None:
-        """Routed forward over the train split at the method's threshold."""
-        with observed_routed(self.model, self.method, visit):
-            self._run_decoder(self.text.train, "routed pass (train)")
 
     @torch.no_grad()
     def loss(self, bypassed_sites: Collection[Site], tokens: int | None = None) -> float:
@@ -120,13 +114,11 @@ class ModelProbe:
         """Route the calibration text with this threshold; the method's own is put back."""
         scores: list[Tensor] = []
         weights: list[Tensor] = []
-        is_mlp: list[Tensor] = []
 
         def observe(site: Site, decision: Decision, valid_BT: Tensor) -> None:
             kept = decision.scores_BT[valid_BT].float()
             scores.append(kept)
             weights.append(torch.full_like(kept, float(len(site.units))))
-            is_mlp.append(torch.full_like(kept, site.kind == "mlp", dtype=torch.bool))
 
         before = self.method.threshold.clone()
         self.method.threshold.fill_(threshold)
@@ -148,7 +140,6 @@ class ModelProbe:
             scores=joined(scores),
             weights=joined(weights),
             total_weight=float(usage.tokens * len(self.shape.units())),
-            is_mlp=joined(is_mlp).bool(),
         )
 
     @torch.no_grad()

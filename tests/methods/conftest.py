@@ -26,8 +26,11 @@ SMALL = {"rank": 4, "router_width": 8, "neurons": 6}
 def method_config(name: str, *overrides: str) -> dict[str, Any]:
     """A resolved point of a real method config, its modules small enough for the tiny model."""
     config = compose_tiny(f"method={name}", *overrides)
-    for key in SMALL.keys() & config["method"].keys():
-        config["method"][key] = SMALL[key]
+    options = config["method"]
+    for key in SMALL.keys() & options.keys():
+        options[key] = SMALL[key]
+    if "router" in options and "width" in options["router"]:
+        options["router"]["width"] = SMALL["router_width"]
     return config
 
 

@@ -43,19 +43,15 @@ def test_parts_change_the_distillation():
     assert not whole.hard and 0 < len(usual.parameters) < len(whole.parameters)
     assert not dict(recipe(without=["closed_form"]))["distill"].hard, "routers start at random"
     assert dict(recipe(without=["controller"]))["distill"].hold == 0
-    shared = dict(recipe(targets=[0.3, 0.5], refit=True))
-    assert list(shared) == ["forecasters", "router_start", "kind_shift", "refit", "distill"]
-    assert not shared["distill"].per_target and not shared["refit"].per_target
-    with pytest.raises(ValueError, match="no such part"):
-        InformedPlus(sparsity=0.5, without=["magic"])
-    with pytest.raises(ValueError, match="neurons must be"):
-        InformedPlus(sparsity=0.5, neurons=-1)
-    with pytest.raises(ValueError, match="train must be"):
-        InformedPlus(sparsity=0.5, train="routers")
+    shared = dict(recipe(targets=[0.3, 0.5]))
+    assert list(shared) == ["forecasters", "router_start", "kind_shift", "distill"]
+    assert not shared["distill"].per_target
 
 
 def test_gate_is_hard_with_the_sigmoids_gradient(tiny_llama):
-    method = attach(tiny_llama, InformedPlus(sparsity=0.5, rank=4, tau=0.7))
+    method = attach(
+        tiny_llama, InformedPlus(sparsity=0.5, rank=4, training={"tau_start": 0.7, "tau_end": 0.7})
+    )
     method.threshold.fill_(0.1)
     with routed(tiny_llama, method):
         routing = routing_of(tiny_llama)
@@ -68,6 +64,30 @@ def test_gate_is_hard_with_the_sigmoids_gradient(tiny_llama):
     (gradient,) = torch.autograd.grad(decision.gate_BT.sum(), scores)
     soft = torch.sigmoid((scores.detach() - 0.1) / 0.7)
     assert torch.allclose(gradient, soft * (1 - soft) / 0.7, atol=1e-6)
+
+
+def test_the_router_reads_the_norm_of_the_forecasters_bottleneck(tiny_llama):
+    method, site = attach(tiny_llama, InformedPlus(sparsity=0.5, rank=4)), Site(1, "mlp")
+    router, down = method.routers.at(site), method.forecasters.at(site).down
+    torch.nn.init.normal_(down.weight)
+    x = torch.randn(2, 6, 64)
+    code = x @ down.weight.T + down.bias
+    read = method.read(site, x)
+    assert read.shape[-1] == 65 and torch.equal(read[..., :-1], x)
+    assert torch.allclose(read[..., -1].exp(), code.square().sum(-1).sqrt(), rtol=1e-3)
+    assert method.cost(site).route == 2.0 * (router.head.in_features + down.weight.numel())
+    plain = attach(tiny_llama, InformedPlus(sparsity=0.5, rank=4, without=["code_norm"]))
+    assert plain.read(site, x) is x and plain.cost(site).route == 2.0 * 64
+
+
+def test_keys_follow_the_ranks_before_the_kinds_are_shifted(tiny_llama, trained):
+    """The shift routes with forecast keys whose forecasters have just got other ranks."""
+    config = method_config("informed_plus", "sparsity=0.4", "method.kv_policy=forecast")
+    method = trained(config, tiny_llama)
+    ranks = {method.forecasters.at(site).rank for site in method.sites()}
+    assert len(ranks) > 1
+    for site in method.keys.sites:
+        assert method.keys.at(site).in_features == method.forecasters.at(site).rank
 
 
 def test_allocated_ranks_survive_saving(tiny_llama, tmp_path):

@@ -181,11 +181,6 @@ def test_the_target_is_the_nearest_whole_number_of_layers_and_it_says_so(
     assert ("dropping" in caplog.text) == (nearest != sparsity)
 
 
-def test_an_unknown_policy_is_refused():
-    with pytest.raises(ValueError, match="block_influence"):
-        LayerSkip(sparsity=0.3, policy="best")
-
-
 def test_healing_trains_adapters_on_the_shortened_model(model):
     method = attach(model, LayerSkip(sparsity=0.4, policy="early_exit", lora={"rank": 2}))
     losses, rates = [], []

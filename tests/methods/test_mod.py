@@ -9,7 +9,7 @@ from torch.nn import functional
 from methods.base import Site
 from methods.engine.routed import attach
 from methods.mod import MoD
-from methods.parts.expert_choice import top_share
+from methods.parts.gates import top_share
 from tests.methods.by_hand import BUDGET, ByHand, cross_entropy, evaluate, train_forward
 from tests.methods.conftest import small_ids, small_model
 

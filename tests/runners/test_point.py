@@ -71,7 +71,7 @@ def test_paths_and_tracking_share_products(trained, option):
     [
         "seed=1",
         "method.rank=5",
-        "method.train_lr=0.0077",
+        "method.training.lr=0.0077",
         pytest.param("budget.fit_tokens=480", marks=pytest.mark.slow),
         pytest.param("objective=lm", marks=pytest.mark.slow),
         pytest.param("model.path=qwen2", marks=pytest.mark.slow),

@@ -20,7 +20,7 @@ from methods.engine.routed import attach, routed
 from methods.informed import Informed
 from tests.methods.conftest import small_ids, small_model
 
-OPTIONS = {"sparsity": 0.5, "rank": 4, "router": "mlp", "router_width": 6}
+OPTIONS = {"sparsity": 0.5, "rank": 4, "router": {"kind": "mlp", "width": 6}}
 
 
 @pytest.fixture

@@ -66,7 +66,7 @@ def test_streaming_equals_one_shot():
     x, y = data()
     once, streamed = moments(x, y), moments(x, y, 1, 1, 17, 150)
     assert once.count == streamed.count == COUNT
-    for a, b in zip(once.reduced_rank(3, 1e-3), streamed.reduced_rank(3, 1e-3), strict=True):
+    for a, b in zip(once.components(1e-3).take(3), streamed.components(1e-3).take(3), strict=True):
         assert torch.allclose(a.abs(), b.abs(), atol=SINGLE)
     for a, b in zip(once.ridge(1e-3), streamed.ridge(1e-3), strict=True):
         assert torch.allclose(a, b, atol=1e-3, rtol=1e-4)
@@ -77,7 +77,7 @@ def test_streaming_equals_one_shot():
 def test_reduced_rank_is_the_best_map_of_its_rank(rank, damping):
     """The optimum's error: what the full map misses, and the tail of the fit's spectrum."""
     x, y = data()
-    down, up, bias = moments(x, y).reduced_rank(rank, damping)
+    down, up, bias = moments(x, y).components(damping).take(rank)
     assert down.shape == (INPUTS, rank) and up.shape == (rank, OUTPUTS)
     tall_x, tall_y = penalised(x, y, damping)
     full = numpy.linalg.lstsq(tall_x, tall_y, rcond=None)[0]
@@ -90,7 +90,7 @@ def test_reduced_rank_is_the_best_map_of_its_rank(rank, damping):
 
 def test_no_descent_finds_a_better_map_of_rank_two():
     x, y = data()
-    down, up, _ = moments(x, y).reduced_rank(2, 0.1)
+    down, up, _ = moments(x, y).components(0.1).take(2)
     tall_x, tall_y = (torch.from_numpy(part) for part in penalised(x, y, 0.1))
     found = float((tall_y - tall_x @ down @ up).square().sum())
     reached = []
@@ -108,7 +108,7 @@ def test_no_descent_finds_a_better_map_of_rank_two():
 def test_full_rank_equals_ridge():
     x, y = data()
     weight, bias, _ = moments(x, y).ridge(1e-3)
-    down, up, reduced_bias = moments(x, y).reduced_rank(OUTPUTS, 1e-3)
+    down, up, reduced_bias = moments(x, y).components(1e-3).take(OUTPUTS)
     assert torch.allclose(down @ up, weight, atol=1e-8)
     assert torch.allclose(reduced_bias, bias, atol=1e-8)
 

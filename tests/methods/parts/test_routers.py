@@ -10,7 +10,7 @@ import torch
 
 from methods.base import Site
 from methods.parts.forecaster import Forecasters
-from methods.parts.recoverability import EPSILON, fit_recoverability, log_error
+from methods.parts.router_start import EPSILON, fit_recoverability, log_error
 from methods.parts.routers import Router, Routers
 from tests.methods.parts.text import SHAPE, MadeUp, linear_views
 
@@ -42,9 +42,7 @@ def test_an_mlp_router_exists_at_every_width(width):
     assert torch.isfinite(router(torch.randn(3, width))).all()
 
 
-@pytest.mark.parametrize(
-    "options", [{"kind": "tree"}, {"kind": "mlp", "hidden": -3}, {"kind": "mlp", "width": 3}]
-)
+@pytest.mark.parametrize("options", [{"kind": "mlp", "hidden": -3}, {"kind": "mlp", "width": 3}])
 def test_bad_options_are_one_clear_line(options):
     with pytest.raises(ValueError, match="router"):
         Router(**{"width": 64, **options})
@@ -78,7 +76,7 @@ def test_scores_are_float32_in_any_model():
 
 def test_one_router_per_site():
     routers = Routers(kind="mlp", hidden=3, outputs=2)
-    routers.create(SITES, 12)
+    routers.create(SITES, SHAPE)
     assert SITES[0] in routers and Site(0, "attention") not in routers
     assert routers.at(SITES[0]) is not routers.at(SITES[1])
     x = torch.randn(4, 12)
@@ -103,10 +101,10 @@ def test_recoverability_equals_numpy(bypass, sensitivity, kind):
     forecasters = None
     if bypass == "forecast":
         forecasters = Forecasters(rank=2)
-        forecasters.create(SITES, SHAPE.width)
+        forecasters.create(SITES, SHAPE)
         forecasters.solve(probe)
     routers = Routers(kind=kind, hidden=6, outputs=2)
-    routers.create(SITES, SHAPE.width)
+    routers.create(SITES, SHAPE)
     fit_recoverability(probe, routers, forecasters, damping=0.01, sensitivity=sensitivity)
     for site in SITES:
         own = [view for view in probe.views["train"] if view.site == site]

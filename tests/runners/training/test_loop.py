@@ -230,7 +230,7 @@ def test_view_and_targets(tiny_llama):
         return view.task_loss
 
     targets = (0.05, 0.1, 0.2)
-    options = {"targets": targets, "calibrate_first": True, "lr": 0.0}
+    options = {"targets": targets, "lr": 0.0}
     _, _, steps = train(tiny_llama, loss=loss, budget=StageBudget(6, 2, 16), **options)
     asked = [target for target, _, _ in views]
     assert sorted(asked[:3]) == sorted(asked[3:]) == sorted(targets)

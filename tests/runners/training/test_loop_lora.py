@@ -51,7 +51,7 @@ def test_a_hard_stage_has_the_gradients_of_the_blended_model(tiny_llama, monkeyp
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", spied)
-    options = {"lora": LoraSpec(rank=2, dropout=0.0), "clip_norm": 1e9, "calibrate_first": True}
+    options = {"lora": LoraSpec(rank=2, dropout=0.0), "clip_norm": 1e9, "per_target": True}
     loop = toy_loop(tiny_llama, method, rows=rows)
     loop.run(stage(method, hard=True, loss=loss, lr=0.0, **options))
     parameters = [*method.vectors.values(), *method.adapter.parameters()]

@@ -11,6 +11,7 @@ from methods.engine.routed import attach, routed
 from methods.informed import Informed
 from methods.informed_plus import InformedPlus
 from tests.conftest import token_rows
+from tests.methods.by_hand import BUDGET
 from tests.methods.conftest import probe_for, small_ids, small_model
 
 
@@ -132,8 +133,7 @@ def test_padding_changes_nothing():
 def test_exact_maps_are_policy_keep(tiny_llama):
     """K and V are linear in x: a bottleneck of full rank loses nothing."""
     ids = token_rows(2, 20)
-    method = informed(tiny_llama, rank=64)
-    method.keys.damping = 1e-9
+    method = informed(tiny_llama, rank=64, forecaster={"damping": 1e-9})
     method.keys.fit(probe_for(tiny_llama, method))
     forecast, _ = run(tiny_llama, method, ids)
     keep, _ = run(tiny_llama, informed(tiny_llama, kv_policy="keep", rank=64), ids)
@@ -176,8 +176,9 @@ def test_the_model_is_restored_and_dense_while_paused(tiny_llama):
 def test_maps_follow_allocated_ranks(tiny_llama):
     method = attach(tiny_llama, InformedPlus(sparsity=0.4, rank=4, kv_policy="forecast"))
     probe = probe_for(tiny_llama, method)
-    method.forecasters.solve(probe)
-    method.keys.fit(probe)
+    for stage in method.stages(BUDGET):
+        if stage.name in ("forecasters", "keys"):
+            stage.fit(probe)
     other = attach(tiny_llama, InformedPlus(sparsity=0.4, rank=4, kv_policy="forecast"))
     state = method.state_dict()
     other.adopt({name: value.shape for name, value in state.items()})

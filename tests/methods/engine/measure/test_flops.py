@@ -96,7 +96,7 @@ def test_dense_method_has_ratio_one():
 @pytest.mark.parametrize("router", ["linear", "mlp"])
 def test_costs_of_a_method_equal_torchs_count(router):
     model = small_model()
-    method = attach(model, Informed(sparsity=0.5, rank=4, router=router))
+    method = attach(model, Informed(sparsity=0.5, rank=4, router={"kind": router}))
     x = torch.randn(1, 32)
     for site in method.sites():
         cost = method.cost(site)

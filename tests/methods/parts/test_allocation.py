@@ -1,19 +1,17 @@
-"""Rank allocation and refit against brute force and plain least squares."""
+"""Rank allocation against brute force, and what a direction of a regression is worth."""
 
 from __future__ import annotations
 
 import itertools
 
-import numpy
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from methods.base import Site, UnitView
-from methods.parts.closed_form import allocated, fit_closed_form, refit_on_routed
+from methods.base import Site
 from methods.parts.forecaster import Forecasters
-from methods.parts.ridge import Moments
+from methods.parts.ridge import Moments, allocated
 from tests.methods.parts.text import SHAPE, MadeUp, linear_views
 
 SITES = [Site(0, "attention"), Site(0, "mlp"), Site(1, "mlp")]
@@ -50,37 +48,8 @@ def test_rank_moves_to_the_unit_that_the_loss_feels():
     views = linear_views(SITES, tokens=300, batches=1, noise=0.1, rank=8, seed=1)
     slopes = {SITES[0]: 1.0, SITES[1]: 1e-4, SITES[2]: 1e-4}
     forecasters = Forecasters(rank=3, allocate=True)
-    forecasters.create(SITES, SHAPE.width)
-    fit_closed_form(MadeUp({"train": views}, slopes), forecasters, damping=1e-3, allocate=True)
+    forecasters.create(SITES, SHAPE)
+    forecasters.solve(MadeUp({"train": views}, slopes))
     ranks = [forecasters.at(site).rank for site in SITES]
     assert sum(ranks) == 9 and ranks[0] > 5
     assert forecasters.flops_per_token(SITES[0]) == 4.0 * SHAPE.width * ranks[0]
-
-
-class RoutedText(MadeUp):
-    """Streams views under a routed forward."""
-
-    def stream_routed(self, visit):
-        for view in self.views["train"]:
-            visit(view)
-
-
-def test_refit_is_weighted_least_squares_on_the_routed_tokens():
-    (view,) = linear_views([SITES[1]], tokens=200, batches=1, noise=1.0, rank=4, seed=2)
-    execute = torch.rand(200, generator=torch.Generator().manual_seed(0)) > 0.3
-    routed = UnitView(view.site, view.x_ND, view.y_ND, view.residual_ND, execute)
-    forecasters = Forecasters(rank=SHAPE.width)
-    forecasters.create(SITES, SHAPE.width)
-    untouched = forecasters.at(SITES[0]).up.weight.clone()
-    refit_on_routed(
-        RoutedText({"train": [routed]}), forecasters, damping=1e-9, executed_weight=0.25
-    )
-    weight = torch.where(execute, 0.25, 1.0).sqrt().double()[:, None]
-    ones = torch.ones(200, 1, dtype=torch.float64)
-    design = torch.cat([view.x_ND.double(), ones], 1) * weight
-    solution = numpy.linalg.lstsq(design.numpy(), (view.y_ND.double() * weight).numpy(), rcond=None)
-    expected = torch.cat([view.x_ND.double(), ones], 1) @ torch.from_numpy(solution[0])
-    with torch.no_grad():
-        found = forecasters(SITES[1], view.x_ND).double()
-    assert torch.allclose(found, expected, atol=2e-3)
-    assert torch.equal(forecasters.at(SITES[0]).up.weight, untouched)

@@ -1,0 +1,92 @@
+"""Narrow networks in a unit's place: trained adapters, or a few of an MLP's own neurons."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from methods.types import Probe, Site, UnitView
+
+
+class NarrowFFN(nn.Module):
+    """A narrow feed-forward network; float32 inside, output in the dtype of the input.
+
+    Args:
+        width: D of the model.
+        hidden: inner width.
+        kind: `swiglu` is up(silu(gate x) * (into x)) without biases, the shape of a Llama MLP
+            (FlexiDepth); `silu` is Linear -> SiLU -> Linear (HeRo).
+
+    Raises:
+        ValueError: the inner width is less than 1.
+    """
+
+    def __init__(self, *, width: int, hidden: int, kind: Literal["swiglu", "silu"]) -> None:
+        super().__init__()
+        if hidden < 1:
+            raise ValueError(f"an adapter needs a hidden width of at least 1, not {hidden}")
+        bias = kind == "silu"
+        self.gate = nn.Linear(width, hidden, bias=False) if kind == "swiglu" else None
+        self.into = nn.Linear(width, hidden, bias=bias)
+        self.up = nn.Linear(hidden, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        wide = x.float()
+        inner = self.into(wide)
+        if self.gate is None:
+            inner = functional.silu(inner)
+        else:
+            inner = functional.silu(self.gate(wide)) * inner
+        output: Tensor = self.up(inner)
+        return output.to(x.dtype)
+
+
+def no_neurons(width: int, count: int) -> NarrowFFN:
+    """Build a network of the shape of `count` neurons that adds nothing until they are chosen.
+
+    Args:
+        width: D of the model.
+    """
+    kept = NarrowFFN(width=width, hidden=count, kind="swiglu")
+    nn.init.zeros_(kept.up.weight)
+    return kept
+
+
+@torch.no_grad()
+def keep_neurons(probe: Probe, kept: Mapping[Site, NarrowFFN]) -> None:
+    """Copy into each of `kept` the neurons that a linear map of the input is worst without.
+
+    Those whose contribution to the output varies most: the standard deviation of the activation
+    over a sample of the training text, times the norm of its column of the down projection. A
+    constant contribution is left out, because the forecaster's bias can take its place.
+    """
+    if not kept:
+        return
+    norms = {site: probe.swiglu(site).down_DF.float().norm(dim=0) for site in kept}
+    sums: dict[Site, Tensor] = {}
+    count = dict.fromkeys(kept, 0)
+
+    def visit(view: UnitView) -> None:
+        if view.site not in kept:
+            return
+        assert view.neurons is not None
+        active = view.neurons().double()
+        new = torch.stack([active.sum(0), active.square().sum(0)])
+        sums[view.site] = sums[view.site] + new if view.site in sums else new
+        count[view.site] += len(active)
+
+    probe.sample().stream(visit)
+    for site, (total, squares) in sums.items():
+        variance = squares / count[site] - (total / count[site]).square()
+        worth = variance.clamp_min(0.0).sqrt() * norms[site]
+        own, mlp = kept[site], probe.swiglu(site)
+        best = worth.topk(own.into.out_features).indices.sort().values
+        assert own.gate is not None
+        own.gate.weight.copy_(mlp.gate_FD[best])
+        own.into.weight.copy_(mlp.up_FD[best])
+        own.up.weight.copy_(mlp.down_DF[:, best])

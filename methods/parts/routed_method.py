@@ -1,0 +1,185 @@
+"""What methods with a router at each site have in common, written once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from methods.base import (
+    OPTIONS,
+    Budget,
+    Decision,
+    LinearUnit,
+    Method,
+    Natural,
+    Probe,
+    RouteContext,
+    Shape,
+    Site,
+    SiteCost,
+    Sparsity,
+    Stage,
+    StageBudget,
+)
+from methods.parts.forecaster import Forecasters
+from methods.parts.keys import KeyForecasts
+from methods.parts.router_start import fit_recoverability, shift_stage
+from methods.parts.routers import PerSite, RouterKind
+
+
+@dataclass(frozen=True)
+class RouterOptions:
+    """Which router scores a token, and where it starts."""
+
+    __pydantic_config__ = OPTIONS
+    kind: RouterKind = "linear"
+    """`linear`, or the published `mlp` (D -> width -> ReLU -> outputs)."""
+    width: Natural = 0
+    """Hidden width of `mlp`; 0 means D // 4."""
+    start: Literal["recoverability", "none"] = "recoverability"
+    """`recoverability`: regression of what a bypass would miss, no gradient; `none`: at random."""
+    sensitivity: bool = True
+    """Weight the regression by each unit's loss sensitivity."""
+    kind_shift: bool = False
+    """After that start, move the MLP scores to where the routed model loses least."""
+
+
+class RoutedMethod(Method):
+    """Routers score every token at every site; a bypassed one gets an estimate, or nothing.
+
+    The level between the contract and a paper. A method hands its routers to the constructor and
+    overrides `score` where they read something else than the unit's normalised input, `gate` for
+    what carries the gradient in training, `bypasses` for what a bypassed token gets, and `stages`.
+
+    Args:
+        routers: of each site; None for a method that scores without parameters.
+        forecasters: of each site.
+        targets: train one model for these sparsities in turn, shared by all points of a sweep;
+            empty trains for the point's own.
+    """
+
+    def __init__(
+        self,
+        *,
+        sparsity: Sparsity,
+        routers: PerSite[Any] | None = None,
+        forecasters: Forecasters | None = None,
+        targets: Sequence[Sparsity] = (),
+    ) -> None:
+        super().__init__(sparsity=sparsity)
+        self.routers = PerSite[Any]() if routers is None else routers
+        self.forecasters = forecasters
+        self.keys: KeyForecasts | None = None
+        """K and V of bypassed tokens; of a method that offers `kv_policy=forecast`."""
+        self.targets = tuple(targets)
+
+    def setup(self, shape: Shape) -> None:
+        super().setup(shape)
+        for part in self.children():
+            if isinstance(part, PerSite):
+                part.create(self.sites(), shape)
+
+    @property
+    def bypasses(self) -> PerSite[Any] | None:
+        """What a bypassed token gets at each site; None is nothing."""
+        return self.forecasters
+
+    def score(self, site: Site, x_BTD: Tensor, ctx: RouteContext) -> Tensor:
+        """Score tokens, float32 [B, T], high where they should execute."""
+        scores: Tensor = self.routers(site, self.read(site, x_BTD))
+        return scores
+
+    def read(self, site: Site, x: Tensor) -> Tensor:
+        """What the router reads of the unit's normalised input [..., D]; all of it by default."""
+        return x
+
+    def gate(self, logits_BT: Tensor, ctx: RouteContext) -> Tensor:
+        """Turn score - threshold into a gate of 0 and 1 that carries the gradient of training."""
+        raise NotImplementedError(f"{type(self).__name__} must define gate()")
+
+    def route(self, site: Site, x_BTD: Tensor, ctx: RouteContext) -> Decision:
+        scores = self.score(site, x_BTD, ctx)
+        if not ctx.training:
+            return self.decide(scores)
+        gate = self.gate(scores - self.threshold, ctx)
+        return Decision(gate > 0.5, gate, scores)
+
+    def approximate(self, site: Site, x_BTD: Tensor) -> Tensor | None:
+        return None if self.bypasses is None else self.bypasses(site, x_BTD)
+
+    def forecast_keys(self, site: Site, x_BTD: Tensor) -> Tensor | None:
+        return None if self.keys is None else self.keys(site, x_BTD)
+
+    def linear_unit(self, site: Site) -> LinearUnit | None:
+        """`linear` of a router that reads the unit's normalised input and a forecaster, or skip.
+
+        None if either is more than a linear score and two maps.
+        """
+        score: tuple[Tensor, Tensor] | None = self.routers.at(site).linear()
+        forecaster = None if self.bypasses is None else self.bypasses.at(site)
+        if score is None or forecaster is None:
+            return None if score is None else LinearUnit(*score)
+        if forecaster.neurons is not None:
+            return None
+        down, up = forecaster.down, forecaster.up
+        silu = isinstance(forecaster.activation, nn.SiLU)
+        return LinearUnit(*score, down.weight, down.bias, up.weight, up.bias, silu)
+
+    def cost(self, site: Site) -> SiteCost:
+        estimate = 0.0 if self.bypasses is None else self.bypasses.flops_per_token(site)
+        stored = 0.0
+        if self.keys is not None:
+            estimate, stored = estimate + self.keys.flops_per_token(site), self.keys.stored(site)
+        return SiteCost(self.routers.flops_per_token(site), estimate, stored)
+
+    def start_stages(
+        self,
+        options: RouterOptions,
+        budget: Budget,
+        *,
+        damping: float,
+        missed_by: Forecasters | None,
+    ) -> Iterable[Stage]:
+        """The start without a gradient: forecasters, routers, their kinds' shift, keys and values.
+
+        Args:
+            damping: of the routers' regression.
+            missed_by: whose error the routers regress; None for a skip's, the unit's output.
+        """
+        if self.forecasters is not None:
+            yield self.forecasters.stage(budget.forecasters, self._solve)
+        if options.start == "recoverability":
+
+            def fit(probe: Probe) -> None:
+                weighted, read = options.sensitivity, self.read
+                fit_recoverability(
+                    probe, self.routers, missed_by, damping=damping, sensitivity=weighted, read=read
+                )
+
+            yield Stage("router_start", fit=fit)
+            if options.kind_shift:
+                yield shift_stage(self.routers, self.threshold, self.targets, self.sparsity)
+        if self.keys is not None:
+            yield self.keys.stage("keys")
+
+    def train_stage(
+        self, name: str, loss: Any, parts: Iterable[nn.Module], budget: StageBudget, **how: Any
+    ) -> Stage:
+        """A gradient stage for the point's target, or for each of `targets` in turn.
+
+        Args:
+            parts: whose parameters it moves.
+            how: further fields of `Stage`.
+        """
+        parameters = [parameter for part in parts for parameter in part.parameters()]
+        own = {"per_target": not self.targets, "targets": self.targets}
+        return Stage(name, loss=loss, parameters=parameters, budget=budget, **{**own, **how})
+
+    def _solve(self, probe: Probe) -> None:
+        assert self.forecasters is not None
+        self.forecasters.solve(probe)
+        if self.keys is not None:
+            self.keys.follow()  # ranks may have moved between the units

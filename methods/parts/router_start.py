@@ -1,0 +1,124 @@
+"""Routers without a gradient: what a bypass would miss, and how the kinds of unit share it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from methods.parts.calibration import realising_threshold
+from methods.parts.forecaster import Forecasters
+from methods.parts.ridge import site_moments
+from methods.parts.routers import PerSite, Router
+from methods.types import Probe, Site, Stage, UnitView
+
+ROUTER_SHARE = 0.5
+"""Share of the fitting text that a router reads: it has one output where a forecaster has D."""
+EPSILON = 1e-6
+"""Keeps the logarithm finite where a forecast is exact."""
+SHIFT_STEP = 0.3
+"""Of the scores, which are logarithms: a factor of 1.35 in expected harm."""
+MOST_SHIFTS = 6
+TOLERANCE = 0.004
+"""Accepted distance of the realised sparsity from the target, at each shift that is tried."""
+
+
+def fit_recoverability(
+    probe: Probe,
+    routers: PerSite[Router],
+    forecasters: Forecasters | None,
+    *,
+    damping: float = 1e-3,
+    sensitivity: bool = True,
+    read: Callable[[Site, Tensor], Tensor] = lambda site, x: x,
+) -> None:
+    """Set each router's last layer by ridge regression so that its score is the expected harm.
+
+    The regression target of a token is log ||unit output - bypass||. With `sensitivity`, the log
+    of the unit's root mean square loss gradient is added: a first-order estimate of the loss, so
+    that one global threshold compares units. Without it, the error is taken relative to the norm
+    of the residual stream.
+
+    Args:
+        forecasters: what bypassed tokens get; None means skip, an estimate of zero.
+        damping: ridge penalty relative to the mean variance of the router's features.
+        read: what the routers read, from (site, normalised input).
+    """
+
+    def pair(view: UnitView) -> tuple[Tensor, Tensor] | None:
+        if view.site not in routers:
+            return None
+        features = routers.at(view.site).features(read(view.site, view.x_ND))
+        target = log_error(view, forecasters)
+        if not sensitivity:
+            target = target - (view.residual_ND.float().norm(dim=-1) + EPSILON).log()
+        return features, target[:, None]
+
+    moments = site_moments(probe.sample(ROUTER_SHARE), pair)
+    slopes = probe.sensitivity() if sensitivity else {}
+    for site, sums in moments.items():
+        weight, bias, _ = sums.ridge(damping)
+        shift = math.log(max(slopes[site], 1e-30)) if sensitivity else 0.0
+        routers.at(site).set_head(weight[:, 0].float(), float(bias[0]) + shift)
+
+
+def log_error(view: UnitView, forecasters: Forecasters | None) -> Tensor:
+    """log ||y - estimate|| of each token, float32 [N]; the estimate of skip is zero."""
+    error = view.y_ND.float()
+    if forecasters is not None:
+        error = error - forecasters(view.site, view.x_ND).float()
+    return (error.norm(dim=-1) + EPSILON).log()
+
+
+def shift_stage(
+    routers: PerSite[Router], threshold: Tensor, targets: Sequence[float], sparsity: float
+) -> Stage:
+    """`shift_kinds` as a stage: at the middle one of `targets`, or at the point's own target."""
+    target = sorted(targets)[len(targets) // 2] if targets else sparsity
+
+    def fit(probe: Probe) -> None:
+        shift_kinds(probe, routers, threshold, target)
+
+    return Stage("kind_shift", fit=fit, per_target=not targets)
+
+
+def shift_kinds(probe: Probe, routers: PerSite[Router], threshold: Tensor, sparsity: float) -> None:
+    """Move the MLP scores to where the routed model loses least at the target.
+
+    A score is what one bypass costs by itself. Costs of the same kind add up to more than their
+    sum along a token: a token that bypasses attention in every layer loses its context, which no
+    single bypass shows. So the dense model's slopes favour bypassing one kind too much. This walks
+    down the LM loss on calibration text in steps of `SHIFT_STEP`, at the exact sparsity.
+
+    Args:
+        routers: their heads are changed in place.
+        threshold: the method's; left where the target is realised.
+    """
+    part = probe.sample()
+    sites = [site for site in probe.shape.units() if site in routers]
+    if not {"attention", "mlp"} <= {site.kind for site in sites}:
+        return
+
+    def move(amount: float) -> None:
+        for site in sites:
+            if site.kind == "mlp":
+                routers.at(site).shift(amount)
+
+    def loss(near: float | None = None) -> float:
+        found = realising_threshold(part, sparsity, tolerance=TOLERANCE, near=near)
+        threshold.fill_(found.threshold)
+        return part.routed_loss()
+
+    best = loss()
+    direction = -SHIFT_STEP
+    for tried in range(MOST_SHIFTS):
+        move(direction)
+        found = loss(near=float(threshold) + direction / 2)
+        if found < best:
+            best = found
+            continue
+        move(-direction)
+        if tried > 0 or direction > 0:
+            return
+        direction = SHIFT_STEP

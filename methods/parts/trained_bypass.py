@@ -1,0 +1,62 @@
+"""Methods that train what a bypassed token takes, chosen by a gate (FlexiDepth, HeRo)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from methods.base import Decision, RouteContext, RoutedView, Site, Sparsity
+from methods.parts.gates import straight_through
+from methods.parts.narrow_ffn import NarrowFFN
+from methods.parts.penalties import depth_penalty
+from methods.parts.routed_method import RoutedMethod
+from methods.parts.routers import PerSite
+
+
+class TrainedBypass(RoutedMethod):
+    """Executes a unit or takes an adapter; gate = sigmoid(score - threshold).
+
+    What the chosen branch adds is scaled by the gate, or by 1 - gate, at inference too, which
+    carries the gradient without sampling. A threshold of minus infinity is the dense model.
+
+    Args:
+        adapters: of each site.
+        output: `scaled` as published; `whole` keeps the branch's value and lets the gate carry
+            the gradient.
+        depth_weight: of the mean over tokens of the squared sum of gates.
+    """
+
+    def __init__(
+        self,
+        *,
+        sparsity: Sparsity,
+        routers: PerSite,
+        adapters: PerSite[NarrowFFN],
+        output: Literal["scaled", "whole"],
+        depth_weight: float,
+    ) -> None:
+        super().__init__(sparsity=sparsity, routers=routers)
+        self.adapters, self.output, self.depth_weight = adapters, output, depth_weight
+
+    @property
+    def bypasses(self) -> PerSite[NarrowFFN]:
+        return self.adapters
+
+    def route(self, site: Site, x_BTD: Tensor, ctx: RouteContext) -> Decision:
+        decision = self.decide(self.score(site, x_BTD, ctx))
+        gate_BT, execute_BT = self._gate(decision), decision.execute_BT
+        if self.output == "scaled":
+            decision.scale_BT = torch.where(execute_BT, gate_BT, 1.0 - gate_BT)
+        if ctx.training:
+            decision.gate_BT = straight_through(gate_BT, execute_BT)
+        return decision
+
+    def _gate(self, decision: Decision) -> Tensor:
+        return torch.sigmoid(decision.scores_BT - self.threshold)
+
+    def _routed_loss(self, view: RoutedView) -> Tensor:
+        assert view.valid_BT is not None
+        gates = map(self._gate, view.decisions.values())
+        return view.task_loss + depth_penalty(gates, view.valid_BT, weight=self.depth_weight)
