@@ -70,10 +70,10 @@ def build(config: PointConfig) -> Built:
     """
     torch.manual_seed(config.seed)
     check_source(config.data)
-    base = load_base(config.resolved)
+    base = load_base(config.model, config.placement, config.seed, config.store.cache_dir)
     encode, limit = encoder(base.tokenizer), config.eval.perplexity.documents_limit
     documents = read_documents(config.data, config.budget, limit, config.seed, encode)
-    budget, row = build_budget(config.resolved), config.budget.seq_len
+    budget, row = build_budget(config.budget), config.budget.seq_len
     method = build_method(config, base.model)
     check_reach(method, config.method.name)
     texts = Texts(documents, encode, row, config.seed, fit_tokens=budget.fit_tokens)

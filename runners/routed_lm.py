@@ -26,7 +26,16 @@ from runners.corpus.rows import ProbeText, encoder, load_rows
 from runners.errors import UserError
 from runners.evaluation.harness import HarnessModel
 from runners.options import parse_value
-from runners.point_config import DataConfig, Dtype, Mode, Share, read_saved, saved_model
+from runners.point_config import (
+    DataConfig,
+    Dtype,
+    Mode,
+    ModelConfig,
+    PlacementConfig,
+    Share,
+    read_saved,
+    saved_model,
+)
 from runners.training.probe import ModelProbe
 
 log = logging.getLogger(__name__)
@@ -119,16 +128,10 @@ def base_of(
         UserError: a folder without a saved routed model, or a base that cannot be loaded.
     """
     settings = read_saved(Path(folder))
-    config = {
-        "model": {**saved_model(settings, base_model), "trust_remote_code": trust_remote_code},
-        "dtype": dtype,
-        "device": device or "auto",
-        "device_map": device_map,
-        "cache_dir": cache_dir,
-        "seed": settings["base"]["seed"],
-    }
-    places.check(config)
-    base = load_base(config)
+    model = {**saved_model(settings, base_model), "trust_remote_code": trust_remote_code}
+    placement = PlacementConfig(device or "auto", dtype, device_map, None)  # type: ignore[arg-type]
+    places.check(placement, None, merge_lora=False, here=True)
+    base = load_base(ModelConfig(**model), placement, settings["base"]["seed"], cache_dir)
     if settings["base"]["weights_sha256"] != base.weights_hash:
         log.warning("%s was trained on other weights (or another dtype) than these", Path(folder))
     return base

@@ -19,8 +19,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from runners.base_model.load import Base, load_base
 from runners.base_model.synthetic import byte_tokenizer, tiny_model
 from runners.corpus.source import Document
+from runners.point_config import PointConfig
 from tests.nursery import Nursery, Step
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -204,3 +206,9 @@ def commands(tmp_path: Path, nursery: Nursery) -> Commands:
 def shell(tmp_path: Path) -> Commands:
     """Each command in a process of its own, for tests of processes and of how soon they end."""
     return Commands(tmp_path, tmp_path / "results", tmp_path / "cache")
+
+
+def base_of(config: dict[str, Any]) -> Base:
+    """The base model of a resolved config."""
+    point = PointConfig.parse(config)
+    return load_base(point.model, point.placement, point.seed, point.store.cache_dir)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from runners.errors import UserError
+from runners.point_config import PlacementConfig, SpeedConfig
 from runners.runtime.processes import world_size
 from runners.store.files import disk_error
 
@@ -44,39 +45,44 @@ class Asked:
     gpus: bool
 
 
-def check(cfg: Mapping[str, Any]) -> None:
-    """The places of a config make sense and are on this machine (a plan may be for another).
+def check(
+    placement: PlacementConfig, speed: SpeedConfig | None, *, merge_lora: bool, here: bool
+) -> None:
+    """Refuse places that make no sense, or that this machine lacks.
+
+    Args:
+        here: False for a plan, which may be for another machine.
 
     Raises:
         UserError: what is wrong and what is allowed.
     """
-    if cfg.get("device_map") is None:
-        if cfg.get("max_memory") is not None:
+    wanted = asked(placement)
+    if wanted is None:
+        if placement.max_memory is not None:
             raise UserError("max_memory does nothing without device_map: add device_map=auto")
         return
-    wanted = asked(cfg)
-    assert wanted is not None
     if world_size() > 1:
         raise UserError("device_map places the model of one process: start it without a launcher")
-    if cfg["device"] not in ("auto", "cpu", "cuda"):
-        raise UserError(f"device={cfg['device']} is one device: with device_map, leave it out")
-    if cfg.get("merge_lora"):
+    if placement.device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device={placement.device} is one device: with device_map, leave it out")
+    if merge_lora:
         raise UserError("merge_lora=true needs all weights in one place: leave device_map out")
     for key, value in (("graphs", True), ("kernels", "triton")):
-        if (cfg.get("speed") or {}).get(key) == value:
+        if getattr(speed, key, None) == value:
             said = f"speed.{key}={str(value).lower()}"
             raise UserError(f"{said} needs the whole model on one GPU: leave device_map out")
-    if "plan" not in cfg:
-        _check_gpus(wanted, str(cfg["device"]))
+    if here:
+        _check_gpus(wanted, placement.device)
 
 
-def asked(cfg: Mapping[str, Any]) -> Asked | None:
-    """The two keys of a config in one form; None if the model is to be in one place.
+def asked(placement: PlacementConfig) -> Asked | None:
+    """Put the two keys of a config in one form; None if the model is to be in one place.
 
     Raises:
         UserError: an unknown word, a place or an amount of memory that is none.
     """
-    places, memory = cfg.get("device_map"), cfg.get("max_memory")
+    places: Any = placement.device_map
+    memory: Any = placement.max_memory
     if places is None:
         return None
     if isinstance(places, Mapping) and places:
@@ -94,7 +100,7 @@ def asked(cfg: Mapping[str, Any]) -> Asked | None:
         memory = {_place(key, "max_memory"): _amount(key, value) for key, value in memory.items()}
         if "disk" in memory:
             raise UserError("max_memory takes GPUs and cpu: what fits in neither goes to disk")
-    return Asked(places, memory, cfg["device"] != "cpu")
+    return Asked(places, memory, placement.device != "cpu")
 
 
 def _place(value: Any, where: str) -> Place:
@@ -147,7 +153,8 @@ def layout(model: Any, wanted: Asked) -> dict[str, Place]:
     ]
     if isinstance(wanted.places, str):
         found = _complete(model, _inferred(model, wanted.places, wanted))
-        return found | {one: found[other] for one, other in tied}
+        found |= {one: found[other] for one, other in tied}
+        return _told(found)
     names = {name for name, _ in model.named_modules()}
     if unknown := sorted(set(wanted.places) - names):
         parts = ", ".join(name for name in _complete(model, {"": "cpu"}) if ".layers." not in name)
@@ -160,7 +167,7 @@ def layout(model: Any, wanted: Asked) -> dict[str, Place]:
     for one, other in tied:
         if found[one] != found[other]:
             raise UserError(f"device_map: {one} and {other} share a weight: give both one place")
-    return found
+    return _told(found)
 
 
 def _inferred(model: Any, word: str, wanted: Asked) -> dict[str, Place]:
@@ -249,9 +256,9 @@ def remove_with(model: Any, folder: Path | None) -> None:
         weakref.finalize(model, shutil.rmtree, folder, ignore_errors=True)
 
 
-def tell(places: Mapping[str, Place]) -> None:
-    """Log how many parts went where."""
+def _told(places: dict[str, Place]) -> dict[str, Place]:
     counts = Counter(
         f"GPU {place}" if isinstance(place, int) else place for place in places.values()
     )
     log.info("device_map: %s", ", ".join(f"{n} parts on {name}" for name, n in counts.items()))
+    return places

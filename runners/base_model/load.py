@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from runners.base_model import fsdp as sharded
 from runners.base_model.embedded import embedded_model
 from runners.base_model.synthetic import random_model, tiny_model
 from runners.errors import UserError
+from runners.point_config import BudgetConfig, ModelConfig, PlacementConfig
 from runners.store.files import cache_root
 from runners.store.provenance import hash_model
 from runners.store.stage_cache import content_key
@@ -42,78 +41,83 @@ class Base:
     revision: str | None
 
 
-def load_base(cfg: Mapping[str, Any]) -> Base:
-    """Load the model of a config, frozen and in evaluation mode; the last one is kept in memory.
+def load_base(
+    config: ModelConfig, placement: PlacementConfig, seed: int, cache_dir: str | None
+) -> Base:
+    """Load a model, frozen and in evaluation mode; the last one is kept in memory.
+
+    Args:
+        seed: of weights that are drawn.
 
     Raises:
         UserError: it cannot be loaded, or its family has no adapter.
     """
-    key = {k: cfg[k] for k in ("model", "dtype", "device", "cache_dir", "seed")}
-    key |= {k: cfg.get(k) for k in ("device_map", "max_memory")}
-    if cfg["model"]["source"] not in RANDOM:
-        key["seed"] = 0
-    return _load_base(json.dumps(key, sort_keys=True))
+    drawn = config.source in ("tiny", "shape")
+    key = repr((config, placement, seed if drawn else None, cache_dir))
+    if key not in _kept:
+        _kept.clear()  # before the next one is loaded: two may not fit
+        _kept[key] = _load(config, placement, seed, cache_root(cache_dir))
+    return _kept[key]
 
 
-RANDOM = ("tiny", "shape")
-"""Sources of models whose weights are drawn from the seed."""
+_kept: dict[str, Base] = {}
 
 
-def _random_base(
-    source: Mapping[str, Any], device: torch.device, dtype: torch.dtype, seed: int
-) -> Base:
-    """Random weights at real sizes; what tells them apart is how they were drawn."""
-    drawn_from = content_key(source, str(device.type), str(dtype), seed)
-    model, tokenizer = random_model(
-        family=source["path"], sizes=source["config"], device=device, dtype=dtype, seed=seed
-    )
-    return Base(model.requires_grad_(False), tokenizer, drawn_from, source["name"], None)
-
-
-@functools.lru_cache(maxsize=1)
-def _load_base(key: str) -> Base:
-    cfg = json.loads(key)
-    source, device = cfg["model"], resolve_device(cfg["device"])
-    dtype = resolve_dtype(cfg["dtype"], device)
-    wanted, root = device_map.asked(cfg), cache_root(cfg["cache_dir"])
-    if source["source"] == "shape":
-        drawn_on = device if wanted is None else torch.device("cpu")
-        drawn = _random_base(source, drawn_on, dtype, cfg["seed"])
-        return drawn if wanted is None else replace(drawn, model=_placed(drawn.model, wanted, root))
-    if source["source"] == "tiny":
-        model, tokenizer = tiny_model(family=source["path"], seed=cfg["seed"])
-        model = model.to(dtype)
+def _load(config: ModelConfig, placement: PlacementConfig, seed: int, root: Path) -> Base:
+    device = resolve_device(placement.device)
+    dtype = resolve_dtype(placement.dtype, device)
+    wanted = device_map.asked(placement)
+    if config.source in ("tiny", "shape"):
+        on = torch.device("cpu") if config.source == "tiny" or wanted is not None else device
+        model, tokenizer = _drawn(config, on, dtype, seed)
         model = model if wanted is None else _placed(model, wanted, root)
     else:
-        folder, options = source["path"], {}
-        if source["source"] == "embedded":
-            folder = embedded_model(source["path"], cache_dir=root)
-        else:
-            options = {
-                "revision": source["revision"],
-                "trust_remote_code": source["trust_remote_code"],
-            }
-        places = None if wanted is None else _places(str(folder), options, dtype, wanted)
-        model, tokenizer = _from_transformers(str(folder), options, dtype, places, root)
+        embedded = config.source == "embedded"
+        path = str(embedded_model(config.path, cache_dir=root)) if embedded else config.path
+        asked = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+        model, tokenizer = _from_transformers(path, {} if embedded else asked, dtype, wanted, root)
     model = model.eval().requires_grad_(False)
-    weights_hash = hash_model(model)
+    # weights at real sizes are told apart by how they were drawn: hashing them takes minutes
+    shape = content_key(asdict(config), device.type, str(dtype), seed)
+    weights_hash = shape if config.source == "shape" else hash_model(model)
     if sharded.wanted():
         sharded.shard(model, device)
     if wanted is None:
         model = model.to(device)
-    return Base(model, tokenizer, weights_hash, source["name"], source["revision"])
+    return Base(model, tokenizer, weights_hash, config.name, config.revision)
+
+
+def _drawn(
+    config: ModelConfig, device: torch.device, dtype: torch.dtype, seed: int
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A tiny model, drawn in float32 whatever it computes in, or one of the sizes of a config."""
+    if config.source == "tiny":
+        model, tokenizer = tiny_model(family=config.path, seed=seed)
+        return model.to(dtype), tokenizer
+    assert config.config is not None
+    drawn: tuple[PreTrainedModel, PreTrainedTokenizerBase] = random_model(
+        family=config.path, sizes=config.config, device=device, dtype=dtype, seed=seed
+    )
+    return drawn
 
 
 def _from_transformers(
     path: str,
     options: dict[str, Any],
     dtype: torch.dtype,
-    places: dict[str, device_map.Place] | None,
+    wanted: device_map.Asked | None,
     root: Path,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    folder = None if places is None else device_map.disk_folder(places, root)
-    where = {} if places is None else {"device_map": places, "offload_folder": folder}
+    where, folder = {}, None
     with _loading(path):
+        if wanted is not None:  # where its parts will be, from its sizes alone
+            with torch.device("meta"):
+                sizes = AutoConfig.from_pretrained(path, **options)
+                require_family(sizes.model_type)
+                bare = AutoModelForCausalLM.from_config(sizes, dtype=dtype)
+            places = device_map.layout(bare, wanted)
+            folder = device_map.disk_folder(places, root)
+            where = {"device_map": places, "offload_folder": folder}
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, use_safetensors=True, **options, **where
         )
@@ -123,23 +127,9 @@ def _from_transformers(
     return model, tokenizer
 
 
-def _places(
-    path: str, options: dict[str, Any], dtype: torch.dtype, wanted: device_map.Asked
-) -> dict[str, device_map.Place]:
-    """Where the parts of a model will be, from its sizes alone."""
-    with _loading(path), torch.device("meta"):
-        config = AutoConfig.from_pretrained(path, **options)
-        require_family(config.model_type)
-        bare = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    places = device_map.layout(bare, wanted)
-    device_map.tell(places)
-    return places
-
-
 def _placed(model: PreTrainedModel, wanted: device_map.Asked, root: Path) -> PreTrainedModel:
     """A model that was drawn on the host, in its places."""
     places = device_map.layout(model, wanted)
-    device_map.tell(places)
     folder = device_map.disk_folder(places, root)
     device_map.remove_with(model, folder)
     moved: PreTrainedModel = device_map.dispatch(model, places, folder)
@@ -193,15 +183,16 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cpu" and amx else torch.float32
 
 
-def build_budget(cfg: Mapping[str, Any]) -> Budget:
-    """The budget of a config."""
-    budget = cfg["budget"]
+def build_budget(budget: BudgetConfig) -> Budget:
+    """The budget as a method sees it."""
+    stages = {
+        name: StageBudget(**asdict(getattr(budget, name)))
+        for name in ("forecasters", "routers", "lora")
+    }
     return Budget(
-        name=budget["name"],
-        fit_tokens=budget["fit_tokens"],
-        calibration_tokens=budget["calibration_tokens"],
-        sensitivity_tokens=budget["sensitivity_tokens"],
-        forecasters=StageBudget(**budget["forecasters"]),
-        routers=StageBudget(**budget["routers"]),
-        lora=StageBudget(**budget["lora"]),
+        name=budget.name,
+        fit_tokens=budget.fit_tokens,
+        calibration_tokens=budget.calibration_tokens,
+        sensitivity_tokens=budget.sensitivity_tokens,
+        **stages,
     )

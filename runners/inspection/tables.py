@@ -49,7 +49,7 @@ def record_routing(config: PointConfig) -> Path:
     """
     saved, asked = config.saved, config.inspect
     assert saved is not None and asked is not None
-    base = load_base(config.resolved)
+    base = load_base(config.model, config.placement, config.seed, config.store.cache_dir)
     try:
         method = from_pretrained(saved.saved, base.model)
     except BadCheckpoint as error:

@@ -56,7 +56,8 @@ def check_point(config: Mapping[str, Any]) -> None:
         check_source(point.data)
         limit, tasks = point.eval.perplexity.documents_limit, point.eval.tasks
         _check_local_text(point.data, point.budget, limit, point.seed, tasks)
-    device_map.check(config)
+    here = "plan" not in config
+    device_map.check(point.placement, point.speed, merge_lora=point.merge_lora, here=here)
     for key in ("results_dir", "cache_dir"):
         _check_writable(key, getattr(point.store, key))
     check_tracking(point.tracking)

@@ -26,9 +26,8 @@ from runners.base_model.synthetic import random_model
 from runners.corpus.rows import ProbeText
 from runners.corpus.source import stream_documents
 from runners.errors import UserError
-from runners.options import parse_section
 from runners.point import build, build_method, check_reach, recipe, stage_keys
-from runners.point_config import DataConfig, PointConfig
+from runners.point_config import PointConfig
 from runners.store.files import cache_root
 from runners.store.run_folder import RunFolder
 from runners.store.stage_cache import StageCache, content_key
@@ -48,6 +47,8 @@ TINY = {
     "initializer_range": 0.1,
     "tie_word_embeddings": True,
 }
+RECIPE = ("method", "model", "data", "budget", "objective", "seed")
+"""Sections that the stages of a point depend on, beside its target."""
 ADAM_BYTES = 12
 """Gradient and two moments of a trained parameter, float32."""
 BYTES_PER_TOKEN = {"tiny": 1.0, "shape": 1.0}
@@ -98,31 +99,30 @@ class Planner:
     def __init__(self, hardware: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         self.hardware, self.options = hardware, options
 
-    def point(self, point: PointConfig) -> PlannedPoint:
+    def point(self, config: PointConfig) -> PlannedPoint:
         """Plan one point of a sweep.
 
         Raises:
             UserError: no sizes of the model, or an option that the method refuses.
         """
-        config = point.resolved
-        folder = RunFolder(Path(point.store.results_dir) / point.fingerprint)
-        label = " ".join(filter(None, (point.label, point.variant)))
-        planned = PlannedPoint(label, point.fingerprint, folder.is_complete())
-        sizes, dtype = model_config(config), self._dtype(config)
+        folder = RunFolder(Path(config.store.results_dir) / config.fingerprint)
+        label = " ".join(filter(None, (config.label, config.variant)))
+        planned = PlannedPoint(label, config.fingerprint, folder.is_complete())
+        sizes, dtype = model_config(config.model, config.store.cache_dir), self._dtype(config)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(sizes, dtype=dtype)
-            method = build_method(point, model)
+            method = build_method(config, model)
         try:
-            check_reach(method, point.method.name)
+            check_reach(method, config.method.name)
         except UserError as error:
             planned.refused = str(error)
             return planned
         held = {"weights": _bytes(model), "added": _bytes(method)}
-        cached = self._cached(point)
-        key = content_key(*(config[name] for name in ("method", "model", "data", "budget", "seed")))
-        read = _rehearse(point, sizes)
-        for number, stage in enumerate(recipe(method, build_budget(config))):
-            key = content_key(key, stage.name, stage.per_target and config["sparsity"])
+        cached = self._cached(config)
+        key = content_key(*(config.resolved[name] for name in RECIPE))
+        read = _rehearse(config, sizes)
+        for number, stage in enumerate(recipe(method, build_budget(config.budget))):
+            key = content_key(key, stage.name, stage.per_target and config.sparsity)
             part = self._stage(stage, key, method, held, read[stage.name], config, dtype)
             part.cached = cached[number] if cached else None
             planned.parts.append(part)
@@ -136,14 +136,14 @@ class Planner:
         method: Method,
         held: Mapping[str, int],
         read: float,
-        config: Mapping[str, Any],
+        config: PointConfig,
         dtype: torch.dtype,
     ) -> Part:
         """One stage: what its fits read, and the steps of its gradient, all units executed."""
         assert method.shape is not None
         shape, size = method.shape, dtype.itemsize
         memory = {"activations": int(PASS * _alive(shape) * size)}
-        tokens, flops = read, read * _flops_per_token(shape, config["budget"]["seq_len"])
+        tokens, flops = read, read * _flops_per_token(shape, config.budget.seq_len)
         if stage.fit is not None:
             memory["statistics"] = stage.fit_bytes
         if stage.loss is not None and stage.budget is not None:
@@ -154,7 +154,7 @@ class Planner:
             if stage.forward == "dense":  # forecasters alone learn: no backward through the model
                 flops += spent * (once + 3 * added)
             else:  # frozen weights have no gradient: a backward pass costs what a forward does
-                teacher = config["objective"] == "distill"
+                teacher = config.objective == "distill"
                 flops += spent * ((2 + teacher) * once + 3 * added)
                 memory["activations"] = int(batch * shape.layers * _kept(shape) * size)
             trained = sum(p.numel() for p in stage.parameters) + _lora_parameters(stage, shape)
@@ -163,7 +163,7 @@ class Planner:
 
     def _evaluations(
         self,
-        config: Mapping[str, Any],
+        config: PointConfig,
         method: Method,
         held: Mapping[str, int],
         planned: PlannedPoint,
@@ -172,13 +172,15 @@ class Planner:
         """The dense model's, which a sweep shares, and the routed one's, all units executed."""
         assert method.shape is not None
         tokens, planned.not_estimated = evaluation_tokens(config, self.options)
-        settings = config["eval"]["perplexity"]
-        row = min(settings["context"], settings["tokens_per_document"])
+        settings = config.eval.perplexity
+        row = min(settings.context, settings.tokens_per_document)
         flops = tokens * _flops_per_token(method.shape, row)
-        rows = settings["batch_size"] * settings["context"]
+        rows = settings.batch_size * settings.context
         sizes = {**held, "activations": int(rows * _alive(method.shape) * dtype.itemsize)}
         hours = self._hours(flops, dtype)
-        shared = content_key("dense", config["model"], config["data"], config["eval"])
+        shared = content_key(
+            "dense", *(config.resolved[name] for name in ("model", "data", "eval"))
+        )
         parts = [Part("evaluate dense", shared, tokens, flops, sizes, hours)]
         if method.sites():
             own = content_key("routed", planned.fingerprint)
@@ -189,15 +191,16 @@ class Planner:
         peak = self.hardware["peak_tflops"][str(dtype).removeprefix("torch.")] * 1e12
         return flops / (peak * float(self.options["utilisation"])) / 3600
 
-    def _dtype(self, config: Mapping[str, Any]) -> torch.dtype:
-        name = self.hardware["dtype"] if config["dtype"] == "auto" else config["dtype"]
+    def _dtype(self, config: PointConfig) -> torch.dtype:
+        asked = config.placement.dtype
+        name = self.hardware["dtype"] if asked == "auto" else asked
         dtype = getattr(torch, name)
         assert isinstance(dtype, torch.dtype)
         return dtype
 
     def _cached(self, config: PointConfig) -> list[bool] | None:
         """Of each stage whether its product is in the cache; None where that cannot be known."""
-        if not self.options["cached"] or not weights_are_here(config.resolved):
+        if not self.options["cached"] or not weights_are_here(config.model, config.store.cache_dir):
             return None
         cache = StageCache(cache_root(config.store.cache_dir))
         keys = stage_keys(config, build(config))
@@ -227,37 +230,37 @@ def to_json(points: list[PlannedPoint], hardware: Mapping[str, Any]) -> dict[str
     return {"hardware": dict(hardware), "points": listed, "total": totals(points)}
 
 
-def evaluation_tokens(
-    config: Mapping[str, Any], options: Mapping[str, Any]
-) -> tuple[float, list[str]]:
+def evaluation_tokens(config: PointConfig, options: Mapping[str, Any]) -> tuple[float, list[str]]:
     """Tokens that one evaluation reads, and the names of texts and tasks that are not known.
 
     Args:
         options: the group `plan`: tokens of texts and tasks.
     """
-    settings, texts, tasks = config["eval"], options["texts"], options["tasks"]
-    limit, long = settings["token_perplexity"]["tokens"], settings["long_context"]
-    total = _document_tokens(config, options)
-    total += sum(_least(texts.get(name, 0), limit) for name in settings["texts"])
-    if long:
-        total += sum(long["tokens"] * context / long["stride"] for context in long["contexts"])
-    for name in set(settings["tasks"]) & set(tasks):
-        shots = (settings["num_fewshot"] or {}).get(name, 0)
+    settings, texts, tasks = config.eval, options["texts"], options["tasks"]
+    total, long = _document_tokens(config, options), settings.long_context
+    total += sum(
+        _least(texts.get(name, 0), settings.token_perplexity.tokens) for name in settings.texts
+    )
+    if long is not None:
+        size = _least(texts.get(long.text, 0), long.tokens)
+        total += sum(size * context / long.stride for context in long.contexts)
+    for name in set(settings.tasks) & set(tasks):
+        shots = settings.num_fewshot.get(name, 0)
         per_item = tasks[name]["tokens"] + shots * tasks[name]["shot"]
-        total += _least(tasks[name]["items"], settings["limit"]) * per_item
-    unknown = [name for name in settings["texts"] if name not in texts]
-    return total, unknown + [name for name in settings["tasks"] if name not in tasks]
+        total += _least(tasks[name]["items"], settings.limit) * per_item
+    unknown = [name for name in settings.texts if name not in texts]
+    return total, unknown + [name for name in settings.tasks if name not in tasks]
 
 
-def _document_tokens(config: Mapping[str, Any], options: Mapping[str, Any]) -> float:
+def _document_tokens(config: PointConfig, options: Mapping[str, Any]) -> float:
     """Of the data's own test split; a local one is measured."""
-    data, settings = config["data"], config["eval"]["perplexity"]
-    most, limit = settings["tokens_per_document"], settings["documents_limit"]
-    if data["source"] == "hub" and data["dir"] is None:
-        known = _least(options["documents"], data["documents_limit"])
+    data, most = config.data, config.eval.perplexity.tokens_per_document
+    limit = config.eval.perplexity.documents_limit
+    if data.source == "hub" and data.dir is None:
+        known = _least(options["documents"], data.documents_limit)
         return float((known if limit is None else limit) * min(options["document_tokens"], most))
-    size = BYTES_PER_TOKEN.get(config["model"]["source"], 4.0)
-    documents = itertools.islice(stream_documents(parse_section(DataConfig, data), "test"), limit)
+    size = BYTES_PER_TOKEN.get(config.model.source, 4.0)
+    documents = itertools.islice(stream_documents(data, "test"), limit)
     return float(sum(min(len(document.text) / size, most) for document in documents))
 
 
@@ -271,7 +274,7 @@ def _rehearse(config: PointConfig, sizes: PretrainedConfig) -> dict[str, float]:
     Returns:
         By the stage's name, without the steps of a gradient.
     """
-    budget = build_budget(config.resolved)
+    budget = build_budget(config.budget)
     scale = max(1.0, budget.fit_tokens / REHEARSED)
     model = _tiny(str(sizes.model_type), shape_of(sizes).layers)
     method = build_method(config, model)

@@ -110,7 +110,7 @@ def trained() -> Train:
             seed=0,
         )
         method.fit(probe)
-        for stage in method.stages(build_budget(config)):
+        for stage in method.stages(build_budget(PointConfig.parse(config).budget)):
             loop.run(stage)
         method.calibrate(probe, method.sparsity)
         return method

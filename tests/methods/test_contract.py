@@ -175,10 +175,11 @@ def test_shared_stages_do_not_depend_on_the_target(config, model, trained):
     for sparsity in (0.2, 0.6):
         other = method_config(name, f"sparsity={sparsity}")
         method = build_method(PointConfig.parse(other), model)
-        states.append({s.name: s.per_target for s in method.stages(build_budget(other))})
+        budget = build_budget(PointConfig.parse(other).budget)
+        states.append({s.name: s.per_target for s in method.stages(budget)})
         probe = probe_for(model, method)
         method.fit(probe)
-        for stage in method.stages(build_budget(other)):
+        for stage in method.stages(budget):
             if stage.fit is not None and not stage.per_target:
                 torch.manual_seed(0)
                 stage.fit(probe)

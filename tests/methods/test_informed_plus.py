@@ -20,7 +20,10 @@ def recipe(**options):
     config = method_config("informed_plus", "sparsity=0.5")
     method = InformedPlus(sparsity=0.5, rank=4, **options)
     method.setup(Shape(2, 32, 2, 1, 16, 48, 61))
-    return [(stage.name, stage) for stage in method.stages(build_budget(config))]
+    return [
+        (stage.name, stage)
+        for stage in method.stages(build_budget(PointConfig.parse(config).budget))
+    ]
 
 
 @pytest.mark.parametrize(

@@ -14,16 +14,15 @@ import torch
 from methods.base import Stage
 from methods.engine.decoder.offload import offloading
 from methods.engine.decoder.placement import placed
-from runners.base_model import device_map
+from runners.base_model import device_map, load
 from runners.base_model.device_map import asked, layout
-from runners.base_model.load import load_base
 from runners.base_model.synthetic import tiny_model
 from runners.errors import UserError
 from runners.launching.check import check_point
 from runners.launching.command_line import prepare
 from runners.point import check_gradients
-from runners.point_config import fingerprint
-from tests.conftest import Commands, compose_tiny
+from runners.point_config import PlacementConfig, fingerprint
+from tests.conftest import Commands, base_of, compose_tiny
 from tests.runners.survival import RECIPE, outcome
 
 PARTS = {"model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"}
@@ -68,8 +67,8 @@ def test_a_mistake_is_one_line_before_anything_loads(changes, says, monkeypatch)
 
 def test_more_gpus_than_there_are(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    device_map.check(config(device_map={"": 1}))
-    device_map.check(config(device_map="auto", max_memory={"1": "3GB", "cpu": 10**9}))
+    check_point(config(device_map={"": 1}))
+    check_point(config(device_map="auto", max_memory={"1": "3GB", "cpu": 10**9}))
     with pytest.raises(UserError, match="names GPU 2; this machine has 2"):
         check_point(config(device_map={"": 0, "lm_head": "cuda:2"}))
 
@@ -85,7 +84,7 @@ def test_speed_needs_one_gpu_for_graphs_and_kernels(key, value):
 def test_several_processes_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="device_map places the model of one process"):
-        device_map.check(config(device_map="auto"))
+        check_point(config(device_map="auto"))
 
 
 def test_a_plan_may_be_for_another_machine(monkeypatch):
@@ -98,7 +97,7 @@ def test_places_are_no_part_of_what_is_computed():
 
 
 def places(asked_for, memory=None, family="llama"):
-    wanted = asked(config(device_map=asked_for, max_memory=memory, device="cpu"))
+    wanted = asked(PlacementConfig("cpu", "auto", asked_for, memory))
     model, _ = tiny_model(family=family)
     return layout(model, wanted)
 
@@ -130,7 +129,7 @@ def test_what_does_not_fit_goes_to_disk(word):
 )
 def test_a_map_that_no_model_can_run_with(asked_for, says):
     model, _ = tiny_model()
-    wanted = asked(config(device_map=asked_for, device="auto"))
+    wanted = asked(PlacementConfig("auto", "auto", asked_for, None))
     with pytest.raises(UserError, match=says):
         layout(model, wanted)
 
@@ -157,7 +156,7 @@ class Saved:
     def load(self, cache: Path, **changes):
         model = {"name": "m", "source": "pretrained", "path": str(self.folder)}
         model |= {"revision": None, "trust_remote_code": False}
-        return load_base(config(model=model, cache_dir=str(cache), device="cpu", **changes))
+        return base_of(config(model=model, cache_dir=str(cache), device="cpu", **changes))
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +182,7 @@ def test_a_checkpoint_is_read_where_it_lies(saved, dtype, tmp_path):
     assert torch.equal(*logits) and logits[0].dtype == getattr(torch, dtype)
     folders = list((tmp_path / "offload").iterdir())
     assert len(folders) == 1
-    load_base.__globals__["_load_base"].cache_clear()
+    load._kept.clear()
     del parted
     gc.collect()
     assert not folders[0].exists()

@@ -22,7 +22,7 @@ from runners.corpus.rows import (
 from runners.corpus.source import Document
 from runners.errors import UserError
 from runners.options import parse_section
-from runners.point_config import BudgetConfig, DataConfig
+from runners.point_config import BudgetConfig, DataConfig, PointConfig
 from tests.conftest import compose_tiny, documents
 
 
@@ -117,7 +117,7 @@ SPLITS = {
 
 @pytest.fixture
 def budget():
-    return build_budget(compose_tiny())
+    return build_budget(PointConfig.parse(compose_tiny()).budget)
 
 
 @pytest.fixture

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from runners.base_model.load import Base, load_base
+from runners.base_model.load import Base
 from runners.corpus.source import Document
 from runners.evaluation.evaluate import evaluate, evaluation_key
 from runners.evaluation.perplexity import perplexity
-from tests.conftest import documents
+from tests.conftest import base_of, documents
 from tests.runners.toy import SITES, toy
 
 TEXT = documents(5)
@@ -86,9 +86,9 @@ def test_key(config, base, monkeypatch):
 
 def test_base_is_frozen_and_kept(tiny_config):
     config = tiny_config()
-    first = load_base(config)
-    assert load_base({**config, "sparsity": 0.9}) is first
+    first = base_of(config)
+    assert base_of({**config, "sparsity": 0.9}) is first
     assert not first.model.training
     assert not any(p.requires_grad for p in first.model.parameters())
-    other = load_base({**config, "seed": 1})
+    other = base_of({**config, "seed": 1})
     assert other.weights_hash != first.weights_hash
