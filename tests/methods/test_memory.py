@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from methods.engine.routed import routed
-from runners.base_model.load import build_method
+from runners.point import build_method
+from runners.point_config import PointConfig
 from tests.conftest import token_rows
 
 
 @pytest.fixture
 def method(config, tiny_llama):
     """Untrained, with a threshold among its scores."""
-    made = build_method(config, tiny_llama).eval()
+    made = build_method(PointConfig.parse(config), tiny_llama).eval()
     scores = []
     with torch.no_grad(), routed(tiny_llama, made):
         tiny_llama.routing.observer = lambda site, decision, _: scores.append(decision.scores_BT)

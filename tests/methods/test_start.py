@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from runners.base_model.load import build_budget, build_method
+from runners.base_model.load import build_budget
+from runners.point import build_method
+from runners.point_config import PointConfig
 from runners.training.loop import START_SHARE, Loop
 from tests.conftest import token_rows
 from tests.methods.conftest import method_config, probe_for
@@ -14,7 +16,7 @@ def begins(model, *words):
     """(stage, threshold, realised sparsity) at the start of each gradient stage."""
     name, *overrides = words
     config = method_config(name, "sparsity=0.4", *overrides)
-    method = build_method(config, model)
+    method = build_method(PointConfig.parse(config), model)
     probe, found = probe_for(model, method), []
 
     def on_start(stage, steps, curve):
