@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from methods.base import Budget, Method, Probe, Stage
 from methods.engine import checkpoint
 from methods.engine.decoder.placement import input_device, spread
-from methods.engine.lora import Adapter, attach_lora, describe
+from methods.engine.lora import LoraFactors, attach_lora, describe
 from methods.engine.routed import attach
 from runners.base_model.load import Base, build_budget, load_base
 from runners.corpus.rows import Texts, encoder, read_documents
@@ -165,7 +165,7 @@ def evaluate(config: PointConfig, built: Built, folder: RunFolder) -> dict[str, 
         key,
         lambda: evaluate_model(config.resolved, built.base, test, samples_dir=dense_samples),
     )
-    if isinstance(built.method.adapter, Adapter):
+    if isinstance(built.method.adapter, LoraFactors):
         built.method.adapter.merged = config.merge_lora
     if built.method.sites():
         scores = evaluate_model(config.resolved, built.base, test, built.method, samples)

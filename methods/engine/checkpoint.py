@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from methods.base import LoraSpec, Method
-from methods.engine.lora import Adapter, attach_lora, describe
+from methods.engine.lora import LoraFactors, attach_lora, describe
 from methods.engine.routed import attach
 
 if TYPE_CHECKING:
@@ -50,9 +50,8 @@ def save_pretrained(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(method.adapter, Adapter):
-        peft = method.adapter.peft_config.to_dict()
-        _write_json(folder / ADAPTER_SETTINGS, {**peft, "inference_mode": True})
+    if isinstance(method.adapter, LoraFactors):
+        _write_json(folder / ADAPTER_SETTINGS, method.adapter.peft_config())
         _write_tensors(folder / ADAPTER_TENSORS, method.adapter.peft_tensors())
     _write_tensors(folder / TENSORS, own_tensors(method))
     lora = describe(method.adapter)

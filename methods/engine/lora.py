@@ -1,32 +1,28 @@
-"""Low-rank adapters of the backbone (peft), present in a model only while it is routed.
+"""Low-rank adapters of the backbone, present in a model only while it is routed.
 
-peft wraps projections; the wrapped ones stand in the model inside `applied` and the untouched ones
-outside it, so no base weight is ever written and the dense model (a teacher, the next job of a
-sweep) is the original bit for bit.
+An adapted projection is the model's own module with another `forward`, so no base weight is ever
+written and the dense model (a teacher, the next job of a sweep) is the original bit for bit. Saved
+adapters are peft's: `PeftModel.from_pretrained` reads them.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from methods.base import LoraSpec, Method
-from methods.engine.decoder.adapter import layers_of
-from methods.engine.decoder.families import require_family
-from methods.engine.decoder.offload import stand_ins
-from methods.engine.decoder.placement import placed
+from methods.engine.decoder.families import layers_of, require_family
+from methods.engine.decoder.placement import device_of
+from methods.engine.decoder.swap import Forward, SwappedForward, swapped_forwards, untouched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-NAME = "default"
-"""peft's name of the only adapter."""
 
 
 class Place(NamedTuple):
@@ -34,160 +30,150 @@ class Place(NamedTuple):
 
     name: str
     """Dotted path in the model."""
-    parent: nn.Module
-    child: str
     base: nn.Linear
-    wrapped: Any
-    """peft's layer around `base`."""
+
+    @property
+    def key(self) -> str:
+        """Name usable inside an `nn.ParameterDict`."""
+        return self.name.replace(".", "/")
 
 
-class Adapter(nn.Module):
+class LoraFactors(nn.Module):
     """The factors of every adapted projection, float32: the only tensors it owns.
 
     Args:
         spec: as asked for.
-        places: projections with peft's layers, not in the model now.
-        peft_config: peft's form of `spec`.
+        places: the projections that they adapt.
     """
 
-    def __init__(self, spec: LoraSpec, places: list[Place], peft_config: Any) -> None:
+    def __init__(self, spec: LoraSpec, places: list[Place]) -> None:
         super().__init__()
-        self.spec, self.places, self.peft_config = spec, tuple(places), peft_config
+        self.spec, self.places = spec, tuple(places)
         self.merged = False
         """True adds the product of the factors to a copy of each weight: same numbers, no extra
         products in the forward, the memory of one more copy. Not for training."""
         self.down = nn.ParameterDict()
         self.up = nn.ParameterDict()
         for place in places:
-            layer, key = place.wrapped, place.name.replace(".", "/")
-            for factor in (layer.lora_A[NAME], layer.lora_B[NAME]):
-                factor.float()
-            self.down[key] = layer.lora_A[NAME].weight
-            self.up[key] = layer.lora_B[NAME].weight
+            base, device = place.base, device_of(place.base)
+            # the draws of peft's layers, in their order and rounded as in the base model
+            down = nn.Linear(base.in_features, spec.rank, bias=False)
+            up = nn.Linear(spec.rank, base.out_features, bias=False)
+            nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
+            nn.init.zeros_(up.weight)
+            for factors, layer in ((self.down, down), (self.up, up)):
+                factors[place.key] = layer.to(device, base.weight.dtype).float().weight
         self.eval()
 
-    def train(self, mode: bool = True) -> Adapter:
-        """Dropout on or off."""
-        super().train(mode)
-        for place in self.places:
-            place.wrapped.train(mode)
-            place.base.eval()
-        return self
+    def forward_of(self, place: Place) -> Forward:
+        """The forward of a projection while the adapter is applied."""
+        down, up = self.down[place.key], self.up[place.key]
+        return (_Merged if self.merged else _Added)(self, place.base, down, up)
 
     def peft_tensors(self) -> dict[str, Tensor]:
         """The factors under the names of peft's `adapter_model.safetensors`."""
         named = {}
         for place in self.places:
-            key = place.name.replace(".", "/")
-            named[f"base_model.model.{place.name}.lora_A.weight"] = self.down[key]
-            named[f"base_model.model.{place.name}.lora_B.weight"] = self.up[key]
+            named[f"base_model.model.{place.name}.lora_A.weight"] = self.down[place.key]
+            named[f"base_model.model.{place.name}.lora_B.weight"] = self.up[place.key]
         return named
 
-    def current(self, place: Place) -> nn.Module:
-        """What stands at a place while the adapter is applied."""
-        wrapped: nn.Module = place.wrapped
-        return _merged(place) if self.merged else wrapped
+    def peft_config(self) -> dict[str, Any]:
+        """What peft writes to `adapter_config.json`."""
+        from peft import LoraConfig
+
+        config = LoraConfig(
+            r=self.spec.rank,
+            lora_alpha=self.spec.alpha,
+            lora_dropout=self.spec.dropout,
+            target_modules=sorted({place.name.rpartition(".")[2] for place in self.places}),
+            task_type="CAUSAL_LM",
+            inference_mode=True,
+        )
+        return config.to_dict()
+
+
+class _Added(SwappedForward):
+    """A projection's output plus alpha / rank * B A x, the sum in float32."""
+
+    def __init__(self, factors: LoraFactors, base: nn.Linear, down: Tensor, up: Tensor) -> None:
+        self.original, self.factors, self.down, self.up = base.forward, factors, down, up
+        self.scaling = factors.spec.alpha / factors.spec.rank
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = self.original(x)
+        kept = x.to(self.down.dtype)
+        if self.factors.training and self.factors.spec.dropout:
+            kept = functional.dropout(kept, self.factors.spec.dropout)
+        update = functional.linear(functional.linear(kept, self.down), self.up) * self.scaling
+        return (out + update).to(out.dtype)
+
+
+class _Merged(SwappedForward):
+    """A projection by a copy of its weight that holds the update."""
+
+    def __init__(self, factors: LoraFactors, base: nn.Linear, down: Tensor, up: Tensor) -> None:
+        update = (up @ down).detach() * (factors.spec.alpha / factors.spec.rank)
+        self.original, self.base = base.forward, base
+        self.weight = (base.weight.float() + update).to(base.weight.dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.base.bias)
 
 
 def attach_lora(
     model: PreTrainedModel, method: Method, spec: LoraSpec, *, seed: int = 0
-) -> Adapter:
+) -> LoraFactors:
     """Give the method an adapter (once; A random from `seed`, B zero, so the start is neutral).
 
     Raises:
         ValueError: the method has an adapter of another shape, or a projection is missing.
     """
     if method.adapter is None:
+        places = _places(model, spec)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            method.adapter = Adapter(spec, *_wrap(model, spec))
+            method.adapter = LoraFactors(spec, places)
     adapter = method.adapter
-    assert isinstance(adapter, Adapter)
+    assert isinstance(adapter, LoraFactors)
     if adapter.spec != spec:
         raise ValueError(f"this method already has adapters {adapter.spec}, not {spec}")
     return adapter
 
 
-@contextmanager
-def applied(adapter: nn.Module | None) -> Iterator[None]:
-    """The adapted projections stand in the model inside the block; None changes nothing."""
+def applied(adapter: nn.Module | None) -> AbstractContextManager[None]:
+    """Adapt the projections inside the block; None changes nothing."""
     if adapter is None:
-        yield
-        return
-    assert isinstance(adapter, Adapter)
-    try:
-        for place in adapter.places:
-            setattr(place.parent, place.child, adapter.current(place))
-        yield
-    finally:
-        for place in adapter.places:
-            setattr(place.parent, place.child, place.base)
+        return nullcontext()
+    assert isinstance(adapter, LoraFactors)
+    return swapped_forwards((place.base, adapter.forward_of(place)) for place in adapter.places)
 
 
-@contextmanager
-def suspended(adapter: nn.Module | None) -> Iterator[None]:
-    """The untouched projections again, inside a block of `applied`."""
-    assert adapter is None or isinstance(adapter, Adapter)
-    places = () if adapter is None else adapter.places
-    inside = [getattr(place.parent, place.child) for place in places]
-    try:
-        for place in places:
-            setattr(place.parent, place.child, place.base)
-        yield
-    finally:
-        for place, module in zip(places, inside, strict=True):
-            setattr(place.parent, place.child, module)
+def suspended(adapter: nn.Module | None) -> AbstractContextManager[None]:
+    """Run the untouched projections again, inside a block of `applied`."""
+    if adapter is None:
+        return nullcontext()
+    assert isinstance(adapter, LoraFactors)
+    return swapped_forwards((place.base, untouched(place.base)) for place in adapter.places)
 
 
 def describe(adapter: nn.Module | None) -> dict[str, Any] | None:
     """The spec as JSON values; None without an adapter."""
     if adapter is None:
         return None
-    assert isinstance(adapter, Adapter)
+    assert isinstance(adapter, LoraFactors)
     return {**asdict(adapter.spec), "targets": list(adapter.spec.targets)}
 
 
-def _wrap(model: PreTrainedModel, spec: LoraSpec) -> tuple[list[Place], Any]:
-    """peft's layers for every target, taken out of the model again, and peft's configuration."""
-    from peft import LoraConfig, inject_adapter_in_model
-    from peft.tuners.lora import LoraLayer
-
+def _places(model: PreTrainedModel, spec: LoraSpec) -> list[Place]:
     family = require_family(model.config.model_type)
     wanted = [family.projection.format(role) for role in spec.targets]
     for part in layers_of(model):
-        found = {name for unit in (part.attention, part.mlp) for name, _ in unit.named_children()}
-        if missing := sorted(set(wanted) - found):
+        names = {name.rpartition(".")[2] for name, _ in part.layer.named_modules()}
+        if missing := sorted(set(wanted) - names):
             raise ValueError(f"{model.config.model_type} has no projection {', '.join(missing)}")
-    config = LoraConfig(
-        r=spec.rank,
-        lora_alpha=spec.alpha,
-        lora_dropout=spec.dropout,
-        target_modules=wanted,
-        task_type="CAUSAL_LM",
-    )
-    with stand_ins(model) if placed(model) else nullcontext():
-        inject_adapter_in_model(config, model, adapter_name=NAME)
-    del model.peft_config
-    places = []
-    for name, module in list(model.named_modules()):
-        if isinstance(module, LoraLayer):
-            path, _, child = name.rpartition(".")
-            base = module.get_base_layer()
-            assert isinstance(base, nn.Linear)
-            places.append(Place(name, model.get_submodule(path), child, base, module))
-    for place in places:
-        setattr(place.parent, place.child, place.base)
-    return places, config
-
-
-def _merged(place: Place) -> nn.Module:
-    """A shallow copy of the base projection whose weight holds the update."""
-    merged = copy.copy(place.base)
-    weight = place.base.weight
-    update = place.wrapped.get_delta_weight(NAME).detach()
-    total = (weight.float() + update.float()).to(weight.dtype)
-    merged._parameters = {
-        **place.base._parameters,
-        "weight": nn.Parameter(total, requires_grad=False),
-    }
-    return merged
+    return [
+        Place(name, module)
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in wanted and isinstance(module, nn.Linear)
+    ]

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from methods.base import Decision, Method, Site, UnitView
 from methods.engine.cache.forecast_keys import projected_keys
-from methods.engine.decoder.adapter import shape_of
-from methods.engine.decoder.forward import ForwardState
+from methods.engine.decoder.families import shape_of
 from methods.engine.decoder.neurons import neurons_of
 from methods.engine.decoder.swap import swapped
 from methods.engine.decoder.unit import Unit
-from methods.engine.routed import routed, routing_of
+from methods.engine.routed import routed
+from methods.engine.routing import routing_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,12 +28,10 @@ def observed(model: PreTrainedModel, visit: Callable[[UnitView], None]) -> Itera
 
     The forward is the dense one; `visit` sees valid tokens only.
     """
-    state = ForwardState()
 
     def executor(unit: Unit) -> Tensor:
         after = unit.run()
-        assert state.valid_BT is not None
-        keep = state.valid_BT
+        keep = unit.inputs.call.valid_BT
         delta = after - unit.residual_BTD
         view = UnitView(unit.site, unit.x_BTD[keep], delta[keep], unit.residual_BTD[keep])
         if unit.attends:
@@ -43,7 +41,7 @@ def observed(model: PreTrainedModel, visit: Callable[[UnitView], None]) -> Itera
         visit(view)
         return after
 
-    with swapped(model, frozenset(shape_of(model.config).units()), executor, state):
+    with swapped(model, frozenset(shape_of(model.config).units()), executor):
         yield
 
 
@@ -54,8 +52,7 @@ def observed_routed(
     """Call `visit` for every routed unit of each forward of the routed model inside the block."""
 
     def observe(unit: Unit, decision: Decision, after: Tensor) -> None:
-        keep = routing.state.valid_BT
-        assert keep is not None
+        keep = unit.inputs.call.valid_BT
         delta = after - unit.residual_BTD
         visit(
             UnitView(
@@ -68,15 +65,14 @@ def observed_routed(
         )
 
     with routed(model, method):
-        routing = routing_of(model)
-        routing.unit_observer = observe
+        routing_of(model).unit_observer = observe
         yield
 
 
 @contextmanager
 def bypassed(model: PreTrainedModel, sites: frozenset[Site]) -> Iterator[None]:
     """Skip `sites` for every token inside the block (static depth)."""
-    with swapped(model, frozenset(), lambda unit: unit.run(), ForwardState(), dropped=sites):
+    with swapped(model, frozenset(), lambda unit: unit.run(), dropped=sites):
         yield
 
 
@@ -87,12 +83,10 @@ def unit_gradients(model: PreTrainedModel, visit: Callable[[Site, Tensor], None]
     Padding is removed. The embeddings' output is made to require a gradient, so that frozen
     weights stay frozen.
     """
-    state = ForwardState()
 
     def executor(unit: Unit) -> Tensor:
         delta = unit.run() - unit.residual_BTD
-        keep = state.valid_BT
-        assert keep is not None
+        keep = unit.inputs.call.valid_BT
         delta.register_hook(lambda gradient: visit(unit.site, gradient[keep]))
         return unit.residual_BTD + delta
 
@@ -100,7 +94,7 @@ def unit_gradients(model: PreTrainedModel, visit: Callable[[Site, Tensor], None]
     hook = embeddings.register_forward_hook(lambda _, __, out: out.requires_grad_(True))
     try:
         units = frozenset(shape_of(model.config).units())
-        with swapped(model, units, executor, state), torch.enable_grad():
+        with swapped(model, units, executor), torch.enable_grad():
             yield
     finally:
         hook.remove()

@@ -9,7 +9,7 @@ import torch
 from torch import distributed
 from transformers import PreTrainedModel
 
-from methods.engine.decoder.adapter import layers_of
+from methods.engine.decoder.families import layers_of
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from methods.engine.decoder.adapter import decoder
-from methods.engine.decoder.offload import at_hand
+from methods.engine.decoder.families import decoder
+from methods.engine.decoder.offload import materialised
 from methods.engine.decoder.placement import device_of, input_device
 from runners.corpus.source import Document
 from runners.errors import UserError
@@ -242,7 +242,7 @@ def _token_losses(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Te
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     place = device_of(head)
     hidden, targets = hidden.to(place), targets.to(place)
-    with at_hand(head):
+    with materialised(head):
         parts = [
             functional.cross_entropy(head(h).float(), t, reduction="none").double().cpu()
             for h, t in zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)

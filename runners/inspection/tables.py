@@ -24,10 +24,11 @@ from transformers import PreTrainedModel
 
 from methods.base import Decision, Method, Site, UnitView
 from methods.engine.checkpoint import BadCheckpoint, from_pretrained
-from methods.engine.decoder.adapter import layers_of
+from methods.engine.decoder.families import layers_of
 from methods.engine.decoder.placement import input_device
 from methods.engine.observe import observed
-from methods.engine.routed import routed, routing_of
+from methods.engine.routed import routed
+from methods.engine.routing import routing_of
 from runners.base_model.load import Base, load_base
 from runners.corpus.source import Document, stream_documents
 from runners.errors import UserError

@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from methods.base import Method, Shape, Stage, StageBudget
-from methods.engine.decoder.adapter import shape_of
+from methods.engine.decoder.families import shape_of
 from methods.engine.measure.flops import dense_flops
 from runners.base_model.config import model_config, weights_are_here
 from runners.base_model.load import build_budget

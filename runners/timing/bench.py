@@ -15,15 +15,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from methods.base import Method, Site
-from methods.engine.cache.growing import allocated_bytes, cache_bytes, roomy_cache
+from methods.engine.cache.growing import allocated_bytes, cache_bytes, preallocated_cache
 from methods.engine.decoder.placement import input_device
-from methods.engine.measure.clock import PartClock
+from methods.engine.measure.clock import Bench as RoutingBench
 from methods.engine.measure.counters import Usage
 from methods.engine.measure.flops import flops_ratio
 from methods.engine.measure.graphs import WARMUP_STEPS, DecodeGraph, static_cache
 from methods.engine.measure.traffic import dense_bytes, routed_bytes
 from methods.engine.ops.choose import Kernels, row_ops
-from methods.engine.routed import Routing, routed, routing_of
+from methods.engine.routed import routed
+from methods.engine.routing import Routing, routing_of
 from runners.timing.stopwatch import Timing, interleaved, ratio, timed
 
 Draw = Callable[[Site, Tensor], Tensor]
@@ -70,7 +71,9 @@ class Bench:
         usage: list[Usage] = []
 
         def forward() -> None:
-            self.model(input_ids=ids, past_key_values=roomy_cache(self.model), logits_to_keep=1)
+            self.model(
+                input_ids=ids, past_key_values=preallocated_cache(self.model), logits_to_keep=1
+            )
 
         def run_routed() -> float:
             with self._routed() as routing:
@@ -99,8 +102,7 @@ class Bench:
             routing.reset_counters()
             routed_steps.run(steps, graph=False)
             usage = routing.counters.read()
-            clock = PartClock(self.device)
-            routing.clock = clock
+            clock = self._clock(routing)
             whole = timed(lambda: routed_steps.run(steps, graph=False), self.device)
 
         def run_routed() -> float:
@@ -151,8 +153,7 @@ class Bench:
     def _parts(self, forward: Callable[[], None]) -> dict[str, float]:
         """Seconds by kind of work, of one further routed pass under a clock."""
         with self._routed() as routing:
-            clock = PartClock(self.device)
-            routing.clock = clock
+            clock = self._clock(routing)
             return _with_rest(clock, timed(forward, self.device))
 
     @property
@@ -165,17 +166,23 @@ class Bench:
         """Routed, after passes that read what is read once a block: users enter one, not many."""
         with routed(self.model, self.method, "gathered", kernels=self.kernels):
             routing = routing_of(self.model)
-            routing.draw = self.draw
+            routing.bench = RoutingBench(self.device, self.draw)
             for tokens in FIRST_TOKENS:
                 self.model(input_ids=self._rows(1, tokens), use_cache=False)
             routing.reset_counters()
             yield routing
 
+    def _clock(self, routing: Routing) -> RoutingBench:
+        """Time the parts of what runs from now on."""
+        assert routing.bench is not None
+        routing.bench.timing = True
+        return routing.bench
+
     def _rows(self, batch: int, tokens: int) -> Tensor:
         return self.ids_RT[:batch, :tokens].to(self.device)
 
 
-def _with_rest(clock: PartClock, whole: float) -> dict[str, float]:
+def _with_rest(clock: RoutingBench, whole: float) -> dict[str, float]:
     return {**clock.seconds, "other": max(0.0, whole - sum(clock.seconds.values()))}
 
 
@@ -194,7 +201,7 @@ class Decoder:
     ) -> None:
         self.model, self.ids_BT, self.context = model, ids_BT, context
         batch, room = ids_BT.shape[0], ids_BT.shape[1] + WARMUP_STEPS
-        self.cache: Any = roomy_cache(model)
+        self.cache: Any = preallocated_cache(model)
         if graphs:
             self.cache = static_cache(model, batch=batch, tokens=room)
         model(input_ids=ids_BT[:, :context], past_key_values=self.cache, logits_to_keep=1)

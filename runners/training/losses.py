@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from methods.engine.decoder.adapter import decoder
-from methods.engine.decoder.offload import at_hand
+from methods.engine.decoder.families import decoder
+from methods.engine.decoder.offload import materialised
 from methods.engine.decoder.placement import device_of
 
 CHUNK_TOKENS = 256
@@ -76,7 +76,7 @@ def _head_loss(
     """Sum of `loss` over the head's logits at `hidden_ND`, differentiable in `hidden_ND` only."""
     head = model.get_output_embeddings()
     place = device_of(head)
-    with at_hand(head):
+    with materialised(head):
         total: Tensor = _HeadLoss.apply(hidden_ND.to(place), targets.to(place), head, loss)
     return total
 

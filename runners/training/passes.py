@@ -11,9 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from methods.base import Method, RoutedView, Site, Stage, UnitView
-from methods.engine.decoder.adapter import decoder
+from methods.engine.decoder.families import decoder
 from methods.engine.observe import observed
-from methods.engine.routed import Routing, routed, routing_of
+from methods.engine.routed import routed
+from methods.engine.routing import Routing, routing_of
 from runners.runtime.distributed import all_reduce, is_distributed, local_rows
 from runners.training.losses import distillation_loss, hidden_states, language_model_loss
 from runners.training.state import RandomState
@@ -108,7 +109,7 @@ class Passes:
 
 def routed_view(routing: Routing, task_loss: Tensor, target: float) -> RoutedView:
     """Rates and side losses of the forward that just ran in training mode."""
-    valid = routing.state.valid_BT
+    valid = routing.call.valid_BT
     assert valid is not None
     units = len(routing.counters.shape.units())
     rates: dict[Site, Tensor] = {}

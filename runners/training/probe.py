@@ -11,11 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from methods.base import Decision, Method, RoutedScores, Shape, Site, SwiGLU, UnitView
-from methods.engine.decoder.adapter import decoder, layers_of, shape_of
+from methods.engine.decoder.families import decoder, layers_of, shape_of
 from methods.engine.decoder.neurons import weights_of
 from methods.engine.decoder.placement import input_device
 from methods.engine.observe import bypassed, observed, unit_gradients
-from methods.engine.routed import routed, routing_of
+from methods.engine.routed import routed
+from methods.engine.routing import routing_of
 from runners.corpus.rows import ProbeText
 from runners.errors import UserError
 from runners.runtime.progress import progress

@@ -7,7 +7,8 @@ import torch
 
 from methods.base import Shape, Site
 from methods.engine.checkpoint import from_pretrained, save_pretrained
-from methods.engine.routed import attach, routed, routing_of
+from methods.engine.routed import attach, routed
+from methods.engine.routing import routing_of
 from methods.informed_plus import InformedPlus
 from runners.base_model.load import build_budget
 from runners.point import build_method

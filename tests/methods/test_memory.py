@@ -53,7 +53,7 @@ def test_a_forward_leaves_no_tensor_on_the_method(tiny_llama, method):
             cache = model(input_ids=token_rows(2, 9), use_cache=True).past_key_values
             model(input_ids=token_rows(2, 1, seed=1), past_key_values=cache)
             assert held(method) == []
-            assert model.routing.state.memory == {}
+            assert model.routing.call.memory == {}
 
 
 def test_a_forward_within_a_forward_changes_nothing(tiny_llama, method):

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from methods.base import Budget, RoutedView, Site, StageBudget
-from methods.engine.routed import attach, routed, routing_of
+from methods.engine.routed import attach, routed
+from methods.engine.routing import routing_of
 from methods.skipgpt import SkipGPT
 from tests.methods.conftest import small_ids, small_model
 

@@ -11,7 +11,8 @@ import pytest
 from lm_eval.models.huggingface import HFLM
 
 from methods.engine.checkpoint import save_pretrained
-from methods.engine.routed import attach, routed, routing_of
+from methods.engine.routed import attach, routed
+from methods.engine.routing import routing_of
 from methods.random import Random
 from runners.base_model.synthetic import byte_tokenizer, tiny_model
 from runners.errors import UserError

@@ -20,12 +20,12 @@ SLOTS = 256
 """Slots that a full layer grows by."""
 
 
-class RoomyLayer(DynamicLayer):
+class PreallocatedLayer(DynamicLayer):
     """Keys and values [B, K, S, d], views of larger buffers that are written in place."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.room: tuple[Tensor, Tensor] | None = None
+        self.buffers: tuple[Tensor, Tensor] | None = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -42,14 +42,14 @@ class RoomyLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(like, like)
         held, tokens = self.get_seq_length(), like.shape[2]
-        room = self._room(like, held + tokens, held)
-        self.keys, self.values = (buffer.narrow(2, 0, held + tokens) for buffer in room)
-        key, value = (buffer.narrow(2, held, tokens) for buffer in room)
+        buffers = self._reserve(like, held + tokens, held)
+        self.keys, self.values = (buffer.narrow(2, 0, held + tokens) for buffer in buffers)
+        key, value = (buffer.narrow(2, held, tokens) for buffer in buffers)
         return key, value
 
-    def _room(self, like: Tensor, total: int, held: int) -> tuple[Tensor, Tensor]:
+    def _reserve(self, like: Tensor, total: int, held: int) -> tuple[Tensor, Tensor]:
         """Buffers of at least `total` slots that begin with what is held."""
-        own = self.room
+        own = self.buffers
         fits = own is not None and own[0].shape[2] >= total and _is_view(self.keys, own[0])
         if own is None or not fits:
             batch, heads, _, size = like.shape
@@ -57,13 +57,13 @@ class RoomyLayer(DynamicLayer):
             for buffer, old in zip(new, (self.keys, self.values), strict=True):
                 if held and old is not None:
                     buffer[:, :, :held] = old
-            own = self.room = (new[0], new[1])
+            own = self.buffers = (new[0], new[1])
         return own
 
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.room = None
+        self.buffers = None
 
 
 def _is_view(keys: Tensor | None, buffer: Tensor) -> bool:
@@ -76,11 +76,11 @@ def held_layer(cache: Any, index: int) -> Any:
     return None if cache is None or len(cache.layers) <= index else cache.layers[index]
 
 
-def roomy_cache(model: PreTrainedModel) -> DynamicCache:
+def preallocated_cache(model: PreTrainedModel) -> DynamicCache:
     """An empty cache for `model` whose full-attention layers grow in place."""
     cache = DynamicCache(config=model.config)
     cache.layers = [
-        RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
+        PreallocatedLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers
     ]
     return cache
 
@@ -100,6 +100,6 @@ def allocated_bytes(cache: Any) -> int:
     """The same with spare slots."""
     total = 0
     for layer in cache.layers:
-        held = getattr(layer, "room", None) or (layer.keys, layer.values)
+        held = getattr(layer, "buffers", None) or (layer.keys, layer.values)
         total += sum(t.numel() * t.element_size() for t in held if isinstance(t, torch.Tensor))
     return total

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from methods.base import SwiGLU
-from methods.engine.decoder.offload import at_hand
+from methods.engine.decoder.offload import materialised
 from methods.engine.ops.row_ops import RowOps
 from methods.engine.ops.swiglu import is_swiglu, matrices
 
@@ -36,7 +36,7 @@ def weights_of(mlp: Any) -> SwiGLU:
         )
     held = []
     for part in parts:
-        with at_hand(part):
+        with materialised(part):
             held.append(part.weight.detach())
     return SwiGLU(*held)
 

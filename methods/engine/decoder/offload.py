@@ -1,15 +1,15 @@
 """Weights that lie off the device that computes with them, fetched where something reads them.
 
 accelerate's hooks load an offloaded module's weights for the time of its `forward`. The engine's
-paths also read weights without calling their module. Inside `lent`, a weight is fetched when it is
-first read, by whatever path, and stays until it is given back: each comes once, and one that no
-path reads (of a unit that every token bypasses) never does.
+paths also read weights without calling their module. While a module is materialised, a weight is
+fetched when it is first read, by whatever path, and stays until it is released: each comes once,
+and one that no path reads (of a unit that every token bypasses) never does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def hooks_of(module: nn.Module) -> Sequence[AlignDevicesHook]:
-    """The hooks with which accelerate moves this module's inputs or weights; most have none."""
+    """List the hooks with which accelerate moves this module's inputs or weights."""
     found = getattr(module, "_hf_hook", None)
     if found is None:
         return ()
@@ -31,12 +31,12 @@ def hooks_of(module: nn.Module) -> Sequence[AlignDevicesHook]:
 
 
 def offloading(module: nn.Module) -> AlignDevicesHook | None:
-    """The hook that fetches the module's own weights; None where they are in place."""
+    """Find the hook that fetches the module's own weights; None where they are in place."""
     return next((hook for hook in hooks_of(module) if hook.offload), None)
 
 
 def device_named(name: int | str | torch.device) -> torch.device:
-    """A device as accelerate names it, where a number is a CUDA device."""
+    """Resolve a device as accelerate names it, where a number is a CUDA device."""
     return torch.device("cuda", name) if isinstance(name, int) else torch.device(name)
 
 
@@ -61,8 +61,8 @@ class OnDemand(dict[str, Any]):
         return self.here[name]
 
 
-class Lease:
-    """The offloaded weights of one module, between `begin` and `end`."""
+class Offloaded:
+    """One module whose weights are offloaded; materialised between `begin` and `end`."""
 
     def __init__(self, module: nn.Module, hook: AlignDevicesHook) -> None:
         self.module, self.hook = module, hook
@@ -71,7 +71,7 @@ class Lease:
         self._before: tuple[dict[str, Any], Any] | None = None
 
     def fetch(self, name: str) -> Tensor:
-        """The weight, wherever it lies, on the device that computes."""
+        """Copy the weight, wherever it lies, to the device that computes."""
         assert self.hook.weights_map is not None
         weight: Tensor = self.hook.weights_map[name]
         return weight.to(self.device)
@@ -84,57 +84,57 @@ class Lease:
         module.__dict__["_parameters"] = self.own
         module.__dict__["forward"] = module._old_forward
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         """Forget what was fetched; a later read fetches again."""
         self.own.here.clear()
 
     def end(self) -> None:
-        """As it was before."""
+        """Put parameters and forward back as they were."""
         assert self._before is not None
-        self.give_back()
+        self.release()
         parameters, forward = self._before
         self.module.__dict__["_parameters"] = parameters
         self.module.__dict__["forward"] = forward
 
 
-def leases_of(module: nn.Module) -> list[Lease]:
-    """One for every module below whose weights lie elsewhere."""
+def offloaded_in(module: nn.Module) -> list[Offloaded]:
+    """List the module and those below it whose weights lie elsewhere."""
     found = ((part, offloading(part)) for part in module.modules())
-    return [Lease(part, hook) for part, hook in found if hook is not None]
+    return [Offloaded(part, hook) for part, hook in found if hook is not None]
+
+
+def materialised(module: nn.Module) -> AbstractContextManager[None]:
+    """Let the module's weights be read inside the block, wherever they lie."""
+    return all_materialised(offloaded_in(module))
 
 
 @contextmanager
-def lent(leases: Iterable[Lease]) -> Iterator[None]:
-    """Begin all of them, and end them on any exit."""
-    begun: list[Lease] = []
+def all_materialised(parts: Iterable[Offloaded]) -> Iterator[None]:
+    """Materialise all of them inside the block."""
+    begun: list[Offloaded] = []
     try:
-        for lease in leases:
-            lease.begin()
-            begun.append(lease)
+        for part in parts:
+            part.begin()
+            begun.append(part)
         yield
     finally:
-        for lease in reversed(begun):
-            lease.end()
+        for part in reversed(begun):
+            part.end()
 
 
-def at_hand(module: nn.Module) -> AbstractContextManager[None]:
-    """The module's weights may be read inside the block; nothing where they are in place."""
-    return lent(leases_of(module)) if offloading(module) is not None else nullcontext()
-
-
-def fetched_again(leases: Sequence[Lease]) -> AbstractContextManager[Any]:
-    """What autograd keeps of a fetched weight is where to fetch it again for the backward pass.
+def fetched_again(parts: Sequence[Offloaded]) -> AbstractContextManager[Any]:
+    """Let autograd keep where to fetch a weight again for the backward pass, not the weight.
 
     So a pass with gradient holds the weights of one layer, not of all.
     """
 
     def pack(kept: Tensor) -> Any:
         place = kept.untyped_storage().data_ptr()
-        for lease in leases:
-            for name, weight in lease.own.here.items():
+        for part in parts:
+            for name, weight in part.own.here.items():
                 if weight.untyped_storage().data_ptr() == place:
                     view = kept.size(), kept.stride(), int(kept.storage_offset())
-                    return partial(_view_again, lease, name, view)
+                    return partial(_view_again, part, name, view)
         return kept
 
     def unpack(packed: Any) -> Tensor:
@@ -144,37 +144,12 @@ def fetched_again(leases: Sequence[Lease]) -> AbstractContextManager[Any]:
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
-def _view_again(lease: Lease, name: str, view: tuple[Any, Any, int]) -> Tensor:
-    return lease.fetch(name).as_strided(*view)
-
-
-@contextmanager
-def stand_ins(model: nn.Module) -> Iterator[None]:
-    """Offloaded weights have their device and dtype inside the block, but no values of their own.
-
-    For code that asks a module where its weight is, and reads no more of it.
-    """
-    leases = leases_of(model)
-    before = [lease.module._parameters for lease in leases]
-    try:
-        for lease in leases:
-            lease.module.__dict__["_parameters"] = {
-                name: held if held is None else _empty_like(held, lease.device)
-                for name, held in lease.module._parameters.items()
-            }
-        yield
-    finally:
-        for lease, parameters in zip(leases, before, strict=True):
-            lease.module.__dict__["_parameters"] = parameters
-
-
-def _empty_like(weight: Tensor, device: torch.device) -> nn.Parameter:
-    one = torch.zeros((), dtype=weight.dtype, device=device)
-    return nn.Parameter(one.expand(weight.shape), requires_grad=False)
+def _view_again(part: Offloaded, name: str, view: tuple[Any, Any, int]) -> Tensor:
+    return part.fetch(name).as_strided(*view)
 
 
 def stored(model: nn.Module, name: str, held: Tensor) -> Tensor:
-    """The tensor of a dotted name, from where it lies if it is offloaded."""
+    """Read the tensor of a dotted name, from where it lies if it is offloaded."""
     if held.device.type != "meta":
         return held
     owner, _, own_name = name.rpartition(".")

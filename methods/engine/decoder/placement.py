@@ -8,21 +8,26 @@ when it is routed, and runs as if this file did not exist.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from methods.base import Method
-from methods.engine.decoder.adapter import LayerParts, layers_of
-from methods.engine.decoder.forward import ForwardState
-from methods.engine.decoder.offload import device_named, fetched_again, hooks_of, leases_of, lent
+from methods.engine.decoder.families import LayerParts, layers_of
+from methods.engine.decoder.inputs import ForwardCall
+from methods.engine.decoder.offload import (
+    all_materialised,
+    device_named,
+    fetched_again,
+    hooks_of,
+    offloaded_in,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Forward = Callable[..., Tensor]
 M = TypeVar("M", bound=Method)
 
 
@@ -58,37 +63,35 @@ def spread(model: PreTrainedModel) -> bool:
 
 
 class Placement:
-    """Where a placed model's layers compute, and what they have to fetch.
-
-    Args:
-        parts: the decoder layers, as they are while the placement is in use.
-    """
+    """Where a placed model's layers compute, and what they have to fetch."""
 
     def __init__(self, parts: Sequence[LayerParts]) -> None:
         self.devices = [device_of(part.layer) for part in parts]
-        self.leases = [leases_of(part.layer) for part in parts]
+        self.offloaded = [offloaded_in(part.layer) for part in parts]
 
-    def lent(self) -> AbstractContextManager[None]:
-        """Weights of layers are fetched as they are read inside the block."""
-        return lent(lease for layer in self.leases for lease in layer)
+    def materialised(self) -> AbstractContextManager[None]:
+        """Fetch the weights of layers as they are read inside the block."""
+        return all_materialised(part for layer in self.offloaded for part in layer)
 
-    def around(self, index: int, forward: Forward, state: ForwardState) -> Forward:
-        """A layer's forward on the layer's device, which gives its weights back at the end."""
-        device, leases = self.devices[index], self.leases[index]
-
-        def run(*args: Any, **kwargs: Any) -> Tensor:
-            state.move(device)
-            args, kwargs = moved(args, device), moved(kwargs, device)
-            try:
-                if leases and torch.is_grad_enabled():
-                    with fetched_again(leases):
-                        return forward(*args, **kwargs)
+    def run(
+        self,
+        index: int,
+        forward: Callable[..., Tensor],
+        call: ForwardCall,
+        args: Any,
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """Run a layer's forward on the layer's device, and release its weights at the end."""
+        device, offloaded = self.devices[index], self.offloaded[index]
+        call.move(device)
+        args, kwargs = moved(args, device), moved(kwargs, device)
+        again = fetched_again(offloaded) if offloaded and torch.is_grad_enabled() else nullcontext()
+        try:
+            with again:
                 return forward(*args, **kwargs)
-            finally:
-                for lease in leases:
-                    lease.give_back()
-
-        return run
+        finally:
+            for part in offloaded:
+                part.release()
 
 
 def moved(value: Any, device: torch.device) -> Any:
@@ -107,7 +110,7 @@ def moved(value: Any, device: torch.device) -> Any:
     return value
 
 
-def settle(model: PreTrainedModel, method: M) -> M:
+def place_on_devices(model: PreTrainedModel, method: M) -> M:
     """Put what the method has for a layer on the device of that layer.
 
     Raises:

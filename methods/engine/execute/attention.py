@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,20 +18,18 @@ from torch.nn import functional
 
 from methods.base import KVPolicy
 from methods.engine.cache.evict import KeptKeys, layer_of
-from methods.engine.cache.growing import RoomyLayer, held_layer
+from methods.engine.cache.growing import PreallocatedLayer, held_layer
+from methods.engine.decoder.inputs import LayerInputs
 from methods.engine.ops.rotary import Angles, angles_of
 from methods.engine.ops.row_ops import RowOps
 from methods.engine.ops.rows import Rows, take
-
-if TYPE_CHECKING:
-    from methods.engine.decoder.unit import LayerInputs
 
 BLOCK_QUERIES = 128
 """Most queries that share a key prefix: small blocks waste few masked scores, large few calls."""
 
 
 @dataclass(frozen=True)
-class Sequence:
+class SequenceKeys:
     """Keys of one sequence, and what its gathered queries see of them."""
 
     key_KSd: Tensor
@@ -94,11 +92,11 @@ def _kept_by_all(
     inputs: LayerInputs,
     angles: Angles,
     ops: RowOps,
-) -> Iterator[Sequence]:
+) -> Iterator[SequenceKeys]:
     """Policy `keep`: keys of every token, the cache's first; they enter it whatever follows."""
     key, value = keys_of_all(attention, x_BTD, inputs, angles, ops)
     # a window has dropped keys before the first, a static cache has empty slots after the last
-    first = min(int(inputs.past), key.shape[2] - rows.tokens)
+    first = min(int(inputs.call.past), key.shape[2] - rows.tokens)
     return _split_by_sequence(key, value, first, rows, inputs.attention_mask)
 
 
@@ -108,30 +106,30 @@ def keys_of_all(
     """Keys and values of every token, after those of the cache, which they enter: [B, K, S, d]."""
     key_BTKd, value_BTKd = (heads_of(attention, name, x_BTD) for name in ("k", "v"))
     cache, layer = inputs.past_key_values, attention.layer_idx
-    room = held_layer(cache, layer)
-    if isinstance(room, RoomyLayer):  # where they stay, without a copy in between
-        key_slots, value_slots = room.extend(key_BTKd.transpose(1, 2))
+    held = held_layer(cache, layer)
+    if isinstance(held, PreallocatedLayer):  # where they stay, without a copy in between
+        key_slots, value_slots = held.extend(key_BTKd.transpose(1, 2))
         ops.rotate(key_BTKd, angles, out=key_slots.transpose(1, 2))
         value_slots.copy_(value_BTKd.transpose(1, 2))
-        assert room.keys is not None and room.values is not None
-        return room.keys, room.values
+        assert held.keys is not None and held.values is not None
+        return held.keys, held.values
     key, value = ops.rotate(key_BTKd, angles).transpose(1, 2), value_BTKd.transpose(1, 2)
     return (key, value) if cache is None else cache.update(key, value, layer)
 
 
 def _split_by_sequence(
     key: Tensor, value: Tensor, first: int, rows: Rows, mask: Tensor | None
-) -> Iterator[Sequence]:
+) -> Iterator[SequenceKeys]:
     for b, places in rows.per_sequence():
         last_N = places + first if first else places
         if mask is None:
-            yield Sequence(key[b], value[b], last_N)
+            yield SequenceKeys(key[b], value[b], last_N)
             continue
 
         def rows_of(part: slice, keys: int, b: int = b, places: Tensor = places) -> Tensor:
             return mask[b, 0].index_select(0, places[part])[:, :keys]
 
-        yield Sequence(key[b], value[b], last_N, rows_of)
+        yield SequenceKeys(key[b], value[b], last_N, rows_of)
 
 
 def _kept_by_executed(
@@ -141,7 +139,7 @@ def _kept_by_executed(
     inputs: LayerInputs,
     angles: Angles,
     ops: RowOps,
-) -> Iterator[Sequence]:
+) -> Iterator[SequenceKeys]:
     """Policy `evict`: keys of executed tokens only; a query sees those up to its own."""
     cache = inputs.past_key_values
     kept = KeptKeys() if cache is None else layer_of(cache, attention.layer_idx, KeptKeys)
@@ -155,7 +153,7 @@ def _kept_by_executed(
 
 def _kept_sequences(
     kept: KeptKeys, before: list[int], rows: Rows, window: int | None
-) -> Iterator[Sequence]:
+) -> Iterator[SequenceKeys]:
     assert kept.keys is not None and kept.values is not None and kept.places is not None
     for b, count in enumerate(rows.counts):
         if not count:
@@ -170,7 +168,7 @@ def _kept_sequences(
             return p[None, :keys] > own[part, None] - window
 
         hides = window is not None and window < kept.seen
-        yield Sequence(
+        yield SequenceKeys(
             kept.keys[b, :, :held],
             kept.values[b, :, :held],
             last,
@@ -179,7 +177,9 @@ def _kept_sequences(
         )
 
 
-def _attend(query_NHd: Tensor, sequence: Sequence, scale: float, ops: RowOps) -> Iterator[Tensor]:
+def _attend(
+    query_NHd: Tensor, sequence: SequenceKeys, scale: float, ops: RowOps
+) -> Iterator[Tensor]:
     """Scaled dot products of one sequence, a block of queries against the keys up to its last."""
     key, value = sequence.key_KSd, sequence.value_KSd
     if sequence.mask is None:
@@ -205,7 +205,9 @@ def _blocks(queries: int) -> Iterator[slice]:
         yield slice(start, min(start + size, queries))
 
 
-def _mask_of(like: Tensor, sequence: Sequence, keys: int) -> Callable[[slice, int], Tensor | None]:
+def _mask_of(
+    like: Tensor, sequence: SequenceKeys, keys: int
+) -> Callable[[slice, int], Tensor | None]:
     """What some queries see of the first keys: their sequence's own mask, and nothing later.
 
     Without an own mask it is additive, as the kernel takes it, and every row is the same edge
@@ -225,7 +227,7 @@ def _mask_of(like: Tensor, sequence: Sequence, keys: int) -> Callable[[slice, in
     return rows_of
 
 
-def _own_mask(sequence: Sequence, part: slice, seen: int) -> Tensor:
+def _own_mask(sequence: SequenceKeys, part: slice, seen: int) -> Tensor:
     """The sequence's own mask for some queries, and causal, [queries, keys]."""
     assert sequence.mask is not None
     mask_NS: Tensor = sequence.mask(part, seen)

@@ -19,14 +19,14 @@ from methods.engine.decoder.unit import Unit
 from methods.engine.execute.attention import keys_of_all, split_heads
 from methods.engine.execute.masked import scaled
 from methods.engine.ops.choose import Kernels
-from methods.engine.ops.linear import all_linear
+from methods.engine.ops.linear import all_linear, weight_of
 from methods.engine.ops.rotary import angles_of
 from methods.engine.ops.swiglu import is_swiglu
 from methods.engine.ops.triton.attend_rows import attend
 from methods.engine.ops.triton.linear_rows import linear_rows, linear_rows_add, swiglu_rows
 from methods.engine.ops.triton.route import forecast_bypassed, route_and_forecast
 from methods.engine.ops.triton.types import Partition, Sight
-from methods.engine.routed import Routing
+from methods.engine.routing import Routing
 
 PROJECTIONS = {"attention": ("q_proj", "o_proj"), "mlp": ("gate_proj", "up_proj", "down_proj")}
 
@@ -47,7 +47,7 @@ class FusedExecutor:
             return False
         if self.routing.training or torch.is_grad_enabled():
             return False
-        if not self.routing.state.padding()[1]:
+        if not unit.inputs.call.padding()[1]:
             return False
         parts: list[Any] = []
         if unit.attends:
@@ -61,11 +61,11 @@ class FusedExecutor:
 
     def __call__(self, unit: Unit) -> Tensor:
         """Residual stream after the unit, [B, T, D]."""
-        clock, after = self.routing.clock, unit.residual_BTD.clone()
+        routing, after = self.routing, unit.residual_BTD.clone()
         residual_ND = after.view(-1, after.shape[-1])
-        with clock.part("router"):
+        with routing.part("router"):
             rows, scale_BT = self._route(unit, residual_ND)
-        with clock.part(unit.site.kind):
+        with routing.part(unit.site.kind):
             if unit.attends:
                 self._attention(unit, residual_ND, rows)
             if unit.site.kind == "block":
@@ -76,13 +76,11 @@ class FusedExecutor:
 
     def _route(self, unit: Unit, residual_ND: Tensor) -> tuple[Partition, Tensor | None]:
         """Decide, add the estimate of bypassed tokens, and sort the rows: (rows, scale)."""
-        routing, state = self.routing, self.routing.state
-        assert state.valid_BT is not None
-        x_ND, valid_N = _flat(unit.x_BTD), state.valid_BT.reshape(-1)
-        shape = state.valid_BT.shape
+        routing, valid_BT = self.routing, unit.inputs.call.valid_BT
+        x_ND, valid_N, shape = _flat(unit.x_BTD), valid_BT.reshape(-1), valid_BT.shape
         options: dict[str, Any] = {"tokens": shape[1], "kernels": self.kernels}
         linear = routing.method.linear(unit.site)
-        if linear is not None and not routing.watched and routing.draw is None:
+        if linear is not None and not (routing.watched or routing.drawn):
             threshold = routing.method.threshold
             done = route_and_forecast(x_ND, residual_ND, valid_N, linear, threshold, **options)
             routing.counters.add(unit.site, done.execute_N.view(shape))
@@ -107,11 +105,11 @@ class FusedExecutor:
         tokens = unit.x_BTD.shape[1]
         q_proj, o_proj = _weights(attention.q_proj), _weights(attention.o_proj)
         query = linear_rows(_flat(unit.x_BTD), rows, *q_proj, kernels=self.kernels)
-        past = inputs.past
+        past = inputs.call.past
         if not isinstance(past, Tensor):
             # a sliding window has dropped keys before the first
             past = min(past, key.shape[2] - tokens)
-        pads_B, _ = self.routing.state.padding()
+        pads_B, _ = unit.inputs.call.padding()
         sight = Sight(tokens, past, window=inputs.window, first_valid_B=pads_B)
         out_NHd = attend(
             self.routing.ops.rotate(split_heads(attention, "q", query), angles.at(rows.index_N)),
@@ -135,4 +133,4 @@ def _flat(x_BTD: Tensor) -> Tensor:
 
 
 def _weights(linear: Any) -> tuple[Tensor, Tensor | None]:
-    return linear.weight, linear.bias
+    return weight_of(linear), linear.bias

@@ -7,7 +7,7 @@ import torch
 from methods.base import Decision, LinearUnit, Site
 from methods.engine.decoder.unit import Unit
 from methods.engine.ops.linear import transposed
-from methods.engine.routed import Routing
+from methods.engine.routing import Routing
 
 
 class LinearSites:
@@ -49,5 +49,5 @@ class LinearSites:
         linear = self.at(unit.site)
         assert linear is not None
         scores_BT = unit.scores(linear.score_D, linear.offset)
-        execute_BT = self.routing.settle(unit, scores_BT > self.routing.method.threshold)
+        execute_BT = self.routing.apply_mask(unit, scores_BT > self.routing.method.threshold)
         return Decision(execute_BT, execute_BT, scores_BT)

@@ -8,7 +8,7 @@ from torch import Tensor
 from methods.base import Decision
 from methods.engine.cache.evict import FlaggedKeys, layer_of, visible
 from methods.engine.decoder.unit import Unit
-from methods.engine.routed import Routing
+from methods.engine.routing import Routing
 
 
 class MaskedExecutor:
@@ -44,12 +44,12 @@ class MaskedExecutor:
         if method.kv_policy != "evict" or not unit.attends:
             self.routing.counters.add(unit.site, execute)
             return unit.run()
-        kept, cache = execute, unit.inputs.past_key_values
+        kept, cache, past = execute, unit.inputs.past_key_values, int(unit.inputs.call.past)
         if cache is not None:
             kept = layer_of(cache, unit.site.layer, FlaggedKeys).note(execute)
         tokens = execute.shape[1]
         self.routing.counters.add(unit.site, execute, kept.long().cumsum(1)[:, -tokens:])
-        mask = visible(kept, unit.inputs.attention_mask, past=int(unit.inputs.past), tokens=tokens)
+        mask = visible(kept, unit.inputs.attention_mask, past=past, tokens=tokens)
         return unit.run(unit.inputs.masked_by(mask))
 
 

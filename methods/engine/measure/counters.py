@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from methods.base import Shape, Site
-from methods.engine.decoder.padding import capturing
+from methods.engine.decoder.inputs import capturing
 
 
 class Counters:

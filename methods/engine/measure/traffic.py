@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from methods.base import Method, Site
-from methods.engine.decoder.adapter import layers_of
+from methods.engine.decoder.families import layers_of
 from methods.engine.measure.counters import Usage
 
 if TYPE_CHECKING:

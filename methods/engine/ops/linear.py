@@ -14,8 +14,28 @@ from methods.base import LinearUnit
 
 
 def all_linear(modules: Iterable[Any]) -> bool:
-    """True if all are plain linear layers, whose weights say it all; an adapter must be called."""
-    return all(type(module) is nn.Linear for module in modules)
+    """True if all are plain linear layers, whose `weight_of` says it all; others must be called."""
+    return all(type(module) is nn.Linear and _is_weight(module) for module in modules)
+
+
+def _is_weight(module: nn.Linear) -> bool:
+    """False with a hook, or if an adapter or an estimate stands in the place of the forward."""
+    forward = _swapped_forward(module)
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return not hooked and (forward is None or hasattr(forward, "weight"))
+
+
+def weight_of(module: nn.Linear) -> Tensor:
+    """The matrix that a plain linear layer multiplies with now: its own, or a merged adapter's."""
+    forward = _swapped_forward(module)
+    weight: Tensor = module.weight if forward is None else forward.weight
+    return weight
+
+
+def _swapped_forward(module: nn.Linear) -> Any:
+    """What the engine has put in the place of a module's forward, which keeps the `original`."""
+    forward = module.__dict__.get("forward")
+    return forward if hasattr(forward, "original") else None
 
 
 def estimate(linear: LinearUnit, x: Tensor) -> Tensor | None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from methods.base import SwiGLU
-from methods.engine.ops.linear import all_linear
+from methods.engine.ops.linear import all_linear, weight_of
 from methods.engine.ops.row_ops import RowOps
 
 FEW_ROWS = 1024
@@ -58,6 +58,4 @@ def weights_for_few(mlp: Any, x: Tensor, rows: int) -> SwiGLU | None:
     if not few or torch.is_grad_enabled() or not is_swiglu(mlp):
         return None
     parts = matrices(mlp)
-    if parts is None or any(part._forward_hooks or part._forward_pre_hooks for part in parts):
-        return None
-    return SwiGLU(*(part.weight for part in parts))
+    return None if parts is None else SwiGLU(*map(weight_of, parts))

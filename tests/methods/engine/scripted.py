@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from methods.base import Decision, Method, RouteContext, Site, SiteCost
-from methods.engine.decoder.adapter import shape_of
+from methods.engine.decoder.families import shape_of
 
 Tables = dict[Site, Tensor]
 """Per site: bool [sequences, positions]."""

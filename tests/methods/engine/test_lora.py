@@ -13,7 +13,8 @@ from methods.base import LoraSpec
 from methods.engine.checkpoint import ADAPTER_TENSORS, BadCheckpoint, from_pretrained
 from methods.engine.checkpoint import save_pretrained as save
 from methods.engine.lora import attach_lora
-from methods.engine.routed import attach, routed, routing_of
+from methods.engine.routed import attach, routed
+from methods.engine.routing import routing_of
 from methods.informed import Informed
 from tests.methods.conftest import small_ids, small_model
 

@@ -12,7 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from methods.engine.decoder.adapter import shape_of
+from methods.engine.decoder.families import shape_of
 from methods.engine.routed import attach, routed
 from methods.informed import Informed
 from runners.job import run_point

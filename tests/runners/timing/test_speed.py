@@ -12,7 +12,8 @@ from methods.base import Site
 from methods.engine.measure.flops import dense_flops
 from methods.engine.ops import choose
 from methods.engine.ops.cpu.build import reason_without
-from methods.engine.routed import attach, routed, routing_of
+from methods.engine.routed import attach, routed
+from methods.engine.routing import routing_of
 from methods.informed import Informed
 from runners.point_config import SpeedConfig
 from runners.store.files import read_checked

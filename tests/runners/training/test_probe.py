@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from methods.base import Site
-from methods.engine.decoder.adapter import shape_of
+from methods.engine.decoder.families import shape_of
 from tests.runners.toy import SITES, toy, toy_probe
 
 

@@ -14,9 +14,10 @@ from transformers import DynamicCache, PreTrainedModel
 from methods.base import Method, Site
 from methods.engine.decoder import swap
 from methods.engine.decoder.families import FAMILIES
-from methods.engine.decoder.offload import OnDemand, leases_of, offloading
+from methods.engine.decoder.offload import OnDemand, offloaded_in, offloading
 from methods.engine.decoder.placement import input_device, placed
-from methods.engine.routed import routed, routing_of
+from methods.engine.routed import routed
+from methods.engine.routing import routing_of
 from runners.point import build_method
 from runners.point_config import PointConfig
 from runners.store.provenance import hash_model
@@ -137,9 +138,9 @@ def watched(model: PreTrainedModel, monkeypatch) -> list[str]:
 
     def init(self, parts):
         fetch(self, parts)
-        for lease in (lease for layer in self.leases for lease in layer):
-            own, base = lease.fetch, names[lease.module]
-            lease.fetch = lambda name, own=own, base=base: (
+        for part in (part for layer in self.offloaded for part in layer):
+            own, base = part.fetch, names[part.module]
+            part.fetch = lambda name, own=own, base=base: (
                 fetched.append(f"{base}.{name}") or own(name)
             )
 
@@ -173,7 +174,7 @@ def test_a_unit_that_all_tokens_bypass_is_not_fetched(policy, tmp_path, monkeypa
 @torch.no_grad()
 def test_weights_are_given_back_after_each_layer_and_hooks_after_an_error(tmp_path):
     model = all_on_disk(small_model(layers=LAYERS), tmp_path)
-    leaves = [lease.module for lease in leases_of(model.model.layers)]
+    leaves = [part.module for part in offloaded_in(model.model.layers)]
     before = [(leaf._parameters, leaf.forward) for leaf in leaves]
     held: list[int] = []
 
@@ -221,7 +222,7 @@ def test_a_model_in_one_place_meets_none_of_this(monkeypatch):
         raise AssertionError("asked about places")
 
     monkeypatch.setattr(swap.Placement, "__init__", refuse)
-    monkeypatch.setattr("methods.engine.decoder.forward.ForwardState.move", refuse)
+    monkeypatch.setattr("methods.engine.decoder.inputs.ForwardCall.move", refuse)
     monkeypatch.setattr("methods.engine.decoder.offload.hooks_of", refuse)
     monkeypatch.setattr("methods.engine.decoder.placement.hooks_of", refuse)
     model = small_model()

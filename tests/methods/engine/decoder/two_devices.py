@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from methods.base import Method
-from methods.engine.cache.growing import roomy_cache
+from methods.engine.cache.growing import preallocated_cache
 from methods.engine.decoder.placement import layer_devices, spread
-from methods.engine.routed import routed, routing_of
+from methods.engine.routed import routed
+from methods.engine.routing import routing_of
 from runners.errors import UserError
 from runners.evaluation.perplexity import Window, window_nlls
 from runners.point import build_method
@@ -50,7 +51,7 @@ def outputs(model: PreTrainedModel, method: Method, mode: str, device: str) -> l
     torch.manual_seed(1)
     with routed(model, method, mode):
         found = [model(input_ids=ids, attention_mask=mask.to(device)).logits]
-        cache = roomy_cache(model)
+        cache = preallocated_cache(model)
         for start, end in ((0, 5), (5, 8), *((at, at + 1) for at in range(8, 12))):
             found.append(model(input_ids=ids[:1, start:end], past_key_values=cache).logits)
         found.append(torch.tensor(window_nlls(model, windows)))

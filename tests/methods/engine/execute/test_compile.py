@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from methods.engine.cache.growing import roomy_cache
-from methods.engine.routed import attach, routed, routing_of
+from methods.engine.cache.growing import preallocated_cache
+from methods.engine.routed import attach, routed
+from methods.engine.routing import routing_of
 from methods.informed import Informed
 from tests.methods.conftest import small_ids, small_model
 
@@ -30,7 +31,7 @@ def informed(model):
 
 @torch.no_grad()
 def prefill_and_decode(model, call, ids):
-    cache = roomy_cache(model)
+    cache = preallocated_cache(model)
     parts = [call(input_ids=ids[:, :8], past_key_values=cache).logits]
     parts.append(call(input_ids=ids[:, 8:], past_key_values=cache).logits)
     return torch.cat(parts, 1)

@@ -8,8 +8,14 @@ from transformers import DynamicCache
 
 from methods.base import Site
 from methods.engine.cache.evict import KeptKeys
-from methods.engine.cache.growing import RoomyLayer, allocated_bytes, cache_bytes, roomy_cache
-from methods.engine.routed import routed, routing_of
+from methods.engine.cache.growing import (
+    PreallocatedLayer,
+    allocated_bytes,
+    cache_bytes,
+    preallocated_cache,
+)
+from methods.engine.routed import routed
+from methods.engine.routing import routing_of
 from tests.methods.conftest import small_ids, small_model
 from tests.methods.engine.execute.test_gathered import POLICIES, windowed
 from tests.methods.engine.scripted import (
@@ -143,26 +149,26 @@ def test_an_empty_evicted_cache_follows_its_batch(change):
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_roomy_cache_generates_the_same(beams):
+def test_preallocated_cache_generates_the_same(beams):
     model, ids = small_model(), small_ids(2, 8)
     options = {"max_new_tokens": 300, "num_beams": beams, "do_sample": False}
-    cache = roomy_cache(model)
-    assert all(type(layer) is RoomyLayer for layer in cache.layers)
+    cache = preallocated_cache(model)
+    assert all(type(layer) is PreallocatedLayer for layer in cache.layers)
     roomy = model.generate(ids, past_key_values=cache, **options)
     assert torch.equal(roomy, model.generate(ids, **options))
     if beams == 1:
-        assert cache.layers[0].room[0].shape[2] > cache.get_seq_length() > 256
+        assert cache.layers[0].buffers[0].shape[2] > cache.get_seq_length() > 256
 
 
 @pytest.mark.parametrize("kernels", ["auto", "torch"])
 @torch.no_grad()
-def test_chunks_in_a_roomy_cache(kernels):
+def test_chunks_in_a_preallocated_cache(kernels):
     model, ids = small_model(), small_ids(2, 300)
     sites = all_sites(model, "unit")
     method = Scripted(random_tables(sites, rows=2, positions=300), random_maps(sites, 32))
     with routed(model, method):
         expected = model(input_ids=ids).logits
-    cache, parts = roomy_cache(model), []
+    cache, parts = preallocated_cache(model), []
     with routed(model, method, "gathered", kernels=kernels):
         for chunk in ids.split((7, 250, 43), 1):
             parts.append(model(input_ids=chunk, past_key_values=cache).logits)
@@ -171,9 +177,9 @@ def test_chunks_in_a_roomy_cache(kernels):
 
 
 @torch.no_grad()
-def test_roomy_cache_may_be_cropped():
+def test_preallocated_cache_may_be_cropped():
     model, ids = small_model(), small_ids(2, 16)
-    cache = roomy_cache(model)
+    cache = preallocated_cache(model)
     model(input_ids=ids, past_key_values=cache)
     cache.crop(-6)
     other = small_ids(2, 6, seed=4)

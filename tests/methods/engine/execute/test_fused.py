@@ -11,7 +11,8 @@ from methods.engine.decoder.families import FAMILIES
 from methods.engine.execute import gathered
 from methods.engine.execute.fused import FusedExecutor
 from methods.engine.measure.graphs import DecodeGraph, set_length, static_cache
-from methods.engine.routed import attach, routed, routing_of
+from methods.engine.routed import attach, routed
+from methods.engine.routing import routing_of
 from methods.greedy import Greedy
 from methods.informed import Informed
 from tests.methods.conftest import small_ids, small_model

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from methods.base import Site
 from methods.engine.decoder.families import FAMILIES
 from methods.engine.execute.attention import BLOCK_QUERIES
-from methods.engine.routed import routed, routing_of
+from methods.engine.routed import routed
+from methods.engine.routing import routing_of
 from tests.methods.conftest import small_ids, small_model
 from tests.methods.engine.scripted import (
     Scripted,

@@ -7,7 +7,8 @@ import torch
 
 from methods.base import Site
 from methods.dense import Dense
-from methods.engine.routed import attach, routed, routing_of
+from methods.engine.routed import attach, routed
+from methods.engine.routing import routing_of
 from tests.methods.conftest import small_ids, small_model
 from tests.methods.engine.scripted import (
     Scripted,

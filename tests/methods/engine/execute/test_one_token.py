@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from methods.base import LinearUnit, Method, Site
-from methods.engine.cache.growing import roomy_cache
+from methods.engine.cache.growing import preallocated_cache
 from methods.engine.decoder.families import FAMILIES
 from methods.engine.execute.one_token import OneToken
-from methods.engine.routed import routed, routing_of
+from methods.engine.routed import routed
+from methods.engine.routing import routing_of
 from tests.methods.conftest import small_ids
 from tests.methods.engine.execute.test_gathered import windowed
 from tests.methods.engine.scripted import all_sites
@@ -62,7 +63,7 @@ class Linear(Method):
 def decoded(model, method, ids, mask, mode):
     """Logits of a prompt of 6 tokens and of every later token, one at a time; and the counts."""
     with routed(model, method, mode):
-        cache, parts = roomy_cache(model), []
+        cache, parts = preallocated_cache(model), []
         for start, end in [(0, 6), *((t, t + 1) for t in range(6, ids.shape[1]))]:
             seen = None if mask is None else mask[:, :end]
             out = model(input_ids=ids[:, start:end], attention_mask=seen, past_key_values=cache)

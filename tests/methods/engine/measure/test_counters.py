@@ -7,7 +7,8 @@ import torch
 
 from methods.base import Shape, Site
 from methods.engine.measure.counters import Counters
-from methods.engine.routed import routed, routing_of
+from methods.engine.routed import routed
+from methods.engine.routing import routing_of
 from tests.methods.conftest import small_ids, small_model
 from tests.methods.engine.scripted import Scripted, all_sites, padded, random_tables
 

@@ -7,9 +7,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from methods.dense import Dense
-from methods.engine.decoder.adapter import shape_of
+from methods.engine.decoder.families import shape_of
 from methods.engine.measure.flops import dense_flops, flops_ratio, routed_flops
-from methods.engine.routed import attach, routed, routing_of
+from methods.engine.routed import attach, routed
+from methods.engine.routing import routing_of
 from methods.informed import Informed
 from tests.methods.conftest import small_ids, small_model
 from tests.methods.engine.scripted import Scripted, all_sites, padded, random_tables

@@ -9,7 +9,8 @@ from torch import nn
 from methods.engine.measure.traffic import dense_bytes, routed_bytes
 from methods.engine.ops.cpu.compiled import CompiledRowOps
 from methods.engine.ops.row_ops import RowOps
-from methods.engine.routed import routed, routing_of
+from methods.engine.routed import routed
+from methods.engine.routing import routing_of
 from tests.methods.conftest import small_ids, small_model
 from tests.methods.engine.scripted import Scripted, all_sites, random_tables
 

@@ -8,7 +8,8 @@ import pytest
 
 from methods.engine.ops.cpu import build
 from methods.engine.ops.cpu.build import reason_without
-from methods.engine.routed import routed, routing_of
+from methods.engine.routed import routed
+from methods.engine.routing import routing_of
 from tests.methods.conftest import small_model
 from tests.methods.engine.scripted import Scripted, all_sites, random_tables
 

@@ -16,7 +16,8 @@ from methods.engine.ops.cpu.compiled import CompiledRowOps
 from methods.engine.ops.linear import transposed
 from methods.engine.ops.rotary import Angles
 from methods.engine.ops.row_ops import RowOps
-from methods.engine.routed import routed, routing_of
+from methods.engine.routed import routed
+from methods.engine.routing import routing_of
 from tests.methods.conftest import small_ids, small_model
 from tests.methods.engine.scripted import Scripted, all_sites, random_maps, random_tables
 

@@ -6,8 +6,13 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from methods.dense import Dense
-from methods.engine.decoder.adapter import layers_of, shape_of
-from methods.engine.decoder.families import FAMILIES, UnsupportedModel, require_family
+from methods.engine.decoder.families import (
+    FAMILIES,
+    UnsupportedModel,
+    layers_of,
+    require_family,
+    shape_of,
+)
 from methods.engine.routed import attach, routed
 from tests.methods.conftest import small_model
 
