@@ -115,7 +115,7 @@ def _time(config: PointConfig, folder: RunFolder) -> None:
 
 
 def _tracked(config: PointConfig, folder: RunFolder, job: str) -> AbstractContextManager[Safe]:
-    from runners.tracking.base import open_tracker
+    from runners.tracking import open_tracker
 
     redacted, identity = config.redacted, config.identity
     return open_tracker(config.tracking, folder.path, job=job, identity=identity, config=redacted)

@@ -175,7 +175,7 @@ def _import_all() -> None:
     import runners.evaluation.harness
     import runners.point
     import runners.sweep
-    import runners.tracking.base
+    import runners.tracking
 
     torch.set_num_threads(1)
     del datasets, hydra, lm_eval, scipy, runners

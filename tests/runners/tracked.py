@@ -10,7 +10,8 @@ import pytest
 
 from runners.point_config import TrackingConfig
 from runners.store.redact import redact
-from runners.tracking.base import Safe, open_tracker
+from runners.tracking import open_tracker
+from runners.tracking.base import Safe
 
 KEY = "s3cret" * 6 + "abcd"
 IDENTITY = {
