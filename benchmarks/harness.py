@@ -24,6 +24,7 @@ from functools import partial
 from typing import Any
 
 import lm_eval
+import yaml
 from lm_eval.models.huggingface import HFLM
 
 from methods.engine.checkpoint import from_pretrained
@@ -31,7 +32,9 @@ from methods.engine.routed import routed
 from runners.base_model.load import Base
 from runners.errors import UserError
 from runners.evaluation.harness import HarnessModel
-from runners.evaluation.tasks import TaskSet, task_set
+from runners.evaluation.tasks import TaskSet
+from runners.options import parse_section
+from runners.point_config import EvalConfig
 from runners.routed_lm import base_of
 from runners.timing.stopwatch import interleaved, ratio, timed
 
@@ -44,15 +47,13 @@ def main() -> None:
     if "saved" not in words or "tasks" not in words:
         raise UserError("give saved=<folder of a saved routed model> tasks=<names>")
     base = base_of(words["saved"])
-    settings = {
-        "tasks": words["tasks"].split(","),
-        "limit": int(words.get("limit", 50)),
-        "num_fewshot": {},
-        "data_dir": words.get("data_dir"),
-    }
+    quick = Path(__file__).resolve().parents[1] / "conf" / "eval" / "quick.yaml"
+    own = {"tasks": words["tasks"].split(","), "limit": int(words.get("limit", 50))}
+    own["data_dir"] = words.get("data_dir")
+    settings = parse_section(EvalConfig, {**yaml.safe_load(quick.read_text()), **own})
     with tempfile.TemporaryDirectory() as cache:
-        chosen = task_set(settings, [], 0, Path(cache))
-        for task in chosen.names:
+        chosen = TaskSet(settings, [], 0, Path(cache))
+        for task in settings.tasks:
             _compare(base, chosen, task, words)
 
 
@@ -100,7 +101,7 @@ def _evaluate(harness: Any, chosen: TaskSet, task: str) -> dict[str, float]:
     done = lm_eval.simple_evaluate(
         model=harness,
         tasks=[task],
-        limit=chosen.limit,
+        limit=chosen.settings.limit,
         task_manager=chosen.manager,
         bootstrap_iters=0,
     )

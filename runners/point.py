@@ -159,16 +159,16 @@ def evaluate(config: PointConfig, built: Built, folder: RunFolder) -> dict[str, 
         the folder.
     """
     products, test = stage_cache(config, folder), built.texts.documents["test"]
-    key = evaluation_key(config.resolved, built.base, test)
+    shared: dict[str, Any] = {"data": config.data.name, "seed": config.seed}
+    shared["cache_dir"] = cache_root(config.store.cache_dir)
+    key = evaluation_key(config.eval, built.base, test, **shared)
+    measure = partial(evaluate_model, config.eval, built.base, test, **shared)
     dense_samples, samples = products.values / f"{key}.samples", folder.path / "samples"
-    dense, _ = products.value(
-        key,
-        lambda: evaluate_model(config.resolved, built.base, test, samples_dir=dense_samples),
-    )
+    dense, _ = products.value(key, lambda: measure(samples_dir=dense_samples))
     if isinstance(built.method.adapter, LoraFactors):
         built.method.adapter.merged = config.merge_lora
     if built.method.sites():
-        scores = evaluate_model(config.resolved, built.base, test, built.method, samples)
+        scores = measure(method=built.method, mode=config.mode, samples_dir=samples)
     else:
         scores = dense
         if dense_samples.is_dir():

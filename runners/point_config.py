@@ -154,6 +154,17 @@ class EvalConfig:
     log_samples: bool
     share_contexts: bool | None
 
+    @property
+    def data_folder(self) -> Path | None:
+        """Folder of local copies of texts and tasks."""
+        return None if self.data_dir is None else Path(self.data_dir).resolve()
+
+    @property
+    def text_names(self) -> list[str]:
+        """All texts of a token perplexity, each once."""
+        long = [] if self.long_context is None else [self.long_context.text]
+        return list(dict.fromkeys([*self.texts, *long]))
+
 
 @dataclass(frozen=True)
 class PrefillConfig:

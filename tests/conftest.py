@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -22,7 +23,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from runners.base_model.load import Base, load_base
 from runners.base_model.synthetic import byte_tokenizer, tiny_model
 from runners.corpus.source import Document
-from runners.point_config import PointConfig
+from runners.options import parse_section
+from runners.point_config import EvalConfig, PointConfig
 from tests.nursery import Nursery, Step
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,6 +61,12 @@ def _composed(config_name: str, *overrides: str) -> dict[str, Any]:
     resolved = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(resolved, dict)
     return {str(key): value for key, value in resolved.items()}
+
+
+def eval_config(**changes: Any) -> EvalConfig:
+    """conf/eval/quick.yaml without tasks, and with these values."""
+    quick = yaml.safe_load((CONF / "eval" / "quick.yaml").read_text())
+    return parse_section(EvalConfig, {**quick, "tasks": [], **changes})
 
 
 @pytest.fixture

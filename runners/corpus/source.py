@@ -164,11 +164,12 @@ def name_unread(folder: Path) -> None:
         log.warning("%s: not read: %s", folder, ", ".join(sorted(file.name for file in found)))
 
 
-def texts_of(file: Path, text_field: str) -> Iterator[str]:
+def texts_of(file: Path, text_field: str, *others: str) -> Iterator[str]:
     """Read the text of every row of a local file.
 
     Args:
         text_field: column, or field of each line's JSON object, that holds the text.
+        others: fields that are taken where a line has not the first.
 
     Raises:
         UserError: a broken file, a missing column, a line or a value that is no text.
@@ -177,7 +178,7 @@ def texts_of(file: Path, text_field: str) -> Iterator[str]:
 
     form, rows = ("Parquet", _parquet) if file.suffix == ".parquet" else ("JSON Lines", _json_lines)
     try:
-        for where, value in rows(file, text_field):
+        for where, value in rows(file, text_field, *others):
             yield _text(value, where)
     except (ArrowException, OSError, EOFError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -196,7 +197,7 @@ def _parquet(file: Path, text_field: str) -> Iterator[tuple[str, Any]]:
             yield from ((f"{file}, row {next(number)}", v) for v in batch.column(0).to_pylist())
 
 
-def _json_lines(file: Path, text_field: str) -> Iterator[tuple[str, Any]]:
+def _json_lines(file: Path, text_field: str, *others: str) -> Iterator[tuple[str, Any]]:
     """Line by line, whether the file is compressed or not."""
     import pyarrow
 
@@ -208,8 +209,9 @@ def _json_lines(file: Path, text_field: str) -> Iterator[tuple[str, Any]]:
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{where}: no JSON ({error})") from error
             if isinstance(row, dict):
-                _require(text_field, row, where)
-                yield where, row[text_field]
+                found = next((name for name in (text_field, *others) if name in row), text_field)
+                _require(found, row, where)
+                yield where, row[found]
             elif line.strip():
                 raise UserError(f"{where}: no JSON object with a field {text_field!r}")
 

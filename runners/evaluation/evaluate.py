@@ -1,77 +1,102 @@
-"""Perplexity and tasks of the dense or the routed model, with what each realised."""
+"""Measure perplexity and tasks of the dense or the routed model, with what each realised."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from methods.base import Method
+from methods.engine.decoder.placement import input_device
 from methods.engine.measure.counters import Usage
 from methods.engine.measure.flops import flops_ratio, kv_bytes_ratio
 from methods.engine.routed import routed
 from runners.base_model.load import Base
 from runners.corpus.source import Document, digest
-from runners.evaluation.builtin_tasks import GENERATORS
-from runners.evaluation.perplexity import joined_perplexity, perplexity
+from runners.evaluation.builtin_tasks import GENERATORS, TEMPLATES
+from runners.evaluation.perplexity import perplexity
 from runners.evaluation.scores import Items
-from runners.evaluation.stock_tasks import local_task
-from runners.evaluation.tasks import TEMPLATES, task_set
+from runners.evaluation.stock_tasks import stock_task
+from runners.evaluation.tasks import TaskSet
 from runners.evaluation.texts import load_text, present_texts, text_file
-from runners.store.files import cache_root, sha256_of
+from runners.point_config import EvalConfig, PerplexityConfig, TokenPerplexityConfig
+from runners.store.files import content_hash
 from runners.store.provenance import code_version
 from runners.store.stage_cache import content_key
 
 log = logging.getLogger(__name__)
 
 HERE = Path(__file__).resolve().parent
-CODE = [HERE, HERE.parent / "runtime" / "memory.py"]
-CODE += sorted(TEMPLATES.glob("*.yaml"))
+CODE = [HERE, HERE.parent / "runtime" / "memory.py", *sorted(TEMPLATES.glob("*.yaml"))]
+LIBRARIES = ("lm_eval", "transformers", "torch")
+"""Another version of these may give other scores."""
 
 
-def evaluation_key(config: Mapping[str, Any], base: Base, documents: Sequence[Document]) -> str:
-    """Key of the dense model's scores: weights, precision, text, protocol and its code."""
-    settings = dict(config["eval"])
-    data_dir = _data_dir(settings)
-    files = {} if data_dir is None else _files(settings, data_dir)
-    settings["data_dir"] = {name: sha256_of(path) for name, path in sorted(files.items())}
+def evaluation_key(
+    settings: EvalConfig,
+    base: Base,
+    documents: Sequence[Document],
+    *,
+    data: str | None,
+    seed: int,
+    cache_dir: Path,
+) -> str:
+    """Name the dense model's scores: weights, precision, text, protocol, code, libraries, device.
+
+    Args:
+        data: name of the text, under which the record has its perplexity.
+    """
+    files = sorted(evaluation_files(settings).items())
     return content_key(
         "dense scores",
         base.weights_hash,
-        config["data"]["name"],
-        settings,
-        config["seed"],
+        data,
+        {**vars(settings), "data_dir": {name: content_hash(f, cache_dir) for name, f in files}},
+        seed,
         digest([document.text for document in documents]),
         code_version(*CODE),
+        [metadata.version(name) for name in LIBRARIES],
+        input_device(base.model).type,
     )
 
 
-def _files(settings: Mapping[str, Any], data_dir: Path) -> dict[str, Path]:
-    """Files of the data folder that these settings read, by their name in it."""
-    shots = settings.get("num_fewshot") or {}
-    files = {f"text {name}": text_file(name, data_dir) for name in _text_names(settings)}
-    for name in settings["tasks"]:
+def evaluation_files(settings: EvalConfig) -> dict[str, Path]:
+    """List the files of the data folder that an evaluation reads, by their name in it."""
+    folder = settings.data_folder
+    if folder is None:
+        return {}
+    files = {f"text {name}": text_file(name, folder) for name in settings.text_names}
+    for name in settings.tasks:
         if name not in GENERATORS:
-            found = local_task(name, shots.get(name)).files(data_dir)
+            found = stock_task(name, settings.num_fewshot.get(name)).files(folder)
             files |= {f"{name} {split}": path for split, path in found.items()}
     return {name: path for name, path in files.items() if path.is_file()}
 
 
 def evaluate(
-    config: Mapping[str, Any],
+    settings: EvalConfig,
     base: Base,
     documents: Sequence[Document],
+    *,
+    data: str | None,
+    seed: int,
+    cache_dir: Path,
     method: Method | None = None,
+    mode: str = "gathered",
     samples_dir: Path | None = None,
 ) -> dict[str, Any]:
-    """Every figure of a record that evaluation measures.
+    """Measure every figure of a record that evaluation gives.
 
     Args:
         documents: test split.
+        data: its name.
+        cache_dir: files of the tasks go there.
         method: None for the dense model.
         samples_dir: where lm-eval's full logs go if `eval.log_samples` is set.
 
@@ -80,105 +105,108 @@ def evaluate(
         `realised` (by unit kind and layer), the last four on the perplexity text; `items` by task
         or text (`Items`).
     """
-    settings, model = config["eval"], base.model
-    scope = contextlib.nullcontext() if method is None else routed(model, method, config["mode"])
+    model, name = base.model, str(data)
+    figures: dict[str, dict[str, Any]] = {"perplexity": {}, "accuracy": {}, "items": {}}
+    scope = contextlib.nullcontext() if method is None else routed(model, method, mode)  # type: ignore[arg-type]
     with scope:
-        name = config["data"]["name"]
-        measured = {
-            name: perplexity(
-                model, base.tokenizer, documents, seed=config["seed"], **settings["perplexity"]
-            )
-        }
+        own = settings.perplexity
+        kept = documents[: own.documents_limit]
+        first = _perplexity(base, kept, own, own.tokens_per_document, seed, joined=False)
+        figures["perplexity"][name], items = first
+        figures["items"][name] = vars(items)
         usage = _usage(model)
-        for text, entry in _texts(config, base):
-            measured[text] = entry | _realised_on(_usage(model))
-        items = {text: _items(entry).to_dict() for text, entry in measured.items()}
-        accuracy: dict[str, Any] = {}
-        for task, scores in _tasks(config, base, documents, samples_dir):
-            entry = scores.entry | _realised_on(_usage(model))
-            (measured if scores.measure == "perplexity" else accuracy)[task] = entry
-            items[task] = scores.items.to_dict()
+        for text, (entry, items) in _texts(settings, base, seed):
+            figures["perplexity"][text] = entry | _realised_on(_usage(model))
+            figures["items"][text] = vars(items)
+        tasks = _tasks(settings, base, documents, seed, cache_dir, samples_dir)
+        for task, scores in tasks:
+            figures[scores.measure][task] = scores.entry | _realised_on(_usage(model))
+            figures["items"][task] = vars(scores.items)
     return {
-        "perplexity": measured,
-        "accuracy": accuracy,
-        "items": items,
+        **figures,
         "sparsity_realised": usage.sparsity() if usage else 0.0,
         "flops_ratio": flops_ratio(method, usage) if usage and method else 1.0,
         "kv_bytes_ratio": kv_bytes_ratio(method, usage) if usage and method else 1.0,
-        "realised": _realised(usage),
+        "realised": {
+            "test": usage.sparsity() if usage else 0.0,
+            "attention": usage.sparsity("attention") if usage else 0.0,
+            "mlp": usage.sparsity("mlp") if usage else 0.0,
+            "per_layer": usage.per_layer() if usage else [],
+        },
     }
 
 
-def _texts(config: Mapping[str, Any], base: Base) -> Iterator[tuple[str, dict[str, Any]]]:
+def _texts(
+    settings: EvalConfig, base: Base, seed: int
+) -> Iterator[tuple[str, tuple[dict[str, Any], Items]]]:
     """Token perplexity of each text, then of one text at growing context."""
-    settings = config["eval"]
-    data_dir, sizes = _data_dir(settings), settings["token_perplexity"]
-    for name in present_texts(settings["texts"], data_dir):
-        yield name, _joined(base, load_text(name, data_dir), config["seed"], sizes)
-    long = settings["long_context"]
-    if not long or not present_texts([long["text"]], data_dir):
+    folder, sizes, long = settings.data_folder, settings.token_perplexity, settings.long_context
+    for name in present_texts(settings.texts, folder):
+        text = load_text(name, folder)
+        yield name, _perplexity(base, text, sizes, sizes.tokens, seed)
+    if long is None or not present_texts([long.text], folder):
         return
-    text = load_text(long["text"], data_dir)
+    text = load_text(long.text, folder)
     limit = getattr(base.model.config, "max_position_embeddings", None)
-    for context in long["contexts"]:
+    for context in long.contexts:
         if limit is not None and context > limit:
             log.warning("no perplexity at context %d: the model reads %d tokens", context, limit)
             continue
-        own = {**sizes, "context": context, "stride": long["stride"], "tokens": long["tokens"]}
-        own["batch_size"] = max(1, sizes["batch_size"] * sizes["context"] // context)
-        yield f"{long['text']}_context{context}", _joined(base, text, config["seed"], own)
+        batch = max(1, sizes.batch_size * sizes.context // context)
+        own = replace(sizes, context=context, stride=long.stride, batch_size=batch)
+        yield f"{long.text}_context{context}", _perplexity(base, text, own, long.tokens, seed)
 
 
-def _joined(
-    base: Base, text: Sequence[Document], seed: int, sizes: Mapping[str, Any]
-) -> dict[str, Any]:
-    stated = {"context": sizes["context"], "stride": sizes["stride"]}
-    return joined_perplexity(base.model, base.tokenizer, text, seed=seed, **sizes) | stated
+def _perplexity(
+    base: Base,
+    documents: Sequence[Document],
+    sizes: PerplexityConfig | TokenPerplexityConfig,
+    tokens: int | None,
+    seed: int,
+    *,
+    joined: bool = True,
+) -> tuple[dict[str, Any], Items]:
+    """An entry of the record, and its documents apart, so that the record stays small."""
+    entry = perplexity(
+        base.model,
+        base.tokenizer,
+        documents,
+        tokens=tokens,
+        context=sizes.context,
+        stride=sizes.stride,
+        batch_size=sizes.batch_size,
+        bootstrap_samples=sizes.bootstrap_samples,
+        seed=seed,
+        joined=joined,
+    )
+    found = entry.pop("per_document")
+    names, nlls, weights = ([part[key] for part in found] for key in ("name", "nll", "tokens"))
+    stated = {"context": sizes.context, "stride": sizes.stride} if joined else {}
+    return entry | stated, Items("perplexity", "nll", names, nlls, [float(n) for n in weights])
 
 
 def _tasks(
-    config: Mapping[str, Any],
+    settings: EvalConfig,
     base: Base,
     documents: Sequence[Document],
+    seed: int,
+    cache_dir: Path,
     samples_dir: Path | None,
 ) -> Iterator[tuple[str, Any]]:
-    settings = config["eval"]
-    if not settings["tasks"]:
+    if not settings.tasks:
         return
     from runners.evaluation.harness import HarnessModel
 
     harness = HarnessModel(
         base.model,
         base.tokenizer,
-        batch_size=settings["batch_size"],
-        share_contexts=settings["share_contexts"],
+        batch_size=settings.batch_size,
+        share_contexts=settings.share_contexts,
     )
-    chosen = task_set(settings, documents, config["seed"], cache_root(config["cache_dir"]))
-    for task in chosen.names:
-        log_to = samples_dir / f"{task}.jsonl" if samples_dir and settings["log_samples"] else None
+    chosen = TaskSet(settings, documents, seed, cache_dir)
+    for task in settings.tasks:
+        log_to = samples_dir / f"{task}.jsonl" if samples_dir and settings.log_samples else None
         yield task, chosen.run(harness, task, log_to)
-
-
-def _items(entry: dict[str, Any]) -> Items:
-    """Take the documents out of a perplexity's entry, so that the record stays small."""
-    found = entry.pop("per_document")
-    return Items(
-        "perplexity",
-        "nll",
-        [document["name"] for document in found],
-        [document["nll"] for document in found],
-        [float(document["tokens"]) for document in found],
-    )
-
-
-def _data_dir(settings: Mapping[str, Any]) -> Path | None:
-    chosen = settings.get("data_dir")
-    return Path(chosen).expanduser().resolve() if chosen else None
-
-
-def _text_names(settings: Mapping[str, Any]) -> list[str]:
-    long = settings["long_context"]
-    return [*settings["texts"], *([long["text"]] if long else [])]
 
 
 def _realised_on(usage: Usage | None) -> dict[str, float]:
@@ -193,14 +221,3 @@ def _usage(model: PreTrainedModel) -> Usage | None:
     usage = routing.counters.read()
     routing.reset_counters()
     return usage
-
-
-def _realised(usage: Usage | None) -> dict[str, Any]:
-    if usage is None:
-        return {"test": 0.0, "attention": 0.0, "mlp": 0.0, "per_layer": []}
-    return {
-        "test": usage.sparsity(),
-        "attention": usage.sparsity("attention"),
-        "mlp": usage.sparsity("mlp"),
-        "per_layer": usage.per_layer(),
-    }

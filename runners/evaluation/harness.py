@@ -14,8 +14,6 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -34,15 +32,6 @@ log = logging.getLogger(__name__)
 
 Request = tuple[Any, list[int], list[int]]
 """What lm-eval caches the answer under (or None), context and continuation as token ids."""
-
-
-@dataclass
-class Generation:
-    """What `generate` has produced so far."""
-
-    tokens: int = 0
-    """New tokens, the end token included, what follows a row's end not."""
-    seconds: float = 0.0
 
 
 class HarnessModel(HFLM):
@@ -76,30 +65,28 @@ class HarnessModel(HFLM):
         if share_contexts is None:
             share_contexts = next(model.parameters()).dtype == torch.float32
         self.share_contexts = share_contexts and self.batch_size != "auto"
-        self.generation = Generation()
+        self.generated_tokens, self.generation_s = 0, 0.0
+        """By `generate` so far: the end token included, what follows a row's end not."""
         self._row_lengths: list[int] | None = None
         self.fitting = Fitting(model)
-        self._shared_halvings = 0
 
     @property
     def oom_halvings(self) -> int:
         """How often memory did not suffice for a pass, which was then made in parts."""
-        return self.fitting.halvings + self._shared_halvings
+        return self.fitting.halvings
 
     def get_model_info(self) -> dict[str, Any]:
         """As in the base class, which asks the hub for a revision; here nothing is asked."""
         model = self.model
         return {"model_num_parameters": model.num_parameters(), "model_dtype": model.dtype}
 
-    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Answer]:
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
         """As in the base class, without bars in a log file."""
-        answers: list[Answer] = super().loglikelihood(requests, disable_tqdm=_quiet(disable_tqdm))
-        return answers
+        return super().loglikelihood(requests, disable_tqdm=_quiet(disable_tqdm))
 
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
         """As in the base class, without bars in a log file."""
-        texts: list[str] = super().generate_until(requests, disable_tqdm=_quiet(disable_tqdm))
-        return texts
+        return super().generate_until(requests, disable_tqdm=_quiet(disable_tqdm))
 
     @torch.no_grad()
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
@@ -140,12 +127,39 @@ class HarnessModel(HFLM):
         disable_tqdm: bool = False,
         override_bs: int | None = None,
     ) -> list[Answer]:
-        if self.share_contexts:
-            return self._score_shared(requests)
+        if not self.share_contexts:
+            return self._score_stock(requests, disable_tqdm, override_bs)
+        assert isinstance(self.batch_size, int)
+        shared = SharedContexts(
+            self.model,
+            rows_per_pass=self.batch_size,
+            max_length=self.max_length,
+            softmax_dtype=self.softmax_dtype,
+            apart=lambda indices: self._score_stock([requests[i] for i in indices], disable_tqdm),
+        )
+        answers = shared.score([(context, end) for _, context, end in requests])
+        self.fitting.halvings += shared.fitting.halvings
+        for (request, _, _), answer in zip(requests, answers, strict=True):
+            if request is not None:
+                self.cache_hook.add_partial("loglikelihood", request, answer)
+        return answers
+
+    def _score_stock(
+        self, requests: Sequence[Request], disable_tqdm: bool, override_bs: int | None = None
+    ) -> list[Answer]:
+        """As in the base class, with smaller batches where memory does not suffice."""
+
+        def score() -> list[Answer]:
+            self._row_lengths = self._expected_rows(requests)
+            try:
+                return base(list(requests), _quiet(disable_tqdm), override_bs)
+            finally:
+                self._row_lengths = None
+
+        base = super()._loglikelihood_tokens
         # lm-eval runs its longest rows first, so that a batch that is too large is noticed early
         while True:
             rows = override_bs or self.batch_size
-            score = partial(self._score_stock, requests, disable_tqdm, override_bs)
             found = self.fitting.attempt(score, rows != 1)
             if found is not None:
                 return found
@@ -154,34 +168,6 @@ class HarnessModel(HFLM):
             log.warning(
                 "out of memory: evaluation goes on with %d rows a pass", self.batch_size_per_gpu
             )
-
-    def _score_stock(
-        self, requests: Sequence[Request], disable_tqdm: bool, override_bs: int | None
-    ) -> list[Answer]:
-        """As in the base class, its rows' lengths known."""
-        self._row_lengths = self._expected_rows(requests)
-        try:
-            answers: list[Answer] = super()._loglikelihood_tokens(
-                list(requests), _quiet(disable_tqdm), override_bs
-            )
-        finally:
-            self._row_lengths = None
-        return answers
-
-    def _score_shared(self, requests: Sequence[Request]) -> list[Answer]:
-        assert isinstance(self.batch_size, int)
-        shared = SharedContexts(
-            self.model,
-            rows_per_pass=self.batch_size,
-            max_length=self.max_length,
-            softmax_dtype=self.softmax_dtype,
-        )
-        answers = shared.score([(context, end) for _, context, end in requests])
-        self._shared_halvings += shared.halvings
-        for (request, _, _), answer in zip(requests, answers, strict=True):
-            if request is not None:
-                self.cache_hook.add_partial("loglikelihood", request, answer)
-        return answers
 
     def _expected_rows(self, requests: Sequence[Request]) -> list[int]:
         """Input tokens of each row that the base class will run, in its order: longest first.
@@ -220,16 +206,6 @@ class HarnessModel(HFLM):
     def _model_generate(
         self, context: Tensor, max_length: int, stop: list[str], **options: Any
     ) -> Tensor:
-        started = time.perf_counter()
-        out = self._generate_fitting(context, max_length, stop, options)
-        new = out[:, context.shape[1] :].cpu()
-        self.generation.seconds += time.perf_counter() - started
-        self.generation.tokens += _new_tokens(new, int(self.tokenizer.pad_token_id))
-        return out
-
-    def _generate_fitting(
-        self, context: Tensor, max_length: int, stop: list[str], options: dict[str, Any]
-    ) -> Tensor:
         """Rows generated together, or in parts that memory holds; then padded to one length."""
         base, mask = super()._model_generate, options.pop("attention_mask", None)
 
@@ -237,9 +213,13 @@ class HarnessModel(HFLM):
             own = {} if mask is None else {"attention_mask": mask[list(rows)]}
             return list(base(context[list(rows)], max_length, stop, **own, **options))
 
-        pad = float(self.tokenizer.pad_token_id)
+        started, pad = time.perf_counter(), int(self.tokenizer.pad_token_id)
         done = self.fitting.run(range(context.shape[0]), generate)
-        return pad_sequence(done, batch_first=True, padding_value=pad)
+        out = pad_sequence(done, batch_first=True, padding_value=float(pad))
+        new = out[:, context.shape[1] :].cpu()
+        self.generation_s += time.perf_counter() - started
+        self.generated_tokens += _new_tokens(new, pad)
+        return out
 
 
 def _new_tokens(new_RT: Tensor, pad: int) -> int:

@@ -1,4 +1,4 @@
-"""Token perplexity with its spread over documents.
+"""Measure token perplexity with its spread over documents.
 
 Shapes: B windows in a batch, T tokens of the longest, D model width, V vocabulary.
 """
@@ -6,7 +6,7 @@ Shapes: B windows in a batch, T tokens of the longest, D model width, V vocabula
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,10 +21,12 @@ from methods.engine.decoder.offload import materialised
 from methods.engine.decoder.placement import device_of, input_device
 from runners.corpus.source import Document
 from runners.errors import UserError
-from runners.evaluation.bootstrap import bootstrap_interval
+from runners.evaluation.scores import bootstrap_interval
 from runners.runtime.memory import Fitting
-from runners.runtime.progress import progress as progress_bar
+from runners.runtime.progress import progress
 
+CHARACTERS, BESIDE_CUT = 16, 64
+"""Of a text that are tokenised for a token of it at first, and tokens that a cut may change."""
 LOGIT_ROWS = 512
 """Predicted tokens whose [rows, V] logits are held in float32 at a time."""
 
@@ -46,159 +48,92 @@ def perplexity(
     tokenizer: PreTrainedTokenizerBase,
     documents: Sequence[Document],
     *,
-    documents_limit: int | None = None,
-    tokens_per_document: int = 512,
+    tokens: int | None = None,
     context: int = 512,
     stride: int = 512,
     batch_size: int = 4,
     bootstrap_samples: int = 1000,
     seed: int = 0,
-    progress: bool = True,
+    joined: bool = False,
 ) -> dict[str, Any]:
-    """exp(mean negative log-likelihood per token) with a 95 % interval over documents.
+    """Measure exp(mean negative log-likelihood per token) with a 95 % interval over documents.
 
-    Each document is cut to its first `tokens_per_document` tokens (special tokens that the
-    tokenizer adds included). Its first token is never scored, every other token exactly once:
-    input windows of `context` tokens start every `stride` tokens, and each scores the next
-    tokens that no earlier window has scored.
+    The first token of a document is never scored, every other one exactly once: input windows of
+    `context` tokens start every `stride` tokens, and each scores the next tokens that no earlier
+    window has scored. Joined, it is the protocol of the pruning and quantisation papers (with
+    `stride = context`): the documents are one text, joined by blank lines, no window knows where a
+    document ends, and the interval is over windows, as blocks of neighbouring tokens.
 
     Args:
         model: causal LM, routed or not; its mode (eval) is the caller's.
-        documents_limit: first documents only; None for all.
+        tokens: first ones of each document, or of the joined text, special tokens that the
+            tokenizer adds included; None for all.
         stride: at most `context`; smaller gives each token more left context at more cost.
         batch_size: windows per forward pass, right-padded and masked; fewer where memory does not
             suffice.
-        bootstrap_samples: resamplings of the documents for the percentile interval.
 
     Returns:
         `{value, low, high, tokens, documents, oom_halvings, per_document: [{name, nll, tokens}]}`;
-        nll is the sum over the document in nats, tokens those scored; `oom_halvings` says how often
-        a pass was too large.
+        nll is the sum over the document (joined: the window) in nats, tokens those scored;
+        `oom_halvings` says how often a pass was too large.
 
     Raises:
         UserError: no document with at least two tokens, or impossible sizes.
     """
-    _check_sizes(context, stride, batch_size, bootstrap_samples, tokens_per_document)
-    kept = documents[:documents_limit]
-    windows: list[Window] = []
-    for index, document in enumerate(kept):
-        ids = tokenizer(document.text, verbose=False)["input_ids"][:tokens_per_document]
-        windows += windows_of(ids, index, context=context, stride=stride)
-    return measure(
-        model,
-        windows,
-        [document.name for document in kept],
-        batch_size=batch_size,
-        bootstrap_samples=bootstrap_samples,
-        seed=seed,
-        progress=progress,
-    )
-
-
-def joined_perplexity(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    documents: Sequence[Document],
-    *,
-    tokens: int | None = None,
-    context: int = 2048,
-    stride: int = 2048,
-    batch_size: int = 4,
-    bootstrap_samples: int = 1000,
-    seed: int = 0,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Perplexity of one long text: the documents joined by blank lines, cut into windows.
-
-    The protocol of the pruning and quantisation papers (with `stride = context`): no window
-    knows where a document ends. The interval is over windows, as blocks of neighbouring tokens.
-
-    Args:
-        tokens: first tokens of the joined text only; None for all.
-        context, stride: as for `perplexity`.
-
-    Returns:
-        As `perplexity`; what it calls documents are the windows.
-
-    Raises:
-        UserError: fewer than two tokens, or impossible sizes.
-    """
-    _check_sizes(context, stride, batch_size, bootstrap_samples, tokens)
-    text = "\n\n".join(document.text for document in documents)
-    ids = tokenizer(text, verbose=False)["input_ids"][:tokens]
-    windows = [
-        replace(window, document=index)
-        for index, window in enumerate(windows_of(ids, 0, context=context, stride=stride))
-    ]
-    return measure(
-        model,
-        windows,
-        [f"window-{window.document}" for window in windows],
-        batch_size=batch_size,
-        bootstrap_samples=bootstrap_samples,
-        seed=seed,
-        progress=progress,
-    )
-
-
-def _check_sizes(
-    context: int, stride: int, batch_size: int, bootstrap_samples: int, tokens: int | None
-) -> None:
     if not 1 <= stride <= context:
         raise UserError(f"stride must lie between 1 and context={context}, not {stride}")
     if batch_size < 1 or bootstrap_samples < 1 or (tokens is not None and tokens < 2):
-        raise UserError(
-            "perplexity needs batch_size and bootstrap_samples >= 1 and at least 2 tokens"
-        )
-
-
-def measure(
-    model: PreTrainedModel,
-    windows: list[Window],
-    names: Sequence[str],
-    *,
-    batch_size: int,
-    bootstrap_samples: int,
-    seed: int,
-    progress: bool = True,
-) -> dict[str, Any]:
-    """Perplexity over windows, with an interval over the documents that they belong to.
-
-    Args:
-        windows: sorted here by length, so that a pass pads little.
-        names: of the documents, by `Window.document`.
-
-    Raises:
-        UserError: no window.
-    """
+        raise UserError("perplexity needs batch_size, bootstrap_samples >= 1 and at least 2 tokens")
+    texts = [document.text for document in documents]
+    windows: list[Window] = []
+    for index, text in enumerate(["\n\n".join(texts)] if joined else texts):
+        ids = first_tokens(tokenizer, text, tokens)
+        windows += windows_of(ids, index, context=context, stride=stride)
+    names = [document.name for document in documents]
+    if joined:
+        windows = [replace(window, document=index) for index, window in enumerate(windows)]
+        names = [f"window-{index}" for index in range(len(windows))]
     if not windows:
         raise UserError("no text to measure perplexity on: every document is shorter than 2 tokens")
-    nll = np.zeros(len(names))
-    tokens = np.zeros(len(names), dtype=np.int64)
-    windows = sorted(windows, key=lambda window: -len(window.inputs))
+
+    nll, scored = np.zeros(len(names)), np.zeros(len(names), dtype=np.int64)
+    windows.sort(key=lambda window: -len(window.inputs))  # so that a pass pads little
     batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
     fitting = Fitting(model)
-    shown: Iterable[list[Window]] = progress_bar(batches, "perplexity") if progress else batches
-    for batch in shown:
+    for batch in progress(batches, "perplexity"):
         nlls = fitting.run(batch, lambda part: window_nlls(model, part))
         for window, window_nll in zip(batch, nlls, strict=True):
             nll[window.document] += window_nll
-            tokens[window.document] += len(window.targets)
+            scored[window.document] += len(window.targets)
 
-    scored = tokens > 0
-    low, high = bootstrap_interval(nll[scored], tokens[scored], bootstrap_samples, seed)
+    kept = np.flatnonzero(scored)
+    low, high = bootstrap_interval(nll[kept], scored[kept], bootstrap_samples, seed)
     return {
-        "value": math.exp(nll.sum() / tokens.sum()),
+        "value": math.exp(nll.sum() / scored.sum()),
         "low": low,
         "high": high,
-        "tokens": int(tokens.sum()),
-        "documents": int(scored.sum()),
+        "tokens": int(scored.sum()),
+        "documents": len(kept),
         "oom_halvings": fitting.halvings,
         "per_document": [
-            {"name": names[i], "nll": float(nll[i]), "tokens": int(tokens[i])}
-            for i in np.flatnonzero(scored).tolist()
+            {"name": names[i], "nll": float(nll[i]), "tokens": int(scored[i])}
+            for i in kept.tolist()
         ],
     }
+
+
+def first_tokens(tokenizer: PreTrainedTokenizerBase, text: str, count: int | None) -> Sequence[int]:
+    """Tokenise the beginning of a text: its first `count` tokens, or all.
+
+    Of a long text no more is tokenised than that needs; the cut may change the tokens beside it,
+    never those a good way before it.
+    """
+    characters = len(text) if count is None else CHARACTERS * count
+    while True:
+        ids: Sequence[int] = tokenizer(text[:characters], verbose=False)["input_ids"]
+        if characters >= len(text) or (count is not None and len(ids) >= count + BESIDE_CUT):
+            return ids[:count]
+        characters *= 4
 
 
 def windows_of(ids: Sequence[int], document: int, *, context: int, stride: int) -> list[Window]:

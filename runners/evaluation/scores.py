@@ -1,4 +1,7 @@
-"""From lm-eval's results to the figures of a record, and to those of each item."""
+"""Turn lm-eval's results into the figures of a record, with their spread, and those of each item.
+
+Without torch, so that checks start in a moment.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,6 @@ from typing import Any, Literal
 import numpy as np
 
 from runners.errors import UserError
-from runners.evaluation.bootstrap import bootstrap_interval
 
 METRICS = ("acc_norm,none", "acc,none", "exact_match,strict-match", "exact_match,none")
 """The first of these that a task reports is its accuracy; built-in tasks report `acc`."""
@@ -30,10 +32,6 @@ class Items:
     values: list[float]
     weights: list[float]
     """Words or tokens that a document's nll is over; 1 for items."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form."""
-        return dict(vars(self))
 
 
 @dataclass
@@ -137,3 +135,18 @@ def _rolling(results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]]) -
     keys = [f"{sample['doc_id']}/{sample['doc_hash'][:8]}" for sample in samples]
     items = Items("perplexity", "nll", keys, nll.tolist(), [float(count) for count in words])
     return TaskScores("perplexity", entry, items)
+
+
+def bootstrap_interval(
+    nll: np.ndarray, tokens: np.ndarray, samples: int, seed: int
+) -> tuple[float, float]:
+    """Resample documents: 2.5 and 97.5 percentile of the perplexity.
+
+    Args:
+        nll: sum of each document, nats.
+        tokens: scored tokens of each document, all positive.
+    """
+    draws = np.random.default_rng(seed).integers(0, len(nll), size=(samples, len(nll)))
+    values = np.exp(nll[draws].sum(axis=1) / tokens[draws].sum(axis=1))
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)

@@ -109,9 +109,7 @@ def check_evaluation(settings: EvalConfig) -> None:
         UserError: one line that lists everything that is missing.
     """
     check_tasks(settings.tasks)
-    long = settings.long_context
-    texts = [*settings.texts, *([long.text] if long else [])]
-    for name in texts:
+    for name in settings.text_names:
         describe_text(name)
     if settings.data_dir is None:
         return
@@ -120,7 +118,7 @@ def check_evaluation(settings: EvalConfig) -> None:
         raise UserError(f"eval.data_dir={settings.data_dir} is not a folder")
     foreign = [name for name in settings.tasks if name not in GENERATORS]
     lacking = missing_files(foreign, folder, settings.num_fewshot)
-    lacking += missing_texts(texts, folder)
+    lacking += missing_texts(settings.text_names, folder)
     if lacking:
         raise UserError(
             f"eval.data_dir={settings.data_dir} lacks {', '.join(dict.fromkeys(lacking))}: "

@@ -240,3 +240,17 @@ def _is_full(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno in FULL
     return any(f"os error {number})" in str(error) for number in FULL)
+
+
+def content_hash(file: Path, cache_dir: Path) -> str:
+    """Hash a file's content; it is read again only when its size or time of change is another.
+
+    Returns:
+        sha256, hex, kept in `<cache_dir>/hashes`.
+    """
+    status = file.stat()
+    version = f"{file.resolve()}|{status.st_size}|{status.st_mtime_ns}"
+    kept = cache_dir / "hashes" / hashlib.sha256(version.encode()).hexdigest()
+    if not kept.is_file():
+        write_bytes_atomic(kept, sha256_of(file).encode())
+    return kept.read_text()

@@ -16,7 +16,7 @@ from methods.engine.routing import routing_of
 from methods.random import Random
 from runners.base_model.synthetic import byte_tokenizer, tiny_model
 from runners.errors import UserError
-from runners.evaluation.tasks import task_set
+from runners.evaluation.tasks import TaskSet
 from runners.routed_lm import RoutedLM
 from tests.runners.evaluation.test_harness import settings, write_data
 
@@ -49,7 +49,7 @@ def test_command_line_equals_the_stock_class(saved, tmp_path, commands):
     """All executed: `--model routed` gives the scores of `--model hf` on the base model."""
     write_data(tmp_path / "data")
     names = ["piqa", "arc_easy", "openbookqa"]
-    chosen = task_set(settings(*names, folder=tmp_path / "data"), [], 0, tmp_path / "cache")
+    chosen = TaskSet(settings(*names, folder=tmp_path / "data"), [], 0, tmp_path / "cache")
     paths = [str(path) for path in chosen.manager.include_path]
     command = [sys.executable, "-m", "runners.routed_lm", "--model", "routed", "--model_args"]
     command += [f"pretrained={saved},dtype=float32", "--device", "cpu", "--batch_size", "4"]

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 import datasets
 import pytest
 
+from runners.base_model.embedded import sha256_of
 from runners.errors import UserError
 from runners.evaluation.fetching import Wanted, check_fetch, fetch, wanted_files
 from runners.launching.check import check_evaluation
 from runners.options import parse_section
 from runners.point_config import EvalConfig
-from runners.store.files import sha256_of
 from tests.conftest import compose_tiny
 
 
@@ -33,17 +33,18 @@ class Hub:
         return f"commit of {wanted.path} at {wanted.revision}"
 
 
-def config(folder, *words: str) -> dict:
-    evaluation = compose_tiny("eval=paper", "eval.limit=null", *words)["eval"]
-    return {"eval": evaluation, "out_dir": str(folder), "revisions": {"baber/piqa": "v1"}}
+REVISIONS = {"baber/piqa": "v1"}
+
+
+def paper(*words: str) -> EvalConfig:
+    return parse_section(EvalConfig, compose_tiny("eval=paper", "eval.limit=null", *words)["eval"])
 
 
 def test_everything_of_the_paper_protocol_is_written(tmp_path):
-    chosen = config(
-        tmp_path, "eval.tasks=[wikitext,piqa,boolq,openbookqa,winogrande,hellaswag,arc_easy,gsm8k]"
-    )
+    words = "eval.tasks=[wikitext,piqa,boolq,openbookqa,winogrande,hellaswag,arc_easy,gsm8k]"
     hub = Hub()
-    manifest = json.loads(fetch(chosen, hub.records, hub.revision).read_text())["files"]
+    written = fetch(paper(words), REVISIONS, tmp_path, hub.records, hub.revision)
+    manifest = json.loads(written.read_text())["files"]
     assert set(manifest) == {
         "wikitext2/test.jsonl",
         "piqa/validation.jsonl",
@@ -69,35 +70,36 @@ def test_everything_of_the_paper_protocol_is_written(tmp_path):
     assert {w.revision for w in hub.asked if w.path == "baber/piqa"} == {
         "commit of baber/piqa at v1"
     }
-    check_evaluation(parse_section(EvalConfig, {**chosen["eval"], "data_dir": str(tmp_path)}))
+    check_evaluation(paper(words, f"eval.data_dir={tmp_path}"))
 
 
 def test_only_what_changed_is_fetched_again(tmp_path):
-    chosen = config(
-        tmp_path, "eval.tasks=[piqa,arc_easy]", "eval.texts=[]", "eval.long_context=null"
-    )
+    chosen = paper("eval.tasks=[piqa,arc_easy]", "eval.texts=[]", "eval.long_context=null")
     hub = Hub()
-    fetch(chosen, hub.records, hub.revision)
+
+    def fetch_again(revisions=REVISIONS):
+        fetch(chosen, revisions, tmp_path, hub.records, hub.revision)
+
+    fetch_again()
     assert len(hub.asked) == 3
-    fetch(chosen, hub.records, hub.revision)
+    fetch_again()
     assert len(hub.asked) == 3
     (tmp_path / "piqa" / "validation.jsonl").write_text("damaged")
-    fetch(chosen, hub.records, hub.revision)
+    fetch_again()
     assert [w.file for w in hub.asked[3:]] == ["piqa/validation.jsonl"]
-    chosen["revisions"] = {"baber/piqa": "v2"}
-    fetch(chosen, hub.records, hub.revision)
+    fetch_again({"baber/piqa": "v2"})
     assert [w.file for w in hub.asked[4:]] == ["piqa/validation.jsonl"]
 
 
 def test_a_part_of_a_text_is_its_first_records(tmp_path, monkeypatch):
-    chosen = config(tmp_path, "eval.tasks=[]", "eval.texts=[c4]", "eval.long_context=null")
-    (wanted,) = wanted_files(chosen["eval"], {})
+    chosen = paper("eval.tasks=[]", "eval.texts=[c4]", "eval.long_context=null")
+    (wanted,) = wanted_files(chosen, {})
     assert (wanted.file, wanted.records) == ("c4/validation.jsonl", 1100)
     monkeypatch.setattr(
         "runners.evaluation.fetching.describe_text", lambda name: {**TEXT, "documents": 4}
     )
     hub = Hub()
-    manifest = json.loads(fetch(chosen, hub.records, hub.revision).read_text())
+    manifest = json.loads(fetch(chosen, {}, tmp_path, hub.records, hub.revision).read_text())
     assert manifest["files"]["c4/test.jsonl"]["records"] == 4
 
 
@@ -116,14 +118,14 @@ def test_no_network_is_one_line(tmp_path, commands):
         "fetch", f"out_dir={tmp_path / 'data'}", "eval.tasks=[piqa]", "eval.texts=[]", shrink=False
     )
     assert done.code == 1
-    assert done.error_lines[-1].startswith("error: cannot fetch baber/piqa for piqa/validation")
+    assert done.error_lines[-1].startswith(
+        "error: cannot read data set baber/piqa for piqa/validation"
+    )
     assert "Traceback" not in done.stderr
 
 
-def test_mistakes(tmp_path):
+def test_mistakes():
     with pytest.raises(UserError, match="unknown task 'nope'"):
-        check_fetch(config(tmp_path, "eval.tasks=[nope]"))
+        check_fetch(paper("eval.tasks=[nope]"), {})
     with pytest.raises(UserError, match="nothing to fetch"):
-        check_fetch(
-            config(tmp_path, "eval.tasks=[agreement]", "eval.texts=[]", "eval.long_context=null")
-        )
+        check_fetch(paper("eval.tasks=[agreement]", "eval.texts=[]", "eval.long_context=null"), {})

@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from methods.engine.routed import routed
 from runners.base_model.embedded import embedded_model
 from runners.evaluation.harness import HarnessModel, _new_tokens
-from runners.evaluation.tasks import task_set
-from tests.conftest import WORDS, token_rows
+from runners.evaluation.tasks import TaskSet
+from runners.point_config import EvalConfig
+from tests.conftest import WORDS, eval_config, token_rows
 from tests.runners.toy import toy
 
 
@@ -130,9 +131,9 @@ def write_data(folder: Path) -> None:
 SHOTS = {"arc_easy": 2, "gsm8k": 1}
 
 
-def settings(*tasks: str, folder: Path | str, **changes: object) -> dict:
+def settings(*tasks: str, folder: Path | str, **changes: object) -> EvalConfig:
     base = {"tasks": list(tasks), "limit": None, "num_fewshot": SHOTS, "data_dir": str(folder)}
-    return {**base, **changes}
+    return eval_config(**{**base, **changes})
 
 
 def stock(model, tokenizer, chosen, task: str, batch_size: int, **options: object) -> dict:
@@ -141,7 +142,7 @@ def stock(model, tokenizer, chosen, task: str, batch_size: int, **options: objec
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, **options),
         tasks=[task],
         num_fewshot=SHOTS.get(task),
-        limit=chosen.limit,
+        limit=chosen.settings.limit,
         task_manager=chosen.manager,
         bootstrap_iters=0,
     )
@@ -163,7 +164,7 @@ def test_dense_equals_the_stock_class(tiny_llama, tokenizer, tmp_path, dtype, mo
     write_data(tmp_path / "data")
     model = tiny_llama.to(dtype)
     names = ["piqa", "arc_easy", "openbookqa", "wikitext", "gsm8k"]
-    chosen = task_set(settings(*names, folder=tmp_path / "data"), [], 0, tmp_path / "cache")
+    chosen = TaskSet(settings(*names, folder=tmp_path / "data"), [], 0, tmp_path / "cache")
     harness = HarnessModel(model, tokenizer, batch_size=4)
     assert harness.share_contexts == (dtype == torch.float32)
     logged = tmp_path / "log.jsonl"
@@ -198,7 +199,7 @@ def test_a_chat_template_is_applied(tiny_llama, tokenizer, tmp_path):
     try:
         options = settings("arc_easy", folder=tmp_path / "data", limit=3, chat_template=True)
         harness = HarnessModel(tiny_llama, tokenizer, batch_size=4)
-        task_set(options, [], 0, tmp_path / "cache").run(harness, "arc_easy", tmp_path / "log")
+        TaskSet(options, [], 0, tmp_path / "cache").run(harness, "arc_easy", tmp_path / "log")
     finally:
         tokenizer.chat_template = None
     lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
@@ -232,7 +233,7 @@ def test_embedded_model_equals_the_stock_class_on_real_items(name, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     options = settings(name, folder=DATA or "", limit=60, num_fewshot={})
-    chosen = task_set(options, [], 0, tmp_path)
+    chosen = TaskSet(options, [], 0, tmp_path)
     scores = chosen.run(HarnessModel(model, tokenizer, batch_size=8), name)
     done = lm_eval.simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8),

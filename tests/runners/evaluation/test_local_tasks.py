@@ -6,10 +6,15 @@ import pytest
 from lm_eval.tasks import TaskManager
 
 from runners.errors import UserError
-from runners.evaluation.stock import stock, stock_config
-from runners.evaluation.stock_tasks import local_task, missing_files, task_file
-from runners.evaluation.tasks import task_set
-from runners.evaluation.texts import known_texts, load_text, present_texts
+from runners.evaluation.stock_tasks import (
+    missing_files,
+    stock,
+    stock_config,
+    stock_task,
+    task_file,
+)
+from runners.evaluation.tasks import TaskSet
+from runners.evaluation.texts import load_text, present_texts
 from runners.launching.check import check_evaluation
 from runners.point_config import EvalConfig, PointConfig
 from tests.conftest import compose_tiny
@@ -30,13 +35,13 @@ def evaluation(data, *words: str) -> EvalConfig:
 
 @pytest.mark.parametrize("name", ["piqa", "arc_easy", "openbookqa", "wikitext", "gsm8k"])
 def test_only_paths_and_absent_splits_differ_from_the_stock_task(name, data, tmp_path):
-    chosen = task_set(settings(name, folder=data, num_fewshot={}), [], 0, tmp_path / "cache")
+    chosen = TaskSet(settings(name, folder=data, num_fewshot={}), [], 0, tmp_path / "cache")
     task = chosen.manager.load([name])["tasks"][name]
     original = stock_config(stock().tasks[name])
     own = task.dump_config()
     for key in set(original) - DATA_KEYS:
         if key.endswith("_split") and own.get(key) is None:
-            assert not (data / local_task(name, None).folder / f"{original[key]}.jsonl").is_file()
+            assert not (data / stock_task(name, None).folder / f"{original[key]}.jsonl").is_file()
         elif not str(original[key]).startswith("<") and not callable(own[key]):
             assert str(own[key]) == str(original[key]) or key.startswith(("doc_to", "process")), key
     assert task.eval_docs[0] is not None
@@ -76,7 +81,7 @@ def test_examples_come_from_the_train_file(data, tmp_path):
         for i in range(4)
     ]
     write_lines(data / "arc_easy" / "train.jsonl", rows)
-    chosen = task_set(settings("arc_easy", folder=data), [], 0, tmp_path / "cache")
+    chosen = TaskSet(settings("arc_easy", folder=data), [], 0, tmp_path / "cache")
     task = chosen.manager.load(["arc_easy"])["tasks"]["arc_easy"]
     task.set_config("num_fewshot", 3)
     task.set_fewshot_seed(1234)
@@ -95,7 +100,6 @@ def test_no_folder_is_one_line(tmp_path):
 
 
 def test_texts(data):
-    assert known_texts() == ["c4", "ptb", "wikitext2"]
     assert present_texts(["wikitext2", "ptb"], data) == ["wikitext2"]
     assert len(load_text("wikitext2", data)) == 5
     write_lines(data / "ptb" / "test.jsonl", [{"sentence": "a b"}, {"text": "c d"}])

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from runners.corpus.source import Document
 from runners.errors import UserError
-from runners.evaluation.bootstrap import bootstrap_interval
-from runners.evaluation.perplexity import perplexity, windows_of
+from runners.evaluation.perplexity import first_tokens, perplexity, windows_of
+from runners.evaluation.scores import bootstrap_interval
 from tests.conftest import documents
 
 
@@ -44,7 +44,7 @@ def test_equals_brute_force(tiny_llama, tokenizer, context, stride, batch_size):
         tiny_llama,
         tokenizer,
         texts,
-        tokens_per_document=40,
+        tokens=40,
         context=context,
         stride=stride,
         batch_size=batch_size,
@@ -103,11 +103,23 @@ def test_windows_score_each_token_once_with_enough_context(length, context, data
 
 def test_limits(tiny_llama, tokenizer):
     texts = [*documents(3), Document("one letter", "a")]
-    options = {"tokens_per_document": 10, "bootstrap_samples": 10}
+    options = {"tokens": 10, "bootstrap_samples": 10}
     found = perplexity(tiny_llama, tokenizer, texts, **options)
     assert (found["documents"], found["tokens"]) == (3, 27)
-    found = perplexity(tiny_llama, tokenizer, texts, documents_limit=2, **options)
-    assert [entry["name"] for entry in found["per_document"]] == ["doc-0", "doc-1"]
+    assert [entry["name"] for entry in found["per_document"]] == ["doc-0", "doc-1", "doc-2"]
+
+
+def test_no_more_of_a_text_is_tokenised_than_its_first_tokens_need(tokenizer):
+    text, read = " ".join(f"word{n} {'x' * (n % 50)}" for n in range(20_000)), []
+
+    def counting(part, **options):
+        read.append(len(part))
+        return tokenizer(part, **options)
+
+    whole = tokenizer(text)["input_ids"]
+    for count in (2, 100, 3000, None):
+        assert first_tokens(counting, text, count) == whole[:count]
+    assert max(read[:-1]) <= 16 * 3000 and read[-1] == len(text)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +129,7 @@ def test_limits(tiny_llama, tokenizer):
         {"stride": 9, "context": 8},
         {"batch_size": 0},
         {"bootstrap_samples": 0},
-        {"tokens_per_document": 1},
+        {"tokens": 1},
     ],
 )
 def test_impossible_sizes(tiny_llama, tokenizer, options):

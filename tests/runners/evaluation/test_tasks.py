@@ -12,11 +12,16 @@ import yaml
 
 from runners.corpus.source import load_documents
 from runners.errors import UserError
-from runners.evaluation.builtin_tasks import CHOICES_OF, GENERATORS, items_folder, write_items
+from runners.evaluation import stock_tasks
+from runners.evaluation.builtin_tasks import (
+    CHOICES_OF,
+    GENERATORS,
+    write_builtin_tasks,
+)
 from runners.evaluation.harness import HarnessModel
-from runners.evaluation.tasks import TEMPLATES, check_tasks, prepare_tasks, task_set
+from runners.evaluation.tasks import TaskSet, check_tasks
 from runners.point_config import DataConfig
-from tests.conftest import documents
+from tests.conftest import documents, eval_config
 from tests.runners.evaluation.test_harness import log_likelihood
 
 TEXT = documents(8, words=120)
@@ -25,10 +30,13 @@ NAMES = sorted(GENERATORS)
 
 @pytest.mark.parametrize("name", NAMES)
 def test_items_are_deterministic(name, tmp_path):
-    paths = [write_items(name, TEXT, 0, tmp_path / folder) for folder in ("a", "b")]
-    assert paths[0].read_bytes() == paths[1].read_bytes()
-    assert write_items(name, TEXT, 1, tmp_path / "c").read_bytes() != paths[0].read_bytes()
-    items = [json.loads(line) for line in paths[0].read_text().splitlines()]
+    found = [
+        write_builtin_tasks([name], TEXT, seed, tmp_path / place) / f"{name}.jsonl"
+        for place, seed in (("a", 0), ("b", 0), ("c", 1))
+    ]
+    same, again, other = (path.read_bytes() for path in found)
+    assert same == again != other
+    items = [json.loads(line) for line in same.splitlines()]
     assert items == GENERATORS[name](TEXT, 0)
 
 
@@ -104,7 +112,7 @@ def test_too_little_text_is_one_line():
 
 def test_folder_depends_on_text_and_seed(tmp_path):
     folders = {
-        items_folder(tmp_path, text, seed)
+        write_builtin_tasks([], text, seed, tmp_path)
         for text in (TEXT, TEXT[:-1], TEXT[::-1])
         for seed in (0, 1)
     }
@@ -113,16 +121,17 @@ def test_folder_depends_on_text_and_seed(tmp_path):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_task_file_points_to_the_items(name, tmp_path):
-    folder = prepare_tasks([name], TEXT, 0, tmp_path)
+    folder = write_builtin_tasks([name], TEXT, 0, tmp_path)
     task = yaml.safe_load((folder / f"{name}.yaml").read_text())
     assert task["task"] == name
     items = task["dataset_kwargs"]["data_files"]["test"]
     assert Path(items).read_text().startswith('{"')
-    assert (TEMPLATES / f"{name}.yaml").is_file()
+    assert task["output_type"] == ("multiple_choice" if name in CHOICES_OF else "generate_until")
 
 
 def test_only_built_in_names_need_no_index(monkeypatch):
-    monkeypatch.setattr("runners.evaluation.tasks._harness_names", lambda: {"piqa"})
+    found = stock_tasks.Stock({"piqa": Path("piqa.yaml")}, frozenset())
+    monkeypatch.setattr("runners.evaluation.tasks.stock", lambda: found)
     check_tasks([*NAMES, "piqa"])
     with pytest.raises(UserError, match="unknown task 'nope'"):
         check_tasks(["nope"])
@@ -130,9 +139,9 @@ def test_only_built_in_names_need_no_index(monkeypatch):
 
 def test_a_task_counts_right_answers(tiny_llama, tokenizer, tmp_path):
     name, limit = "addition", 24
-    settings = {"tasks": [name], "limit": limit, "num_fewshot": {}, "data_dir": None}
+    settings = eval_config(tasks=[name], limit=limit)
     harness = HarnessModel(tiny_llama, tokenizer, batch_size=8)
-    scores = task_set(settings, TEXT, 0, tmp_path).run(harness, name)
+    scores = TaskSet(settings, TEXT, 0, tmp_path).run(harness, name)
     found = scores.entry
     right = []
     for item in GENERATORS[name](TEXT, 0)[:limit]:
@@ -150,8 +159,8 @@ def test_a_task_counts_right_answers(tiny_llama, tokenizer, tmp_path):
 
 
 def test_word_problems_are_generated(tiny_llama, tokenizer, tmp_path):
-    settings = {"tasks": ["word_problems"], "limit": 3, "num_fewshot": {}, "data_dir": None}
-    chosen = task_set(settings, TEXT, 0, tmp_path)
+    settings = eval_config(tasks=["word_problems"], limit=3)
+    chosen = TaskSet(settings, TEXT, 0, tmp_path)
     harness = HarnessModel(tiny_llama, tokenizer, batch_size=3)
     scores = chosen.run(harness, "word_problems", tmp_path / "log")
     assert (scores.entry["n"], scores.entry["shots"], scores.entry["value"]) == (3, 4, 0.0)

@@ -14,8 +14,7 @@ import torch
 
 from methods.engine.routed import routed
 from runners.evaluation.harness import HarnessModel
-from runners.evaluation.perplexity import joined_perplexity
-from runners.evaluation.shared_contexts import SharedContexts
+from runners.evaluation.perplexity import perplexity
 from runners.runtime.memory import free_memory
 from tests.conftest import SHRUNK, documents, token_rows
 from tests.nursery import Step
@@ -113,14 +112,14 @@ def test_log_likelihoods(model, tokenizer, share):
 
 
 @pytest.mark.slow  # 25 MB less is felt only if earlier tests left no free memory in the process
-def test_many_continuations_of_one_context(model):
+def test_many_continuations_of_one_context(model, tokenizer):
     """A group that does not fit is scored one continuation at a time."""
     context = token_rows(1, 1500)[0].tolist()
-    pairs = [(context, [3 + end, 4, 5]) for end in range(100)]
+    requests = [(None, context, [3 + end, 4, 5]) for end in range(100)]
 
     def score():
-        shared = SharedContexts(model, rows_per_pass=100, max_length=2048, softmax_dtype=None)
-        return shared.score(pairs), shared.halvings
+        harness = HarnessModel(model, tokenizer, batch_size=100, share_contexts=True)
+        return harness._loglikelihood_tokens(requests), harness.oom_halvings
 
     whole, halvings = score()
     assert halvings == 0
@@ -138,7 +137,7 @@ def test_generation(model, tokenizer):
         harness = HarnessModel(model, tokenizer, batch_size=48)
         requests = [SimpleNamespace(args=(text, dict(until))) for text in texts]
         found = harness.generate_until(requests, disable_tqdm=True)
-        return found, harness.generation.tokens, tokens_of(model), harness.oom_halvings
+        return found, harness.generated_tokens, tokens_of(model), harness.oom_halvings
 
     *whole, halvings = generate()
     assert halvings == 0
@@ -151,9 +150,8 @@ def test_generation(model, tokenizer):
 @pytest.mark.slow
 def test_perplexity(tiny_llama, tokenizer):
     def measure():
-        return joined_perplexity(
-            tiny_llama, tokenizer, documents(120), context=1024, stride=1024, batch_size=64
-        )
+        sizes = {"context": 1024, "stride": 1024, "batch_size": 64}
+        return perplexity(tiny_llama, tokenizer, documents(120), joined=True, **sizes)
 
     whole = measure()
     with spare(40):
