@@ -96,16 +96,23 @@ def parse_value(hint: Any, value: Any, name: str) -> Any:
         raise UserError(said) from None
 
 
-def unknown(kind: str, word: str, known: Collection[str]) -> UserError:
-    """The error of a name that nobody knows, with the nearest one that is known."""
-    return UserError(
-        f"unknown {kind} {word!r}{nearest(word, known)}; known: {', '.join(sorted(known))}"
-    )
+def unknown(
+    kind: str, word: str, known: Collection[str], elsewhere: Collection[str] = ()
+) -> UserError:
+    """The error of a name that nobody knows, with the nearest one that is known.
+
+    Args:
+        elsewhere: dotted names beside those of the same section, of which one may end alike.
+    """
+    last = word.rpartition(".")[2]
+    moved = [name for name in elsewhere if name.rpartition(".")[2] == last]
+    hint = nearest(word, moved or known)
+    return UserError(f"unknown {kind} {word!r}{hint}; known: {', '.join(sorted(known))}")
 
 
 def nearest(word: str, known: Collection[str]) -> str:
     """`, did you mean ...?`; nothing where no known word is like it."""
-    found = difflib.get_close_matches(word, known, n=1)
+    found = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f" (did you mean {found[0]}?)" if found else ""
 
 

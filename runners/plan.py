@@ -14,8 +14,9 @@ if __name__ == "__main__":  # run the code of this clone, whichever clone's envi
 import logging
 
 from runners.errors import UserError
-from runners.launching.command_line import prepare
-from runners.launching.points import configs
+from runners.launching.check import check_point
+from runners.launching.command_line import version
+from runners.launching.points import CommandLine
 
 
 def main(arguments: list[str]) -> None:
@@ -25,7 +26,7 @@ def main(arguments: list[str]) -> None:
         UserError: one line.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    points = configs(prepare(arguments, "plan"))
+    points = [check_point(config) for config in CommandLine(arguments, "plan").points()]
     from runners.planning.estimate import Planner, to_json
     from runners.planning.table import table
     from runners.runtime.progress import progress
@@ -42,7 +43,12 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        if {"--help", "-h"} & set(sys.argv):
+            sys.stdout.write(f"{__doc__}\nIts options: conf/plan.yaml\n")
+        elif "--version" in sys.argv:
+            sys.stdout.write(f"{version()}\n")
+        else:
+            main(sys.argv[1:])
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)

@@ -31,6 +31,7 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 Positive = Annotated[int, Ge(1)]
 Natural = Annotated[int, Ge(0)]
 Share = Annotated[float, Ge(0), Lt(1)]
+Size = Annotated[int, Gt(0)] | Annotated[float, Gt(0)] | bool
 Mode = Literal["masked", "gathered"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -45,7 +46,7 @@ class ModelConfig:
     """Hub id or folder; the family's `model_type` where weights are drawn."""
     revision: str | None = None
     trust_remote_code: bool = False
-    config: Mapping[str, Any] | None = None
+    config: Mapping[str, Size] | None = None
     """Sizes of a model of `shape`, in the words of its Hugging Face config."""
 
 
@@ -352,7 +353,8 @@ class PointConfig:
         hints = get_type_hints(cls, include_extras=True)
         for key, value in rest.items():
             if key not in hints or key in ("resolved", *GROUPED):
-                raise unknown("option", key, [*rest, *sections])
+                top = [f.name for kind in (PlacementConfig, StoreConfig) for f in fields(kind)]
+                raise unknown("option", key, {*hints, *top} - {"resolved", *GROUPED})
             sections[key] = parse_value(hints[key], value, key)
         resolved["sparsity"] = sections["sparsity"]
         return cls(**sections, resolved=resolved)

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import netrc
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,18 @@ from runners.point_config import (
 )
 from runners.runtime.processes import check_batch_sizes
 
+ELSEWHERE = ("hydra/launcher=ray", "hydra/launcher=submitit_slurm")
+"""Words of a command whose points run on other machines."""
 
-def check_point(config: Mapping[str, Any]) -> None:
+
+def check_point(config: Mapping[str, Any]) -> PointConfig:
     """Check one point of a sweep.
 
     Args:
         config: resolved.
+
+    Returns:
+        The point.
 
     Raises:
         UserError: what is wrong and what is allowed.
@@ -56,14 +63,18 @@ def check_point(config: Mapping[str, Any]) -> None:
         check_source(point.data)
         limit, tasks = point.eval.perplexity.documents_limit, point.eval.tasks
         _check_local_text(point.data, point.budget, limit, point.seed, tasks)
-    here = "plan" not in config
+    here = point.plan is None and not any(word.startswith(ELSEWHERE) for word in sys.argv)
     device_map.check(point.placement, point.speed, merge_lora=point.merge_lora, here=here)
+    if here:
+        _check_device(point.placement.device)
     for key in ("results_dir", "cache_dir"):
         _check_writable(key, getattr(point.store, key))
     check_tracking(point.tracking)
     if point.speed is not None:
         _check_speed(point.speed)
     check_evaluation(point.eval)
+    return point
+    return point
 
 
 @functools.lru_cache(maxsize=8)
@@ -136,6 +147,20 @@ def _check_writable(key: str, folder: str | None) -> None:
         there = there.parent
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(f"cannot write {key}={folder}: choose another folder")
+
+
+def _check_device(name: str) -> None:
+    """It is on this machine."""
+    if name == "auto":
+        return
+    import torch
+
+    try:
+        there = torch.device(name).type != "cuda" or torch.cuda.is_available()
+    except RuntimeError:
+        there = False
+    if not there:
+        raise UserError(f"device={name} is not available; auto, cpu, cuda or cuda:<number>")
 
 
 def _check_speed(speed: SpeedConfig) -> None:

@@ -8,16 +8,12 @@ import subprocess
 import sys
 
 import pytest
-from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from runners.errors import UserError
-from runners.launching.command_line import launch, points, prepare, split_flags
+from runners.launching.command_line import launch, prepare
+from runners.launching.points import CommandLine, split_flags
 from runners.runtime import workers
 from tests.conftest import ROOT
-
-
-def parse(*words):
-    return OverridesParser.create().parse_overrides(list(words))
 
 
 def test_flags_are_told_from_overrides():
@@ -27,12 +23,26 @@ def test_flags_are_told_from_overrides():
 
 
 def test_points_are_the_cartesian_product():
-    found = list(points(parse("sparsity=0.3,0.5", "seed=0,1,2", "mode=masked")))
-    expected = [
-        [f"sparsity={s}", f"seed={k}", "mode=masked"]
-        for s, k in itertools.product(("0.3", "0.5"), range(3))
-    ]
-    assert found == expected
+    words = ["model=tiny", "sparsity=0.3,0.5", "seed=0,1,2", "mode=masked", "-m"]
+    found = [(p["sparsity"], p["seed"], p["mode"]) for p in CommandLine(words, "sweep").points()]
+    assert found == list(itertools.product((0.3, 0.5), range(3), ["masked"]))
+
+
+def test_every_point_of_an_experiment_is_there():
+    """Its sweep stands in a YAML file; a word of the command takes the place of its own."""
+    line = CommandLine(["experiment=two_by_two", "sparsity=0.2,0.9", "-m"], "sweep")
+    found = [(p["method"]["name"], p["method"]["bypass"], p["sparsity"]) for p in line.points()]
+    expected = itertools.product(("informed", "greedy"), ("skip", "forecast"), (0.2, 0.9))
+    assert found == list(expected)
+    with pytest.raises(UserError, match="sparsity"):
+        prepare(["experiment=two_by_two", "sparsity=0.2,1.9"], "sweep")
+
+
+def test_an_option_that_the_default_of_a_swept_group_lacks():
+    words = ["-m", "model=tiny", "method=hero,flexidepth", "method.first_layer=0"]
+    given = prepare(words, "sweep")
+    assert given == [*words[:3], "method.first_layer=choice(0)"]
+    assert [p["method"]["first_layer"] for p in CommandLine(given, "sweep").points()] == [0, 0]
 
 
 def test_the_last_point_of_a_sweep_is_checked_too():
@@ -72,7 +82,7 @@ def test_several_folders_are_swept(tmp_path):
         ("model=tiny,owner/name", "separately"),
         ("tracking=everything", "unknown tracking"),
         ("sparsty=0.3", "sparsty"),
-        ("sparsity=[", "input"),
+        ("sparsity=[", "cannot read"),
         ("data=files", "dir"),
     ],
 )

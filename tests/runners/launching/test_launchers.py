@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from runners.launching import command_line as launch
+from runners.launching.command_line import launch
+from runners.launching.points import LAUNCHERS
 from tests.conftest import Commands, documents
 from tests.runners.survival import events, leftovers, outcome
 
@@ -147,12 +148,12 @@ def test_an_unknown_launcher_is_one_line(commands, word):
 )
 def test_a_launcher_that_is_not_installed_is_one_line(monkeypatch, capsys, launcher, package):
     """Exit code 2, before Hydra begins."""
-    module, _ = launch.LAUNCHERS[launcher]
+    module, _ = LAUNCHERS[launcher]
     monkeypatch.setattr(launch, "find_spec", lambda name: None if name == module else name)
     words = ["sweep.py", "method=random", f"hydra/launcher={launcher}", "tracking=off", "-m"]
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as ended:
-        launch.launch(lambda: pytest.fail("Hydra has begun"), "sweep")
+        launch(lambda: pytest.fail("Hydra has begun"), "sweep")
     assert ended.value.code == 2
     expected = f"error: hydra/launcher={launcher} needs {package}: pip install {package}\n"
     assert capsys.readouterr().err == expected
