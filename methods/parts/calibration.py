@@ -37,6 +37,20 @@ def weighted_quantile(values: Tensor, weights: Tensor, mass: float) -> float:
     return float(ordered[min(place, len(ordered) - 1)])
 
 
+def between_scores(scores: Tensor, guess: float) -> float:
+    """Middle of the gap between two scores in which `guess` lies: the same decisions.
+
+    A guess is often a score itself, and there the last bit decides, which differs between the
+    ways in which a unit is computed; in layer 0 it decides for every occurrence of a token.
+    """
+    known = scores[scores.isfinite()].double()
+    below, above = known[known <= guess], known[known > guess]
+    if not len(below):
+        return guess
+    low = float(below.max())
+    return (low + float(above.min())) / 2 if len(above) else low + 1e-3 * max(1.0, abs(low))
+
+
 def calibrate_threshold(
     probe: Probe, sparsity: float, *, tolerance: float = 0.002, max_passes: int = 16
 ) -> Found:
@@ -104,7 +118,7 @@ def _search(
         error = seen.sparsity - sparsity
         log.debug("pass %d: threshold %.6g realised %.4f", passes, guess, seen.sparsity)
         if abs(error) < abs(best.sparsity - sparsity):
-            best = Found(guess, seen.sparsity)
+            best = Found(between_scores(seen.scores, guess), seen.sparsity)
         if abs(error) <= tolerance:
             break
         low, high = (low, guess) if error > 0 else (guess, high)
