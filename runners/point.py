@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import shutil
@@ -29,7 +30,7 @@ from runners.point_config import PointConfig, SavedConfig
 from runners.runtime.processes import is_main_process
 from runners.store.files import cache_root
 from runners.store.items import write_items
-from runners.store.provenance import code_version, provenance
+from runners.store.provenance import provenance, stage_version
 from runners.store.run_folder import RunFolder
 from runners.store.stage_cache import StageCache, content_key
 from runners.tracking.base import Safe
@@ -38,9 +39,6 @@ from runners.training.probe import ModelProbe
 from runners.training.state import Checkpoint
 
 log = logging.getLogger(__name__)
-
-ROOT = Path(__file__).resolve().parents[1]
-STAGE_CODE = [ROOT / "methods", ROOT / "runners" / "training"]
 
 
 @dataclass(frozen=True)
@@ -232,7 +230,7 @@ def stage_keys(config: PointConfig, built: Built) -> Iterator[tuple[Stage, str]]
         config.resolved["budget"],
         config.objective,
         config.seed,
-        code_version(*STAGE_CODE),
+        stage_version(type(method).__module__, Path(inspect.getfile(type(method)))),
         str(input_device(built.base.model).type),
         torch.__version__,
     )

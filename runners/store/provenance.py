@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
+import itertools
 import os
 import platform
 import shlex
 import subprocess
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from runners.store.redact import REDACTED, is_secret, redact_text
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = ("torch", "transformers", "lm_eval", "hydra-core", "wandb", "numpy", "routebench")
 VERSION_DIGITS = 16
+SOURCE = (".py", ".c", ".h")
 
 
 def provenance() -> dict[str, Any]:
@@ -133,34 +136,67 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def code_version(*sources: str | Path | ModuleType) -> str:
-    """Hash of source text, 16 hex digits: changes when, and only when, the code does.
+def stage_version(module: str, file: Path, root: Path = REPOSITORY) -> str:
+    """Hash the code that a stage's product depends on, 16 hex digits.
+
+    That is the training, the contract, the engine, and the method's own file with whatever it
+    imports of its package and of this repository: another method's file does not count.
 
     Args:
-        sources: files, folders (every `*.py` below) or imported modules and packages. Only their
-            own names and text count, not where they are installed.
+        module: dotted name of the method's module.
+        file: where it lies.
+        root: of the repository.
+    """
+    methods = root / "methods"
+    own = imported_files(file, [root, file.parents[module.count(".")]])
+    contract = [methods / "base.py", methods / "types.py", methods / "engine"]
+    return code_version(root / "runners" / "training", *contract, *sorted(own))
+
+
+def imported_files(file: Path, roots: Sequence[Path]) -> set[Path]:
+    """A Python file and those below `roots` that it imports, directly or not, from the source."""
+    found: set[Path] = set()
+    left = [file]
+    while left:
+        source = left.pop()
+        if source in found:
+            continue
+        found.add(source)
+        for node in ast.walk(ast.parse(source.read_bytes())):
+            places = roots
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [f"{node.module or ''}.{alias.name}".strip(".") for alias in node.names]
+                places = [source.parents[node.level - 1]] if node.level else roots
+            else:
+                continue
+            for place, name in itertools.product(places, names):
+                # importing a.b.c runs a and a.b too; c may be a name in a/b.py
+                for path in itertools.accumulate([place, *name.split(".")], Path):
+                    named = (path.with_suffix(".py"), path / "__init__.py")
+                    left += [module for module in named if path != place and module.is_file()]
+    return found
+
+
+def code_version(*sources: Path) -> str:
+    """Hash source text, 16 hex digits: changes when, and only when, the code does.
+
+    Args:
+        sources: files, or folders (all Python and C below). Only their own names and text count,
+            not where they are.
 
     Raises:
         FileNotFoundError: a source that has no file.
     """
     digest = hashlib.sha256()
     for source in sources:
-        root = _path_of(source)
-        files = [root] if root.is_file() else sorted(root.rglob("*.py"))
+        below = source.rglob("*.*") if source.is_dir() else [source]
+        files = sorted(file for file in below if file.suffix in SOURCE or file == source)
         if not files:
-            raise FileNotFoundError(f"no Python source at {root}")
+            raise FileNotFoundError(f"no source at {source}")
         for file in files:
-            name = file.relative_to(root.parent).as_posix()
+            name = file.relative_to(source.parent).as_posix()
             text = file.read_bytes().replace(b"\r\n", b"\n")
-            digest.update(f"{name}|{len(text)}|".encode())
-            digest.update(text)
+            digest.update(f"{name}|{len(text)}|".encode() + text)
     return digest.hexdigest()[:VERSION_DIGITS]
-
-
-def _path_of(source: str | Path | ModuleType) -> Path:
-    if not isinstance(source, ModuleType):
-        return Path(source).resolve()
-    if source.__file__ is None:
-        raise FileNotFoundError(f"module {source.__name__} has no source file")
-    file = Path(source.__file__).resolve()
-    return file.parent if hasattr(source, "__path__") else file

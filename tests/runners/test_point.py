@@ -87,7 +87,7 @@ def test_what_determines_a_product_makes_it_anew(trained, option):
 
 def test_code_of_a_stage_makes_it_anew(trained, monkeypatch):
     trained()
-    monkeypatch.setattr("runners.point.code_version", lambda *sources: "another")
+    monkeypatch.setattr("runners.point.stage_version", lambda *method: "another")
     assert not any(trained()[1].values())
 
 

@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from runners.base_model.synthetic import tiny_model
-from runners.store.provenance import code_version, git_state, hash_model, provenance
+from runners.store.provenance import (
+    code_version,
+    git_state,
+    hash_model,
+    provenance,
+    stage_version,
+)
+from tests.conftest import ROOT
 
 
 def test_is_json_and_has_no_environment(monkeypatch):
@@ -71,3 +78,52 @@ def test_code_version(tmp_path):
     assert code_version(tmp_path / "two" / "code") != base
     with pytest.raises(FileNotFoundError):
         code_version(tmp_path / "absent")
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """The code that stages depend on, in another place."""
+    for name in ("methods", "runners/training"):
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=ignore)
+    return tmp_path
+
+
+def versions(root):
+    files = [
+        p for p in (root / "methods").glob("*.py") if p.stem not in ("__init__", "base", "types")
+    ]
+    return {f.stem: stage_version(f"methods.{f.stem}", f, root) for f in files}
+
+
+def touched(root, name):
+    """Methods whose stages are made anew after a line was added to a file."""
+    before = versions(root)
+    file = root / name
+    file.write_text(file.read_text() + "\n")
+    return {method for method, version in versions(root).items() if version != before[method]}
+
+
+def test_a_methods_stages_depend_on_its_own_code(clone):
+    every = set(versions(clone))
+    assert versions(clone) == versions(ROOT), "where the code lies does not count"
+    assert touched(clone, "methods/mod.py") == {"mod"}
+    assert touched(clone, "methods/informed.py") == {"informed"}
+    assert {"informed", "skipgpt"} <= touched(clone, "methods/parts/gates.py") < every
+    for shared in ("methods/base.py", "methods/types.py", "runners/training/loop.py"):
+        assert touched(clone, shared) == every
+    loops = next((clone / "methods" / "engine").rglob("*.c")).relative_to(clone)
+    assert touched(clone, loops) == touched(clone, "methods/engine/routed.py") == every
+
+
+def test_a_foreign_methods_stages_depend_on_its_neighbours(clone, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mine")
+    own, helper, part = folder / "norm.py", folder / "helper.py", clone / "methods/parts/gates.py"
+    own.write_text("import torch\nfrom helper import scale\nfrom methods.parts import gates\n")
+    for file in (helper, folder / "other.py"):
+        file.write_text("scale = 1\n")
+    seen = [stage_version("norm", own, clone)]
+    for file in (helper, part, own, folder / "other.py"):
+        file.write_text(file.read_text() + "\n")
+        seen.append(stage_version("norm", own, clone))
+    assert len(set(seen)) == 4 and seen[-1] == seen[-2]
