@@ -173,9 +173,11 @@ def imported_files(file: Path, roots: Sequence[Path]) -> set[Path]:
                 continue
             for place, name in itertools.product(places, names):
                 # importing a.b.c runs a and a.b too; c may be a name in a/b.py
-                for path in itertools.accumulate([place, *name.split(".")], Path):
+                parts = name.split(".")
+                for end in range(1, len(parts) + 1):
+                    path = place.joinpath(*parts[:end])
                     named = (path.with_suffix(".py"), path / "__init__.py")
-                    left += [module for module in named if path != place and module.is_file()]
+                    left += [module for module in named if module.is_file()]
     return found
 
 
