@@ -6,7 +6,7 @@
 #include "loops.h"
 
 #define BLOCK 512 /* keys whose scores are held at a time, a multiple of PANEL */
-/* MAX_HEAD and PANEL come from build.py: sizes of a head, keys that lie together once turned */
+/* MAX_HEAD and PANEL come from build.py: sizes of a head, keys that lie together once transposed */
 
 typedef struct {
     const float *q[TILE];
@@ -16,9 +16,9 @@ typedef struct {
 } Tile;
 
 /* One panel of keys by columns, [size, PANEL]; zeros where there are no keys. */
-static void turn(const float *key, int64_t row, int64_t keys, int64_t size, float *turned) {
+static void transpose(const float *key, int64_t row, int64_t keys, int64_t size, float *key_T) {
     for (int64_t c = 0; c < size; c++)
-        for (int64_t s = 0; s < PANEL; s++) turned[c * PANEL + s] = s < keys ? key[s * row + c] : 0;
+        for (int64_t s = 0; s < PANEL; s++) key_T[c * PANEL + s] = s < keys ? key[s * row + c] : 0;
 }
 
 /* Scores of the block's keys become weights relative to the row's new maximum. */
@@ -42,7 +42,7 @@ static void soften(Tile *t, int r, int64_t begin, int64_t columns, int64_t size,
 }
 
 /* One tile over the keys that any of its rows sees. */
-static void attend_tile(Tile *t, const float *turned, const float *value, int64_t row, int64_t keys,
+static void attend_tile(Tile *t, const float *key_T, const float *value, int64_t row, int64_t keys,
                         int64_t size, float scale) {
     const float *weights[TILE];
     int64_t vecs;
@@ -50,7 +50,7 @@ static void attend_tile(Tile *t, const float *turned, const float *value, int64_
     for (int64_t begin = 0; begin < keys; begin += BLOCK) {
         int64_t columns = least(keys - begin, BLOCK);
         for (int64_t j = 0; j < columns; j += WIDE * LANES) {
-            const float *columns_at = turned + (begin + j) / PANEL * size * PANEL + j % PANEL;
+            const float *columns_at = key_T + (begin + j) / PANEL * size * PANEL + j % PANEL;
             vecs = least(parts_of(columns - j, LANES), WIDE);
             product(t->q, size, 0, columns_at, PANEL, vecs, 0, 0, t->scores + j, BLOCK);
         }
@@ -64,22 +64,23 @@ static void attend_tile(Tile *t, const float *turned, const float *value, int64_
 }
 
 /* out [count, heads, size] of queries alike. Keys and values of key-value head g begin at
-   g * key_head; their rows are key_row apart. Query i sees keys 0 .. last[i], rising. `turned` is
-   scratch, [kv_heads, panels, size, PANEL] for the keys up to last[count - 1]. `size` is a multiple
-   of 16 and at most MAX_HEAD. */
-void attend(const float *q, const float *key, int64_t key_head, int64_t key_row,
-            const float *value, int64_t value_head, int64_t value_row, const int64_t *last,
-            float scale, float *turned, float *out, int64_t count, int64_t heads, int64_t kv_heads,
-            int64_t size) {
-    int64_t keys = last[count - 1] + 1, group = heads / kv_heads, rows = count * group;
+   g * key_head; their rows are key_row apart. Query i sees keys 0 .. last[i] of the `held` ones.
+   `key_T` is scratch, [kv_heads, panels, size, PANEL] for the keys that are seen. `size` is a
+   multiple of 16 and at most MAX_HEAD. */
+int attend(const float *q, const float *key, int64_t key_head, int64_t key_row, const float *value,
+           int64_t value_head, int64_t value_row, const int64_t *last, float scale, float *key_T,
+           float *out, int64_t held, int64_t count, int64_t heads, int64_t kv_heads, int64_t size) {
+    if (outside(last, count, held)) return 1;
+    int64_t keys = 0, group = heads / kv_heads, rows = count * group;
+    for (int64_t i = 0; i < count; i++) keys = last[i] < keys ? keys : last[i] + 1;
     int64_t tiles = tiles_of(rows), panels = parts_of(keys, PANEL);
 #pragma omp parallel
     {
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < kv_heads * panels; n++) {
             int64_t from = n % panels * PANEL;
-            turn(key + n / panels * key_head + from * key_row, key_row, keys - from, size,
-                 turned + n * size * PANEL);
+            transpose(key + n / panels * key_head + from * key_row, key_row, keys - from, size,
+                 key_T + n * size * PANEL);
         }
         /* the last tiles of a head see the most keys: they are taken first */
 #pragma omp for schedule(dynamic, 4)
@@ -96,7 +97,7 @@ void attend(const float *q, const float *key, int64_t key_head, int64_t key_row,
                 most = t.seen[r] > most ? t.seen[r] : most;
                 for (int64_t c = 0; c < size; c++) t.out[r * MAX_HEAD + c] = 0.0f;
             }
-            attend_tile(&t, turned + g * panels * size * PANEL, value + g * value_head, value_row,
+            attend_tile(&t, key_T + g * panels * size * PANEL, value + g * value_head, value_row,
                         most, size, scale);
             for (int64_t r = 0; r < real; r++) {
                 int64_t m = first + r;
@@ -105,4 +106,5 @@ void attend(const float *q, const float *key, int64_t key_head, int64_t key_row,
             }
         }
     }
+    return 0;
 }

@@ -14,6 +14,8 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+from torch import Tensor
+
 log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).resolve().parent
@@ -32,45 +34,35 @@ OPTIONS = (
     "-ffp-contract=fast -fopenmp -shared -fPIC"
 ).split()
 FLAGS = [*OPTIONS, *(f"-D{name}={size}" for name, size in SIZES.items())]
-POINTER, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-SIGNATURES = {
-    "rms_norm": (
-        None,
-        [*(POINTER, POINTER, FLOAT, POINTER, INT, INT), *(POINTER, POINTER, POINTER)],
-    ),
-    "silu_mul": (None, [POINTER, POINTER, INT]),
-    "rotate": (
-        None,
-        [
-            *(POINTER, POINTER, POINTER, POINTER, INT),
-            *(POINTER, INT, INT, INT),
-            *(INT, INT, INT, INT),
-        ],
-    ),
-    "add_rows": (None, [POINTER, POINTER, POINTER, POINTER, INT, INT]),
-    "partition": (None, [POINTER, POINTER, POINTER, POINTER, POINTER, INT, INT]),
-    "mlp": (
-        None,
-        [
-            *(POINTER, POINTER, INT, INT, POINTER, POINTER, POINTER, INT),
-            *(POINTER, POINTER, POINTER),
-        ],
-    ),
-    "attend": (
-        None,
-        [
-            *(POINTER, POINTER, INT, INT, POINTER, INT, INT, POINTER),
-            *(FLOAT, POINTER, POINTER, INT, INT, INT, INT),
-        ],
-    ),
-    "forecast": (
-        None,
-        [
-            *(POINTER, POINTER, POINTER, POINTER, INT, INT, INT),
-            *(POINTER, POINTER, POINTER, POINTER, INT),
-        ],
-    ),
+
+
+class _Tensor:
+    """What a loop is given of a tensor: where its first number lies. None is a null pointer."""
+
+    @staticmethod
+    def from_param(tensor: Tensor | None) -> ctypes.c_void_p | None:
+        return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
+
+
+KINDS = {
+    "t": _Tensor,
+    "i": ctypes.c_int64,
+    "f": ctypes.c_float,
+    "n": ctypes.POINTER(ctypes.c_int64),
 }
+ARGUMENTS = {
+    "rms_norm": "ttftiittt",
+    "silu_mul": "tti",
+    "partition": "tttnii",
+    "rotate": "ttttitiiiiiii",
+    "add_rows": "ttittii",
+    "mlp": "tiitttttttii",
+    "attend": "ttiitiitfttiiiii",
+    "forecast": "tttitittttiii",
+}
+"""A letter for each argument, of `KINDS`."""
+INDEXED = ("rotate", "add_rows", "mlp", "attend", "forecast")
+"""Loops that read row numbers, and return 1 before any work if one lies outside of its buffer."""
 
 
 class NoCompiler(RuntimeError):
@@ -119,10 +111,16 @@ def _loaded(compiler: str) -> ctypes.CDLL:
 
 def _load(path: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(path))
-    for name, (result, arguments) in SIGNATURES.items():
+    for name, letters in ARGUMENTS.items():
         function = getattr(loaded, name)
-        function.restype, function.argtypes = result, arguments
+        function.argtypes = [KINDS[letter] for letter in letters]
+        function.restype = _refuse if name in INDEXED else None
     return loaded
+
+
+def _refuse(outside: int) -> None:
+    if outside:
+        raise IndexError("a row number lies outside of its buffer")
 
 
 def _built(compiler: str) -> Path:

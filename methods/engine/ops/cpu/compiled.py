@@ -26,8 +26,11 @@ FEW_QUERIES = 8
 class CompiledRowOps(RowOps):
     """`RowOps` for float32 on a CPU, without gradient.
 
+    Loops write where row numbers point: each is checked against its buffers before any work.
+
     Raises:
         NoCompiler: the loops cannot be compiled here.
+        IndexError: by an operation; row numbers or tensors that do not fit each other.
     """
 
     compiled = True
@@ -40,7 +43,7 @@ class CompiledRowOps(RowOps):
         if not is_plain_rms(module, x) or not _covered(x, module.weight):
             return super().norm(module, x)
         out = torch.empty_like(x)
-        self._norm(module, x, out)
+        self._norm(module, x, out, None, None, None)
         return out
 
     def normed_scores(
@@ -51,26 +54,22 @@ class CompiledRowOps(RowOps):
         if not plain or not _covered(x_BTD, module.weight, score_D, offset):
             return super().normed_scores(module, x_BTD, score_D, offset)
         out, scores_BT = torch.empty_like(x_BTD), x_BTD.new_empty(x_BTD.shape[:-1])
+        _require(score_D.shape == x_BTD.shape[-1:])
         self._norm(module, x_BTD, out, score_D, offset, scores_BT)
         return out, scores_BT
 
-    def _norm(self, module: Any, x: Tensor, out: Tensor, *scoring: Tensor) -> None:
+    def _norm(self, module: Any, x: Tensor, out: Tensor, *scoring: Tensor | None) -> None:
         width = x.shape[-1]
-        self.loops.rms_norm(
-            x.data_ptr(),
-            module.weight.data_ptr(),
-            module.variance_epsilon,
-            out.data_ptr(),
-            x.numel() // width,
-            width,
-            *(map(Tensor.data_ptr, scoring) if scoring else (None, None, None)),
-        )
+        _require(module.weight.shape == x.shape[-1:])
+        rows = x.numel() // width
+        self.loops.rms_norm(x, module.weight, module.variance_epsilon, out, rows, width, *scoring)
 
     def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
         """One pass; PyTorch takes two."""
         if not _covered(gate, up):
             return super().silu_mul(gate, up)
-        self.loops.silu_mul(gate.data_ptr(), up.data_ptr(), gate.numel())
+        _require(gate.shape == up.shape)
+        self.loops.silu_mul(gate, up, gate.numel())
         return gate
 
     def mlp(self, weights: SwiGLU, x_RD: Tensor, index_N: Tensor | None = None) -> Tensor:
@@ -95,6 +94,7 @@ class CompiledRowOps(RowOps):
         if not _few(weights, x_BTD, count) or not _covered(residual_BTD, into_BTD):
             super().add_mlp(weights, x_BTD, residual_BTD, into_BTD, index_N)
             return
+        _require(x_BTD.shape == residual_BTD.shape == into_BTD.shape)
         self._mlp(weights, x_BTD, index_N, count, residual_BTD, into_BTD)
 
     def _mlp(
@@ -107,20 +107,10 @@ class CompiledRowOps(RowOps):
         out: Tensor,
     ) -> None:
         neurons, width = weights.gate_FD.shape
+        _require(x.shape[-1] == width)
         scratch = x.new_empty(-(-count // LANES) * LANES * (width + neurons))
-        self.loops.mlp(
-            x.data_ptr(),
-            _pointer(index_N),
-            count,
-            width,
-            weights.gate_FD.data_ptr(),
-            weights.up_FD.data_ptr(),
-            weights.down_DF.data_ptr(),
-            neurons,
-            scratch.data_ptr(),
-            _pointer(residual),
-            out.data_ptr(),
-        )
+        held = x.numel() // width
+        self.loops.mlp(x, held, count, index_N, *weights, residual, scratch, out, width, neurons)
 
     def rotate(self, x: Tensor, angles: Angles, out: Tensor | None = None) -> Tensor:
         """One pass, angles read where they are; PyTorch takes three and two gathers."""
@@ -129,19 +119,14 @@ class CompiledRowOps(RowOps):
         if not (lies and _plain(into) and _covered(x, angles.cos_Pd, angles.sin_Pd)):
             return super().rotate(x, angles, out)
         *_, tokens, heads, size = x.shape
-        place, gaps = angles.place_N, into.stride()[:-1]
+        place, gaps, rows = angles.place_N, into.stride()[:-1], x.numel() // (heads * size)
+        period, width = angles.cos_Pd.shape
+        _require(into.shape == x.shape and size == width and angles.sin_Pd.shape[0] == period)
+        _require(place is None or place.shape[0] == rows)
         self.loops.rotate(
-            x.data_ptr(),
-            angles.cos_Pd.data_ptr(),
-            angles.sin_Pd.data_ptr(),
-            None if place is None else place.data_ptr(),
-            angles.cos_Pd.shape[0],
-            into.data_ptr(),
+            *(x, angles.cos_Pd, angles.sin_Pd, place, period, into),
             *(gaps if len(gaps) == 3 else (0, *gaps)),
-            x.numel() // (heads * size),
-            tokens,
-            heads,
-            size,
+            *(rows, tokens, heads, size),
         )
         return into
 
@@ -150,17 +135,14 @@ class CompiledRowOps(RowOps):
         if not (execute_BT.is_cpu and valid_BT.is_cpu and execute_BT.dtype is torch.bool):
             return super().split(execute_BT, valid_BT)
         execute_BT, valid_BT = execute_BT.contiguous(), valid_BT.contiguous()
+        _require(execute_BT.shape == valid_BT.shape)
         batch, tokens = execute_BT.shape
-        size = batch * tokens
-        found = torch.empty(2 * size, dtype=torch.int64)  # executed places, then bypassed ones
+        found = torch.empty(2 * batch * tokens, dtype=torch.int64)  # executed, then bypassed ones
         numbers = (ctypes.c_int64 * (batch + 1))()
-        at = found.data_ptr()
-        self.loops.partition(
-            execute_BT.data_ptr(), valid_BT.data_ptr(), at, at + 8 * size, numbers, batch, tokens
-        )
+        self.loops.partition(execute_BT, valid_BT, found, numbers, batch, tokens)
         *counts, others = numbers
         rows = Rows(found.narrow(0, 0, sum(counts)), counts, tokens)
-        return rows, found.narrow(0, size, others)
+        return rows, found.narrow(0, batch * tokens, others)
 
     def output_buffer(self, residual_BTD: Tensor, filled: bool) -> Tensor:
         """Nothing is copied where every row is written anyway."""
@@ -171,45 +153,36 @@ class CompiledRowOps(RowOps):
     def add(
         self, residual_BTD: Tensor, into_BTD: Tensor, index_N: Tensor, delta_ND: Tensor
     ) -> None:
-        """Rows in parallel, without the check of indices."""
+        """Rows in parallel."""
         if not _covered(residual_BTD, into_BTD):
             super().add(residual_BTD, into_BTD, index_N, delta_ND)
             return
         if not _covered(delta_ND):
             delta_ND = delta_ND.to(torch.float32).contiguous()
-        self.loops.add_rows(
-            residual_BTD.data_ptr(),
-            into_BTD.data_ptr(),
-            index_N.data_ptr(),
-            delta_ND.data_ptr(),
-            *delta_ND.shape,
-        )
+        count, width = delta_ND.shape
+        _require(residual_BTD.shape == into_BTD.shape and residual_BTD.shape[-1] == width)
+        _require(index_N.shape[0] == count)
+        held = residual_BTD.numel() // width
+        self.loops.add_rows(residual_BTD, into_BTD, held, index_N, delta_ND, count, width)
 
     def attend(
         self, query_NHd: Tensor, key_KSd: Tensor, value_KSd: Tensor, last_N: Tensor, scale: float
     ) -> Tensor | None:
         """Block by block without a mask; keys are copied once, by columns."""
-        size = query_NHd.shape[-1]
+        number, heads, size = query_NHd.shape
         fits = size % LANES == 0 and size <= MAX_HEAD and last_N.shape[0] >= FEW_QUERIES
         lie = key_KSd.stride(2) == value_KSd.stride(2) == 1
         if not (fits and lie and _plain(query_NHd, key_KSd, value_KSd)):
             return None
+        kv_heads, held, _ = key_KSd.shape
+        _require(key_KSd.shape == value_KSd.shape and key_KSd.shape[2] == size)
+        _require(last_N.shape[0] == number and heads % kv_heads == 0)
         query_NHd = query_NHd.contiguous()
         out = torch.empty_like(query_NHd)
-        turned = out.new_empty(key_KSd.shape[0], -(-key_KSd.shape[1] // PANEL) * PANEL, size)
+        transposed = out.new_empty(kv_heads, -(-held // PANEL) * PANEL, size)
         self.loops.attend(
-            query_NHd.data_ptr(),
-            key_KSd.data_ptr(),
-            *key_KSd.stride()[:2],
-            value_KSd.data_ptr(),
-            *value_KSd.stride()[:2],
-            last_N.data_ptr(),
-            scale,
-            turned.data_ptr(),
-            out.data_ptr(),
-            *query_NHd.shape[:2],
-            key_KSd.shape[0],
-            size,
+            *(query_NHd, key_KSd, *key_KSd.stride()[:2], value_KSd, *value_KSd.stride()[:2]),
+            *(last_N, scale, transposed, out, held, number, heads, kv_heads, size),
         )
         return out
 
@@ -233,24 +206,16 @@ class CompiledRowOps(RowOps):
         if not (fits and lie):
             super().forecast(linear, x_BTD, residual_BTD, into_BTD, index_N)
             return
+        _require(x_BTD.shape == residual_BTD.shape == into_BTD.shape and x_BTD.shape[-1] == width)
         self.loops.forecast(
-            x_BTD.data_ptr(),
-            residual_BTD.data_ptr(),
-            into_BTD.data_ptr(),
-            index_N.data_ptr(),
-            index_N.shape[0],
-            width,
-            rank,
-            down.data_ptr(),
-            _pointer(linear.down_bias_r),
-            up.data_ptr(),
-            _pointer(linear.bias_D),
-            linear.silu,
+            *(x_BTD, residual_BTD, into_BTD, x_BTD.numel() // width, index_N, index_N.shape[0]),
+            *(down, linear.down_bias_r, up, linear.bias_D, width, rank, linear.silu),
         )
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _require(fits: bool) -> None:
+    if not fits:
+        raise IndexError("the tensors of a row-wise operation do not fit each other")
 
 
 def _few(weights: SwiGLU, x: Tensor, count: int) -> bool:

@@ -46,11 +46,13 @@ static void widen(const float *hidden, const int64_t *index, Rows rows, int64_t 
     }
 }
 
-/* into[index] = residual[index] + up(act(down(x[index]))); `down` is [width, rank], `up`
-   [rank, width], both a multiple of 16 and rank at most MAX_RANK; biases may be null. */
-void forecast(const float *x, const float *residual, float *into, const int64_t *index,
-              int64_t count, int64_t width, int64_t rank, const float *down,
-              const float *down_bias, const float *up, const float *bias, int64_t with_silu) {
+/* into[index] = residual[index] + up(act(down(x[index]))) in buffers of `held` rows; `down` is
+   [width, rank], `up` [rank, width], both a multiple of 16 and rank at most MAX_RANK; biases may be
+   null. */
+int forecast(const float *x, const float *residual, float *into, int64_t held,
+             const int64_t *index, int64_t count, const float *down, const float *down_bias,
+             const float *up, const float *bias, int64_t width, int64_t rank, int64_t with_silu) {
+    if (outside(index, count, held)) return 1;
     int64_t tasks = tasks_of(count, TILES);
 #pragma omp parallel for schedule(static) if (count > TILE)
     for (int64_t task = 0; task < tasks; task++) {
@@ -61,4 +63,5 @@ void forecast(const float *x, const float *residual, float *into, const int64_t 
             hidden[i] = silu(hidden[i]);
         widen(hidden, index, rows, width, rank, up, bias, residual, into);
     }
+    return 0;
 }

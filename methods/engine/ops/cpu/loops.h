@@ -21,6 +21,13 @@ typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias))
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+/* True if one of `count` row numbers lies outside of 0 .. rows - 1. */
+static inline int outside(const int64_t *index, int64_t count, int64_t rows) {
+    int found = 0;
+    for (int64_t i = 0; i < count; i++) found |= (uint64_t)index[i] >= (uint64_t)rows;
+    return found;
+}
+
 /* How many parts of at most `size` make up `count`. */
 static inline int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 

@@ -91,10 +91,11 @@ static void narrow(const float *hidden, int64_t rows, int64_t neurons, const flo
     }
 }
 
-/* The MLP of rows of x; `scratch` has room for packed inputs and packed hidden rows. */
-void mlp(const float *x, const int64_t *index, int64_t rows, int64_t width, const float *gate,
-         const float *up, const float *down, int64_t neurons, float *scratch,
-         const float *residual, float *out) {
+/* The MLP of rows of x [held, width]; `scratch` takes packed inputs and packed hidden rows. */
+int mlp(const float *x, int64_t held, int64_t rows, const int64_t *index, const float *gate,
+        const float *up, const float *down, const float *residual, float *scratch, float *out,
+        int64_t width, int64_t neurons) {
+    if (index && outside(index, rows, held)) return 1;
     float *hidden = scratch + parts_of(rows, LANES) * LANES * width;
 #pragma omp parallel
     {
@@ -102,4 +103,5 @@ void mlp(const float *x, const int64_t *index, int64_t rows, int64_t width, cons
         widen(scratch, rows, width, gate, up, neurons, hidden);
         narrow(hidden, rows, neurons, down, width, residual, index, out);
     }
+    return 0;
 }

@@ -1,7 +1,8 @@
 /* What lies between the matrix products of a routed forward, float32, one pass over memory each.
 
    Every function is the counterpart of a method of `methods.engine.ops.row_ops.RowOps`, which says
-   what it computes; matrices are row-major, without gaps. `index` holds rows in rising order. */
+   what it computes; matrices are row-major, without gaps. `index` holds rows in rising order; a
+   function that reads row numbers returns 1, and does nothing, if one is outside of its buffer. */
 
 #include "loops.h"
 
@@ -34,11 +35,12 @@ void silu_mul(float *restrict gate, const float *restrict up, int64_t count) {
 
 /* Rotary embedding of x [rows, heads, size]; row i has the angles of place[i], or of i % period.
    `out` has gaps of its own between sequences of `tokens` rows, rows and heads. */
-void rotate(const float *restrict x, const float *restrict cosine, const float *restrict sine,
-            const int64_t *place, int64_t period, float *restrict out, int64_t sequence_gap,
-            int64_t row_gap, int64_t head_gap, int64_t rows, int64_t tokens, int64_t heads,
-            int64_t size) {
+int rotate(const float *restrict x, const float *restrict cosine, const float *restrict sine,
+           const int64_t *place, int64_t period, float *restrict out, int64_t sequence_gap,
+           int64_t row_gap, int64_t head_gap, int64_t rows, int64_t tokens, int64_t heads,
+           int64_t size) {
     int64_t half = size / 2;
+    if (place && outside(place, rows, period)) return 1;
 #pragma omp parallel for schedule(static) if (rows > FEW_ROWS)
     for (int64_t i = 0; i < rows; i++) {
         int64_t at = (place ? place[i] : i % period) * size;
@@ -52,24 +54,27 @@ void rotate(const float *restrict x, const float *restrict cosine, const float *
             }
         }
     }
+    return 0;
 }
 
-/* into[index] = residual[index] + delta, a row of `delta` for each index. */
-void add_rows(const float *residual, float *into, const int64_t *index, const float *delta,
-              int64_t rows, int64_t width) {
-#pragma omp parallel for schedule(static) if (rows > FEW_ROWS)
-    for (int64_t i = 0; i < rows; i++) {
+/* into[index] = residual[index] + delta, a row of `delta` for each of `count` indices. */
+int add_rows(const float *residual, float *into, int64_t rows, const int64_t *index,
+             const float *delta, int64_t count, int64_t width) {
+    if (outside(index, count, rows)) return 1;
+#pragma omp parallel for schedule(static) if (count > FEW_ROWS)
+    for (int64_t i = 0; i < count; i++) {
         const float *from = residual + index[i] * width, *more = delta + i * width;
         float *to = into + index[i] * width;
         for (int64_t j = 0; j < width; j++) to[j] = from[j] + more[j];
     }
+    return 0;
 }
 
-/* Places where `execute` and `valid` hold, and those where only `valid` does; both outputs have
-   room for all. `counts` gets the executed tokens of each sequence, then all bypassed ones. */
-void partition(const uint8_t *execute, const uint8_t *valid, int64_t *executed, int64_t *bypassed,
-               int64_t *counts, int64_t batch, int64_t tokens) {
-    int64_t a = 0, b = 0;
+/* Places where `execute` and `valid` hold, and in the second half of `places` those where only
+   `valid` does. `counts` gets the executed tokens of each sequence, then all bypassed ones. */
+void partition(const uint8_t *execute, const uint8_t *valid, int64_t *places, int64_t *counts,
+               int64_t batch, int64_t tokens) {
+    int64_t a = 0, b = 0, *executed = places, *bypassed = places + batch * tokens;
     for (int64_t s = 0; s < batch; s++) {
         int64_t before = a;
         for (int64_t i = s * tokens; i < (s + 1) * tokens; i++) {

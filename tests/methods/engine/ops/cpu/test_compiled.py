@@ -290,6 +290,45 @@ def test_other_dtypes_layouts_and_gradients_take_the_pytorch_way(ops):
     same(ops.silu_mul(wide.t().clone().t(), wide), PLAIN.silu_mul(wide.clone(), wide))
 
 
+@pytest.mark.parametrize("number", [-1, 6, 2**40])
+@pytest.mark.parametrize("name", ["add", "forecast", "mlp", "add_mlp", "rotate", "attend"])
+def test_a_row_number_outside_of_its_buffer_is_an_error_and_nothing_is_written(name, number, ops):
+    """Eight row numbers, the last of them wrong, as those of a longer batch would be."""
+    stream, residual = torch.randn(1, 6, 16), torch.randn(1, 6, 16)
+    index = torch.tensor([0, 1, 2, 3, 4, 5, 5, number])
+    weights, angle = swiglu_weights(16, 20), torch.randn(6, 16)
+    angles, heads = Angles(angle.cos(), angle.sin(), index), torch.randn(8, 2, 16)
+    keys = torch.randn(2, 6, 16)
+    run = {
+        "add": lambda: ops.add(residual, stream, index, torch.randn(8, 16)),
+        "forecast": lambda: ops.forecast(maps(16, 16), residual, residual, stream, index),
+        "mlp": lambda: ops.mlp(weights, residual[0], index),
+        "add_mlp": lambda: ops.add_mlp(weights, residual, residual, stream, index),
+        "rotate": lambda: ops.rotate(heads, angles),
+        "attend": lambda: ops.attend(heads, keys, keys, index, 0.3),
+    }[name]
+    before = stream.clone()
+    with pytest.raises(IndexError, match="outside"):
+        run()
+    assert torch.equal(stream, before)
+
+
+def test_tensors_of_two_forwards_are_an_error(ops):
+    """Masks, streams and residuals of another length than the row numbers were made for."""
+    short, long, index = torch.randn(1, 6, 16), torch.randn(1, 9, 16), torch.arange(6)
+    mask = torch.ones(1, 6, dtype=torch.bool)
+    for run in (
+        lambda: ops.split(mask, mask[:, :5]),
+        lambda: ops.add(short, long, index, torch.randn(6, 16)),
+        lambda: ops.add(short, short, index[:3], torch.randn(6, 16)),
+        lambda: ops.forecast(maps(16, 16), short, long, long, index),
+        lambda: ops.add_mlp(swiglu_weights(16, 20), long, short, short, index),
+        lambda: ops.silu_mul(short, long),
+    ):
+        with pytest.raises(IndexError, match="fit"):
+            run()
+
+
 @pytest.mark.parametrize("policy", ["keep", "evict"])
 @pytest.mark.parametrize("kernels", ["compiled", "torch"])
 def test_a_routed_model_equals_the_masked_one(kernels, policy):
