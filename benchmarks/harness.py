@@ -35,7 +35,7 @@ from runners.evaluation.harness import HarnessModel
 from runners.evaluation.tasks import TaskSet
 from runners.options import parse_section
 from runners.point_config import EvalConfig
-from runners.routed_lm import base_of
+from runners.routed_lm import RoutedOptions, base_of
 from runners.timing.stopwatch import interleaved, ratio, timed
 
 Scores = dict[str, dict[str, float]]
@@ -46,7 +46,7 @@ def main() -> None:
     words = dict(word.split("=", 1) for word in sys.argv[1:])
     if "saved" not in words or "tasks" not in words:
         raise UserError("give saved=<folder of a saved routed model> tasks=<names>")
-    base = base_of(words["saved"])
+    base = base_of(RoutedOptions(words["saved"]))
     quick = Path(__file__).resolve().parents[1] / "conf" / "eval" / "quick.yaml"
     own = {"tasks": words["tasks"].split(","), "limit": int(words.get("limit", 50))}
     own["data_dir"] = words.get("data_dir")

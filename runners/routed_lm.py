@@ -12,10 +12,13 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from lm_eval.api.registry import register_model
 
 from methods.engine.checkpoint import BadCheckpoint, from_pretrained
@@ -25,20 +28,68 @@ from runners.base_model.load import Base, load_base
 from runners.corpus.rows import ProbeText, encoder, load_rows
 from runners.errors import UserError
 from runners.evaluation.harness import HarnessModel
-from runners.options import parse_value
+from runners.options import parse_section
 from runners.point_config import (
     DataConfig,
     Dtype,
     Mode,
     ModelConfig,
     PlacementConfig,
+    Positive,
     Share,
     read_saved,
     saved_model,
 )
+from runners.runtime.processes import world_size
+from runners.store.provenance import hash_model
+from runners.store.stage_cache import content_key
 from runners.training.probe import ModelProbe
 
 log = logging.getLogger(__name__)
+
+
+OWNER = "routebench: the model that gave these answers"
+"""Key of a response cache under which it says whose it is."""
+
+
+@dataclass(frozen=True)
+class RoutedOptions:
+    """What `--model_args` may say; any other key is refused, because it would do nothing."""
+
+    pretrained: str
+    """Folder with routed.json and routed.safetensors."""
+    base_model: str | None = None
+    """Hub id or folder of the base model; None for the one that the folder names."""
+    mode: Mode = "gathered"
+    sparsity: Share | None = None
+    """None keeps the saved threshold; a number moves it to that target on calibration text."""
+    calibration_dir: str | None = None
+    """Folder of text as for `data.dir`; None for the embedded addresses of the 1990s."""
+    calibration_tokens: Positive = 8192
+    calibration_seq_len: Positive = 512
+    dtype: Dtype = "auto"
+    device: str | None = None
+    """As in lm-eval: CUDA that is not there means the CPU."""
+    device_map: str | None = None
+    """For a base model larger than one device, as in `conf/score.yaml`."""
+    cache_dir: str | None = None
+    trust_remote_code: bool = False
+    batch_size: int | str = 1
+    # the following as in `HarnessModel` and lm-eval's `hf`
+    max_batch_size: Positive | None = 64
+    share_contexts: bool | None = None
+    max_length: Positive | None = None
+    truncation: bool = False
+    logits_cache: bool = True
+    softmax_dtype: str | None = None
+    prefix_token_id: int | None = None
+    think_end_token: str | int | None = None
+    enable_thinking: bool | None = None
+    chat_template_args: Mapping[str, Any] | None = None
+
+
+PASSED = [f.name for f in fields(RoutedOptions)][-11:]
+"""Options that the harness takes, `batch_size` and what stands behind it."""
 
 
 @register_model("routed")
@@ -46,94 +97,73 @@ class RoutedLM(HarnessModel):
     """A saved routed model, routed for the life of this object.
 
     Args:
-        pretrained: folder with routed.json and routed.safetensors.
-        base_model: hub id or folder of the base model; None for the one that the folder names.
-        mode: gathered computes what is executed; masked computes all and blends.
-        sparsity: None keeps the saved threshold; a number moves it to that target on calibration
-            text.
-        calibration_dir: folder with calibration or training text as for `data.dir`; None for the
-            embedded addresses of the 1990s.
-        calibration_tokens, calibration_seq_len: how much of it is read, and the length of a row.
-        dtype, device, batch_size: as in lm-eval; dtype auto is the project's choice.
-        device_map: for a base model larger than one device, as in `conf/score.yaml`.
-        cache_dir: of the embedded model.
-        options: as for `HarnessModel` and lm-eval's `hf`.
+        pretrained, options: see `RoutedOptions`.
 
     Raises:
-        UserError: a folder, model or value that cannot be used.
+        UserError: a folder, model or value that cannot be used; an option that does nothing.
     """
 
-    def __init__(
-        self,
-        pretrained: str,
-        *,
-        base_model: str | None = None,
-        mode: str = "gathered",
-        sparsity: float | None = None,
-        calibration_dir: str | None = None,
-        calibration_tokens: int = 8192,
-        calibration_seq_len: int = 512,
-        dtype: str = "auto",
-        device: str | None = None,
-        device_map: str | None = None,
-        batch_size: int | str = 1,
-        cache_dir: str | None = None,
-        trust_remote_code: bool = False,
-        **options: Any,
-    ) -> None:
-        parse_value(Mode, mode, "mode")
-        parse_value(Dtype, dtype, "dtype")
-        parse_value(Share | None, sparsity, "sparsity")
-        base = base_of(
-            pretrained,
-            base_model=base_model,
-            dtype=dtype,
-            device=device,
-            device_map=device_map,
-            cache_dir=cache_dir,
-            trust_remote_code=trust_remote_code,
-        )
+    def __init__(self, pretrained: str, **options: Any) -> None:
+        own = parse_section(RoutedOptions, {"pretrained": pretrained, **options})
+        if world_size() > 1:
+            raise UserError("a saved routed model is evaluated in one process: start no launcher")
+        base, settings = base_of(own), read_saved(Path(pretrained))
         try:
             method = from_pretrained(pretrained, base.model)
         except BadCheckpoint as error:
             raise UserError(str(error)) from error
-        if sparsity is not None:
+        if own.sparsity is not None:
             rows = load_rows(
-                DataConfig(dir=calibration_dir),
+                DataConfig(dir=own.calibration_dir),
                 "calibration",
                 encoder(base.tokenizer),
-                seq_len=calibration_seq_len,
-                tokens=calibration_tokens,
+                seq_len=own.calibration_seq_len,
+                tokens=own.calibration_tokens,
             )
             text = ProbeText(train=rows, calibration=rows, sensitivity=rows)
-            method.calibrate(ModelProbe(base.model, method, text), float(sparsity))
+            method.calibrate(ModelProbe(base.model, method, text), own.sparsity)
+        passed = {name: getattr(own, name) for name in PASSED}
+        made = (base.weights_hash, hash_model(method), settings["target"], settings["options"])
+        self._answers = content_key(*made, own.mode, [passed[name] for name in PASSED[2:]])
         self._routed = ExitStack()
-        self._routed.enter_context(routed(base.model, method, mode))  # type: ignore[arg-type]
-        super().__init__(base.model, base.tokenizer, batch_size=batch_size, **options)
+        self._routed.enter_context(routed(base.model, method, own.mode))
+        super().__init__(base.model, base.tokenizer, **passed)
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Take a response cache (`--use_cache`) that this model has begun, and no other's.
+
+        lm-eval keys a response by its request alone: a file of another threshold, mode, precision
+        or base would answer for this model.
+
+        Raises:
+            UserError: the file holds another model's answers.
+        """
+        held = cache_hook.dbdict
+        if held is not None:
+            if held.get(OWNER, None if len(held) else self._answers) != self._answers:
+                raise UserError("--use_cache: the file holds another model's answers: name another")
+            held[OWNER] = self._answers
+        super().set_cache_hook(cache_hook)
 
 
-def base_of(
-    folder: str,
-    *,
-    base_model: str | None = None,
-    dtype: str = "auto",
-    device: str | None = None,
-    device_map: str | None = None,
-    cache_dir: str | None = None,
-    trust_remote_code: bool = False,
-) -> Base:
-    """The dense model that a saved routed model was trained on, or `base_model`.
+def base_of(options: RoutedOptions) -> Base:
+    """Load the dense model that a saved routed model was trained on, or `base_model`.
 
     Raises:
         UserError: a folder without a saved routed model, or a base that cannot be loaded.
     """
-    settings = read_saved(Path(folder))
-    model = {**saved_model(settings, base_model), "trust_remote_code": trust_remote_code}
-    placement = PlacementConfig(device or "auto", dtype, device_map, None)  # type: ignore[arg-type]
+    settings, device = read_saved(Path(options.pretrained)), options.device or "auto"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        log.warning("device=%s is not there: the CPU is used", device)
+        device = "cpu"
+    model = saved_model(settings, options.base_model)
+    model |= {"trust_remote_code": options.trust_remote_code}
+    placement = PlacementConfig(device, options.dtype, options.device_map, None)
     places.check(placement, None, merge_lora=False, here=True)
-    base = load_base(ModelConfig(**model), placement, settings["base"]["seed"], cache_dir)
+    seed, cache_dir = settings["base"]["seed"], options.cache_dir
+    base = load_base(ModelConfig(**model), placement, seed, cache_dir)
     if settings["base"]["weights_sha256"] != base.weights_hash:
-        log.warning("%s was trained on other weights (or another dtype) than these", Path(folder))
+        log.warning("%s was trained on other weights or another dtype", options.pretrained)
     return base
 
 

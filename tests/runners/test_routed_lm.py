@@ -8,6 +8,7 @@ import sys
 
 import lm_eval
 import pytest
+import torch
 from lm_eval.models.huggingface import HFLM
 
 from methods.engine.checkpoint import save_pretrained
@@ -106,6 +107,66 @@ def test_refused(saved):
         RoutedLM(str(saved), sparsity=1.5)
     with pytest.raises(UserError, match=r"no such|cannot load"):
         RoutedLM(str(saved), base_model="./absent")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("sparcity", 0.7),
+        ("add_bos_token", True),
+        ("peft", "folder"),
+        ("revision", "main"),
+        ("load_in_8bit", True),
+        ("trust_remote_code", "no"),
+        ("calibration_tokens", -1),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(saved, option, value):
+    with pytest.raises(UserError, match=option) as caught:
+        RoutedLM(str(saved), **{option: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_several_processes_are_refused(saved, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="one process"):
+        RoutedLM(str(saved))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is there")
+def test_without_cuda_the_default_device_of_lm_eval_is_the_cpu(saved):
+    lm = RoutedLM(str(saved), device="cuda:0", dtype="float32")
+    assert lm.device.type == "cpu"
+    lm._routed.close()
+
+
+def test_a_response_cache_serves_one_model_only(saved, tmp_path):
+    """Another threshold, mode, base or precision, or another class's file, is refused."""
+    write_data(tmp_path / "data")
+    chosen = TaskSet(settings("piqa", folder=tmp_path / "data"), [], 0, tmp_path / "cache")
+
+    def score(cache, model):
+        options = {"tasks": ["piqa"], "task_manager": chosen.manager, "bootstrap_iters": 0}
+        try:
+            done = lm_eval.simple_evaluate(model=model, use_cache=str(tmp_path / cache), **options)
+        finally:
+            if isinstance(model, RoutedLM):
+                model._routed.close()
+        return done["results"]["piqa"]
+
+    def make(**options):
+        text = {"calibration_tokens": 512, "calibration_seq_len": 64}
+        return RoutedLM(str(saved), **{"dtype": "float32", **text, **options})
+
+    first = score("answers", make())
+    assert score("answers", make(batch_size=4)) == first
+    for other in ({"mode": "masked"}, {"dtype": "bfloat16"}, {"sparsity": 0.5}):
+        with pytest.raises(UserError, match="another model's answers"):
+            score("answers", make(**other))
+    model, tokenizer = tiny_model(seed=3)
+    score("stock", HFLM(pretrained=model, tokenizer=tokenizer))
+    with pytest.raises(UserError, match="another model's answers"):
+        score("stock", make())
 
 
 def test_usable_wherever_a_routed_model_is(saved):
