@@ -136,8 +136,14 @@ def test_looks_differ_within_a_picture_and_repeat_between_pictures():
     assert style.looks(reversed(names)) == looks
 
 
-@pytest.mark.parametrize("script", ["tradeoff", "training_time"])
-@pytest.mark.parametrize("argument", ["results_dir=/nope", "nonsense", "colour=red"])
+@pytest.mark.parametrize(
+    ("script", "argument"),
+    [
+        ("tradeoff", "results_dir=/nope"),
+        ("training_time", "nonsense"),
+        ("training_time", "colour=red"),
+    ],
+)
 def test_mistakes_end_in_one_line(script, argument):
     done = subprocess.run(
         [sys.executable, f"analysis/{script}.py", argument],

@@ -81,13 +81,14 @@ def test_any_byte_of_a_stage_product(tmp_path, tiny_llama):
 
 
 def test_any_byte_of_a_record_and_its_items(tmp_path):
+    """Of the record every seventh: its checksum is that of a cached value, above."""
     folder = RunFolder(tmp_path)
     folder.items_file.write_bytes(b"PAR1 items PAR1")
     record = {"perplexity": {"sotu": {"value": 20.25}}, "reason": None}
-    for file in (folder.result_file, folder.items_file):
+    for file, step in ((folder.result_file, 7), (folder.items_file, 1)):
         folder.complete(record)
         whole = folder.items_file.read_bytes()
-        for _ in damages(file):
+        for _ in damages(file, step):
             folder.discard_damaged()
             assert not folder.is_complete()
             folder.items_file.write_bytes(whole)
