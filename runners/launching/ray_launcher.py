@@ -32,7 +32,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from runners.errors import UserError
-from runners.runtime.signals import Interrupted, noted
+from runners.runtime.signals import Interrupted, handled
 from runners.runtime.workers import VARIABLE, end_points
 
 log = logging.getLogger(__name__)
@@ -127,7 +127,9 @@ def _finished(ray: Any, waiting: list[Any]) -> list[JobReturn]:
     Raises:
         Interrupted: there was one.
     """
-    with noted() as asked:  # Ray has handlers of its own, which end the workers at once
+    asked: list[int] = []
+    # Ray has handlers of its own, which end the workers at once
+    with handled(lambda number, _: asked.append(number)):
         while not asked and ray.wait(waiting, num_returns=len(waiting), timeout=0.2)[1]:
             pass
         if not asked:

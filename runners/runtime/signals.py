@@ -106,14 +106,6 @@ def handled(handler: Callable[[int, Any], Any]) -> Iterator[None]:
             signal.signal(number, own)
 
 
-@contextmanager
-def noted() -> Iterator[list[int]]:
-    """List the signals that ask a run to end inside the block; nothing else happens."""
-    asked: list[int] = []
-    with handled(lambda number, _: asked.append(number)):
-        yield asked
-
-
 def _is_foreign(handler: Any) -> bool:
     """Whether somebody installed it, as submitit does: it is not Python's or the system's own."""
     return callable(handler) and handler is not signal.default_int_handler

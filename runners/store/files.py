@@ -214,7 +214,7 @@ def disk_error(path: Path, error: OSError) -> OSError | UserError:
             f"cannot lock {path} ({error.strerror}): its file system has no file locks; give "
             "results_dir= and cache_dir= on one that has"
         )
-    return _no_space(path) if _is_full(error) else error
+    return full_disk(path, error) or error
 
 
 def full_disk(path: Path, error: BaseException) -> UserError | None:
@@ -222,18 +222,13 @@ def full_disk(path: Path, error: BaseException) -> UserError | None:
 
     Libraries wrap the system's error, and safetensors gives it as text.
     """
-    seen: set[int] = set()
     link: BaseException | None = error
-    while link is not None and id(link) not in seen:
-        if _is_full(link):
-            return _no_space(getattr(link, "filename", None) or path)
-        seen.add(id(link))
+    while link is not None and not _is_full(link):
         link = link.__cause__ or link.__context__
-    return None
-
-
-def _no_space(path: Path) -> UserError:
-    return UserError(f"no space left to write {path}: free some, or choose another folder")
+    if link is None:
+        return None
+    place = getattr(link, "filename", None) or path
+    return UserError(f"no space left to write {place}: free some, or choose another folder")
 
 
 def _is_full(error: BaseException) -> bool:

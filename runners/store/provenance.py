@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from torch import Tensor, nn
+from torch import nn
 
 from methods.engine.decoder.offload import stored
 from runners.runtime.processes import world_size
@@ -127,13 +127,9 @@ def hash_model(model: nn.Module) -> str:
     for name in sorted(tensors):
         tensor = stored(model, name, tensors[name])
         digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
-        digest.update(_bytes_of(tensor))
+        flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+        digest.update(memoryview(flat.view(torch.uint8).numpy()))  # type: ignore[arg-type]
     return digest.hexdigest()
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def stage_version(module: str, file: Path, root: Path = REPOSITORY) -> str:

@@ -11,17 +11,17 @@ import json
 import logging
 import os
 import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from runners.errors import UserError
-from runners.store.event_log import EventLog
 from runners.store.files import (
     Damaged,
+    disk_error,
     locked,
     read_checked,
     remove_partial,
@@ -39,6 +39,56 @@ SCHEMA_VERSION = 1
 ITEMS_HASH = "items_sha256"
 SPEED_KEY = "seq context batch steps decisions trained threads dtype device kernels graphs".split()
 """What tells timed cases of a point apart."""
+
+
+class EventLog:
+    """`log.jsonl` of a point, a JSON line per event; one that a crash tore is left out on reading.
+
+    Args:
+        path: made by the first event.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, event: Mapping[str, Any]) -> None:
+        """Add one line, with the wall clock as `unix_time_s`.
+
+        Raises:
+            UserError: disk full or not writable.
+        """
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(_lines([_timed(event)]))
+        except OSError as error:
+            raise disk_error(self.path, error) from error
+
+    def rewind(self, stage: str, steps: int, curve: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Keep of a stage its first `steps` steps alone, each once.
+
+        Where the log lacks one, because it was damaged or another point's process did the step,
+        `curve` gives its figures; without them none is kept, for that process's log has them all.
+        """
+        text = self.path.read_bytes() if self.path.is_file() else b""
+        events = []
+        for line in text.splitlines():
+            with suppress(ValueError):
+                events.append(json.loads(line))
+        other = [event for event in events if event.get("stage", event.get("name")) != stage]
+        own = {e["step"]: e for e in events if e["event"] == "step" and e["stage"] == stage}
+        made = {f["step"]: _timed({"event": "step", "stage": stage, **f}) for f in curve}
+        done = [event for step, event in sorted((made | own).items()) if step <= steps]
+        kept = _lines(other + (done if len(done) == steps else [])).encode()
+        if kept != text:
+            write_bytes_atomic(self.path, kept)
+
+
+def _timed(event: Mapping[str, Any]) -> dict[str, Any]:
+    return {"unix_time_s": round(time.time(), 3), **to_json(redact(event), "event")}
+
+
+def _lines(events: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(event) + "\n" for event in events)
 
 
 class RunFolder:

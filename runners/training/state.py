@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,9 +67,6 @@ class Batches:
         self.rows, self.size, self.device = rows, size, device
         self.order = self._shuffled()
         """Rows to come, int64; replaced and never written to, so that who holds it can go back."""
-
-    def __iter__(self) -> Iterator[Tensor]:
-        return self
 
     def __next__(self) -> Tensor:
         while len(self.order) < self.size:

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from runners.store.event_log import EventLog
-from runners.store.run_folder import RunFolder
+from runners.store.run_folder import EventLog, RunFolder
 from runners.store.stage_cache import StageCache
 from runners.training.state import Checkpoint
 from tests.conftest import SHRUNK, Commands
