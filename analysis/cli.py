@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from analysis.frames import AnalysisError, Store, by_setting
+from analysis.view import View
+
 log = logging.getLogger(__name__)
-
-
-class AnalysisError(ValueError):
-    """A mistake of the user; its text is one line."""
 
 
 @dataclass(frozen=True)
@@ -23,20 +22,19 @@ class Paths:
     out_dir: Path
 
 
-def parse(arguments: Sequence[str], out: str = "plots") -> Paths:
-    """Read `results_dir=results out_dir=<results_dir>/<out>`, both optional.
+def parse(
+    arguments: Sequence[str], out: str = "plots", **more: str
+) -> tuple[Paths, dict[str, str]]:
+    """Read `results_dir=results out_dir=<results_dir>/<out>` and a script's own keys.
+
+    Args:
+        more: the script's own keys, with their defaults.
+
+    Returns:
+        the folders, and the script's own values.
 
     Raises:
-        AnalysisError: an unknown key or no such folder.
-    """
-    return paths_of(words(arguments, {}), out)
-
-
-def words(arguments: Sequence[str], more: Mapping[str, str]) -> dict[str, str]:
-    """`key=value` arguments: the two folders, and a script's own keys with their defaults.
-
-    Raises:
-        AnalysisError: an unknown key.
+        AnalysisError: an unknown key, or no such results.
     """
     values = {"results_dir": "results", **more}
     known = ("results_dir", "out_dir", *more)
@@ -46,27 +44,33 @@ def words(arguments: Sequence[str], more: Mapping[str, str]) -> dict[str, str]:
             listed = ", ".join(f"{name}=" for name in known)
             raise AnalysisError(f"unknown argument {word!r}; known: {listed}")
         values[key] = value
-    return values
-
-
-def paths_of(values: Mapping[str, str], out: str) -> Paths:
-    """The folders that the arguments name.
-
-    Raises:
-        AnalysisError: no such results.
-    """
     results = Path(values["results_dir"]).expanduser()
     if not results.is_dir():
         raise AnalysisError(f"results_dir={results} is not a folder; run runners/sweep.py first")
-    return Paths(results, Path(values.get("out_dir", results / out)).expanduser())
+    folder = Path(values.get("out_dir", results / out)).expanduser()
+    return Paths(results, folder), {key: values[key] for key in more}
 
 
-def run(main: Callable[[Paths], None], usage: str | None, *, out: str = "plots") -> None:
-    """`run_words` for a script that only needs the two folders, the second below the first."""
-    run_words(lambda arguments: main(parse(arguments, out)), usage)
+def write(view: View, paths: Paths) -> None:
+    """Write the files of a view, for each setting of the store.
+
+    Raises:
+        AnalysisError: the store has nothing that it shows.
+    """
+    rows = view.rows(Store(paths.results_dir))
+    if rows.empty:
+        raise AnalysisError(f"nothing to show in {paths.results_dir}: {view.missing}")
+    for slug, title, part in by_setting(rows):
+        for path in view.save(part, title, paths.out_dir / f"{view.name}-{slug}"):
+            log.info("wrote %s", path)
 
 
-def run_words(main: Callable[[Sequence[str]], None], usage: str | None) -> None:
+def run(view: View, usage: str | None) -> None:
+    """Run the script of a view."""
+    run_main(lambda arguments: write(view, parse(arguments)[0]), usage)
+
+
+def run_main(main: Callable[[Sequence[str]], None], usage: str | None) -> None:
     """Run a script's main function; exit 2 with one line on a user's mistake."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     logging.getLogger("fontTools").setLevel(logging.WARNING)

@@ -1,280 +1,272 @@
-"""The results store as tidy data frames; the only place that knows the record's layout."""
+"""The results store as tidy data frames; the only place that knows the record's layout.
+
+Read of `<results_dir>/<fingerprint>/result.json`, where `?` may be missing in older records:
+`schema_version`, `status`, `reason?`, `evaluated?`, `method`, `variant?`, `model`, `data`, `seed`,
+`sparsity_target`, `sparsity_realised`, `flops_ratio`, `kv_bytes_ratio?`, `kv_policy?`,
+`added_parameters?`, `options?`, `seconds?`, `realised?.per_layer[].{layer attention mlp}`,
+`perplexity.*.{value low high dense documents? metric?}`,
+`accuracy.*.{value stderr dense n chance? metric?}`,
+`stages[].{name seconds tokens steps peak_memory_bytes figures?}`,
+`speed?.{prefill decode settings}` (see `Store.speed`) and `identity` (see `groups.content`).
+Beside it: `config.yaml`, `items.parquet?` and `routing?/`.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pyarrow
 from pyarrow import parquet
 
-from analysis.cli import AnalysisError
+from analysis import groups
+from analysis.groups import Record
 
 log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
-SETTING = ["model", "data", "budget"]
-"""Points that differ in one of these never share a picture."""
-SERIES = ["method", "variant"]
-"""What makes a line in a picture."""
+DENSE = "dense"
+SERIES = ["setting", "model", "data", "budget", "method", "variant", "line", "true_error"]
+"""What makes a line of a picture; `setting` tells the pictures apart."""
+POINT = [*SERIES, "sparsity_target"]
+"""What makes a point of a line: its records are of one content and differ in their seed."""
+MEASURE = ["measure", "name", "metric", "shown"]
 VALUES = ["value", "low", "high"]
-"""A measure and its interval."""
-UPPER_BOUND = " (upper bound)"
-"""Suffix of an oracle's name, in every table and picture."""
-Record = Mapping[str, Any]
+"""A measure and its interval; of a perplexity, averaged as losses."""
+TRUE_ERROR = "true error"
+"""Said of a method that decides by what no method can know, in every table and picture."""
+SAME_DENSE = 1e-3
+"""Dense perplexities of one text that are further apart (relative) are of two models or texts."""
+HOW = ["decisions", "device", "dtype", "threads", "kernels"]
+"""How speed was measured; figures that differ in one of these are never mixed."""
+TIMED = "batch dense_tps routed_tps speedup_p20 speedup_p80 bound sparsity".split()
 
 
-def read_store(results_dir: Path) -> list[Record]:
-    """Complete records under `<results_dir>/<fingerprint>/`; others are named in the log.
-
-    Raises:
-        AnalysisError: none is complete, or all are of another schema.
-    """
-    return read_all(results_dir)[0]
+class AnalysisError(ValueError):
+    """A mistake of the user; its text is one line."""
 
 
-def read_all(results_dir: Path) -> tuple[list[Record], list[tuple[Path, str]]]:
-    """`read_store`, and (file, reason) of each record that is not complete."""
-    records, left_out = _scan(results_dir)
-    reasons = [f"{path}: {reason}" for path, reason in left_out]
-    for reason in reasons:
-        log.warning("left out %s", reason)
-    if not records:
-        why = f" ({reasons[0]})" if reasons else ""
-        raise AnalysisError(f"no complete result in {results_dir}{why}")
-    return records, left_out
+class Store:
+    """The complete points of a results folder, and frames of their figures.
 
-
-def _scan(results_dir: Path) -> tuple[list[Record], list[tuple[Path, str]]]:
-    records: list[Record] = []
-    left_out = []
-    for path in sorted(results_dir.glob("*/result.json")):
-        try:
-            record = json.loads(path.read_bytes())
-            version, status = record["schema_version"], record["status"]
-        except (ValueError, KeyError, TypeError):
-            left_out.append((path, "not a result record"))
-            continue
-        if version != SCHEMA_VERSION:
-            left_out.append((path, f"schema {version}, this code reads {SCHEMA_VERSION}"))
-        elif status != "complete":
-            left_out.append((path, f"{status}: {record.get('reason', 'no reason given')}"))
-        else:
-            records.append(record)
-    return records, left_out
-
-
-def points(records: Sequence[Record]) -> pd.DataFrame:
-    """One row per point: what it is, realised sparsity, cost, added parameters, threshold."""
-    return pd.DataFrame([_key(record) for record in records])
-
-
-def measures(records: Sequence[Record]) -> pd.DataFrame:
-    """One row per point and measure.
-
-    Columns beside the point's: `measure` (perplexity | accuracy), `name`, `value`, `low`, `high`
-    (the 95 % bootstrap interval of a perplexity, one standard error of an accuracy), `dense`,
-    `chance` (accuracies), `n` (items or documents).
-    """
-    rows = []
-    for record in records:
-        key = _key(record)
-        rows += [key | row for row in _measures(record)]
-    return pd.DataFrame(rows)
-
-
-def _measures(record: Record) -> Iterator[dict[str, Any]]:
-    for name, entry in record["perplexity"].items():
-        yield {
-            "measure": "perplexity",
-            "name": name,
-            **{k: entry[k] for k in ("value", "low", "high", "dense")},
-            "chance": None,
-            "n": entry.get("documents"),
-        }
-    for name, entry in record["accuracy"].items():
-        value, stderr = entry["value"], entry["stderr"] or 0.0
-        yield {
-            "measure": "accuracy",
-            "name": name,
-            "value": value,
-            "low": value - stderr,
-            "high": value + stderr,
-            "dense": entry["dense"],
-            "chance": entry.get("chance"),
-            "n": entry["n"],
-        }
-
-
-def items(results_dir: Path, records: Sequence[Record] | None = None) -> pd.DataFrame:
-    """One row per point and item of its tasks and texts, from `items.parquet` beside each record.
-
-    Columns beside the point's: `line` (its label), `measure`, `name`, `metric`, `item` (equal for
-    the same item in all points), `value` (right or wrong; nll in nats), `weight`, `dense`.
-
-    Args:
-        records: those of the store, where they are read already.
+    Every frame has the columns of `points` beside its own. Records that are not complete are named
+    in the log and in `left_out`.
 
     Raises:
-        AnalysisError: no complete point has such a file.
+        AnalysisError: no record is complete, or all are of another schema, or points of one
+            setting have different dense models.
     """
-    tables, keys, counts = [], [], []
-    for record in read_store(results_dir) if records is None else records:
-        key = _key(record)
-        path = results_dir / key["fingerprint"] / "items.parquet"
-        if path.is_file():
-            tables.append(parquet.ParquetFile(path).read(use_threads=False))
-            keys.append(key | {"line": label(key["method"], key["variant"])})
-            counts.append(len(tables[-1]))
-    if not tables:
-        raise AnalysisError(
-            f"no point of {results_dir} has an items.parquet; run it with force=true"
+
+    def __init__(self, results_dir: Path) -> None:
+        self.results_dir = results_dir
+        self.records: list[Record] = []
+        self.left_out: list[tuple[Path, str]] = []
+        for path in sorted(results_dir.glob("*/result.json")):
+            try:
+                self.records.append(_read(path))
+            except AnalysisError as error:
+                self.left_out.append((path, str(error)))
+                log.warning("left out %s: %s", path, error)
+        if not self.records:
+            why = " ({}: {})".format(*self.left_out[0]) if self.left_out else ""
+            raise AnalysisError(f"no complete result in {results_dir}{why}")
+        names = [str(record["identity"]["fingerprint"]) for record in self.records]
+        self.configs = {name: groups.read_config(results_dir / name) for name in names}
+        self.points = _points(self.records, self.configs)
+        self._check_dense()
+
+    def _check_dense(self) -> None:
+        if self.measures.empty:
+            return
+        texts = self.measures[self.measures["measure"] == "perplexity"]
+        for (_, name), own in texts.groupby(["setting", "name"]):
+            low, *_, high = (
+                own.sort_values("dense")[["dense", "fingerprint"]].to_numpy().tolist() * 2
+            )
+            if high[0] > low[0] * (1 + SAME_DENSE):
+                raise AnalysisError(
+                    f"the dense perplexity of {name} is {low[0]:.4f} in {low[1]} and {high[0]:.4f} "
+                    f"in {high[1]}, whose configurations agree: one is of other weights or text; "
+                    "remove it, or run it again with force=true"
+                )
+
+    def _beside(self, places: Sequence[int], own: pd.DataFrame) -> pd.DataFrame:
+        """Rows with the columns of their points, which are at these places."""
+        if own.empty:
+            return pd.DataFrame()
+        keys = self.points.iloc[list(places)].reset_index(drop=True)
+        return pd.concat([keys, own.reset_index(drop=True)], axis="columns")
+
+    def _frame(self, rows: Callable[[Record], Iterator[dict[str, Any]]]) -> pd.DataFrame:
+        found = [(place, row) for place, record in enumerate(self.records) for row in rows(record)]
+        return self._beside([place for place, _ in found], pd.DataFrame([row for _, row in found]))
+
+    @cached_property
+    def measures(self) -> pd.DataFrame:
+        """One row per point and measure.
+
+        `measure` (perplexity | accuracy), `name`, `metric`, `shown` (both for a reader), `value`,
+        `low`, `high` (the 95 % bootstrap interval of a perplexity, one standard error of an
+        accuracy), `dense`, `chance`, `n`.
+        """
+        return self._frame(_measures)
+
+    @cached_property
+    def averaged(self) -> pd.DataFrame:
+        """Measures averaged over seeds; with several seeds `low` and `high` are mean -/+ std."""
+        columns = ["sparsity_realised", "flops_ratio", "kv_bytes_ratio", "training_s", "chance"]
+        return self.over_seeds(self.measures, MEASURE, [*columns, *VALUES, "dense"])
+
+    def over_seeds(
+        self, frame: pd.DataFrame, by: Sequence[str], columns: Sequence[str]
+    ) -> pd.DataFrame:
+        """Average columns over the seeds of each point.
+
+        Of perplexities the losses are averaged: a mean of perplexities is that of the worst seed
+        where seeds are orders apart.
+
+        Returns:
+            the columns of `POINT`, `by` and `columns`, `seeds` and `fingerprints`.
+        """
+        if frame.empty:
+            return frame
+        own = _mapped(frame, np.log).groupby([*POINT, *by], dropna=False)
+        means = own[list(columns)].mean()
+        if "low" in columns:
+            one, spread = own["seed"].nunique() == 1, own["value"].std()
+            means["low"] = means["low"].where(one, means["value"] - spread)
+            means["high"] = means["high"].where(one, means["value"] + spread)
+        made_of = self.points.groupby(POINT).agg(
+            seeds=("seed", "nunique"), fingerprints=("fingerprint", joined)
         )
-    own = pyarrow.concat_tables(tables, promote_options="permissive").to_pandas()
-    frame = pd.DataFrame(keys)
-    repeated = frame.loc[frame.index.repeat(counts)].reset_index(drop=True)
-    return pd.concat([own, repeated], axis="columns")
+        return _mapped(means.reset_index(), np.exp).merge(made_of.reset_index(), on=POINT)
+
+    def with_option(self, *names: str) -> pd.DataFrame:
+        """Perplexities averaged over seeds with options of their method, None where it has none."""
+        if self.averaged.empty:
+            return self.averaged.reindex(columns=["method", *names])
+        own = [record.get("options") or {} for record in self.records]
+        chosen = self.points[["setting", "line"]].copy()
+        for name in names:
+            chosen[name] = [options.get(name) for options in own]
+        chosen = chosen.drop_duplicates(["setting", "line"])
+        perplexities = self.averaged[self.averaged["measure"] == "perplexity"]
+        return perplexities.merge(chosen, on=["setting", "line"])
+
+    @cached_property
+    def items(self) -> pd.DataFrame:
+        """One row per point and item of its tasks and texts; empty where none was saved.
+
+        `measure`, `name`, `metric`, `shown`, `item` (equal for the same item in all points),
+        `value` (right or wrong; nll in nats), `weight`, `dense`.
+        """
+        tables, places = [], []
+        for place, name in enumerate(self.points["fingerprint"]):
+            path = self.results_dir / name / "items.parquet"
+            if path.is_file():
+                tables.append(parquet.ParquetFile(path).read(use_threads=False))
+                places += [place] * len(tables[-1])
+        if not tables:
+            return pd.DataFrame()
+        own = pyarrow.concat_tables(tables, promote_options="permissive").to_pandas()
+        own.loc[own["measure"] == "perplexity", "metric"] = "perplexity"  # stored as nll
+        own["shown"] = own["name"].astype(str) + " " + own["metric"].astype(str)
+        return self._beside(places, own)
+
+    @cached_property
+    def stages(self) -> pd.DataFrame:
+        """One row per point and stage: seconds, tokens, steps, peak bytes, figures, `cached`."""
+        return self._frame(_stages)
+
+    @cached_property
+    def speed(self) -> pd.DataFrame:
+        """One row per point and timed case.
+
+        `phase` (prefill | decode), `tokens` (of the prompt, or in the cache), `batch`, those of
+        `HOW`, `dense_tps`, `routed_tps`, `speedup` (their ratio, so that the three agree) with
+        `speedup_p20` and `speedup_p80` (of single pairs), `bound`, `efficiency`, `sparsity`
+        (realised on what was timed).
+        """
+        frame = self._frame(_speed)
+        if len(frame):
+            frame.loc[frame["decisions"] == "random", "line"] += " [random decisions]"
+        return frame
+
+    @cached_property
+    def layers(self) -> pd.DataFrame:
+        """One row per point, layer and unit kind: realised sparsity there (`sparsity`)."""
+        parts = [(record.get("realised") or {}).get("per_layer") or [] for record in self.records]
+        rows = [
+            (place, entry["layer"], kind, entry[kind])
+            for place, part in enumerate(parts)
+            for entry in part
+            for kind in ("attention", "mlp")
+        ]  # tuples: a store of thousands of points has hundreds of thousands
+        own = pd.DataFrame(rows, columns=["place", "layer", "kind", "sparsity"])
+        return self._beside(own.pop("place").tolist(), own)
 
 
-def stages(records: Sequence[Record]) -> pd.DataFrame:
-    """One row per point and stage: seconds, tokens, steps, peak bytes, figures, `cached`."""
-    rows = []
-    for record in records:
-        for order, stage in enumerate(record["stages"]):
-            figures = stage.get("figures") or {}
-            plain = {k: v for k, v in stage.items() if k != "figures"}
-            plain["stage"] = plain.pop("name")
-            rows.append(_key(record) | {"order": order} | plain | figures)
-    return pd.DataFrame(rows)
+def _read(path: Path) -> Record:
+    """Read a record.
 
-
-def speed(records: Sequence[Record]) -> pd.DataFrame:
-    """One row per point and timed case.
-
-    Columns beside the point's: `phase` (prefill | decode), `tokens` (of the prompt, or in the
-    cache), `batch`, `dense_tps`, `routed_tps`, `speedup` with `speedup_p20` and `speedup_p80`,
-    `bound`, `efficiency`, `sparsity` (realised on what was timed), `device`.
+    Raises:
+        AnalysisError: says why it is left out.
     """
-    kept = "batch dense_tps routed_tps speedup speedup_p20 speedup_p80 bound efficiency sparsity"
-    rows = []
-    for record in records:
-        measured = record.get("speed") or {}
-        for phase, length in (("prefill", "seq"), ("decode", "context")):
-            for case in measured.get(phase, []):
-                row = {"phase": phase, "tokens": case[length], **{k: case[k] for k in kept.split()}}
-                rows.append(_key(record) | row | {"device": measured["settings"]["device"]})
-    return pd.DataFrame(rows)
+    try:
+        record: Record = json.loads(path.read_bytes())
+        version, status = record["schema_version"], record["status"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise AnalysisError("not a result record") from error
+    if version != SCHEMA_VERSION:
+        raise AnalysisError(f"schema {version}, this code reads {SCHEMA_VERSION}")
+    if status != "complete":
+        raise AnalysisError(f"{status}: {record.get('reason', 'no reason given')}")
+    return record
 
 
-def layers(records: Sequence[Record]) -> pd.DataFrame:
-    """One row per point, layer and unit kind: realised sparsity there (`sparsity`).
-
-    Built by column: a store of thousands of points has hundreds of thousands of such rows.
-    """
-    per_layer = [(record.get("realised") or {}).get("per_layer") or [] for record in records]
-    kinds = ("attention", "mlp")
-    own = pd.DataFrame(
-        {
-            "layer": [entry["layer"] for entries in per_layer for entry in entries for _ in kinds],
-            "kind": [kind for entries in per_layer for _ in entries for kind in kinds],
-            "sparsity": [entry[k] for entries in per_layer for entry in entries for k in kinds],
-        }
-    )
-    counts = [len(kinds) * len(entries) for entries in per_layer]
-    keys = points(records)
-    repeated = keys.loc[keys.index.repeat(counts)].reset_index(drop=True)
-    return pd.concat([repeated, own], axis="columns") if len(own) else pd.DataFrame()
+def _points(records: Sequence[Record], configs: Mapping[str, groups.Flat]) -> pd.DataFrame:
+    """One row per point: its picture and line, what it is, realised sparsity and cost."""
+    frame = pd.DataFrame([_point(record) for record in records])
+    made = zip(records, frame["fingerprint"], strict=True)
+    settings, lines = zip(*(groups.content(r, configs[name]) for r, name in made), strict=True)
+    names = [" · ".join(map(str, words)) for words in frame[["model", "data", "budget"]].to_numpy()]
+    told = groups.told_apart(names, settings)
+    frame["setting"] = [" · ".join(filter(None, words)) for words in zip(names, told, strict=True)]
+    frame["line"] = _lines(frame, lines)
+    # a seed twice in one content: saved models of two trainings were scored, not two seeds of one
+    twins = frame.duplicated(["setting", "line", "sparsity_target", "seed"])
+    marks = zip(lines, frame["fingerprint"], frame["line"], strict=True)
+    doubled = set(frame.loc[twins, "line"])
+    lines = tuple(c | {"fingerprint": name} if line in doubled else c for c, name, line in marks)
+    return frame.assign(line=_lines(frame, lines))
 
 
-def options(records: Sequence[Record]) -> pd.DataFrame:
-    """One row per point: its fingerprint and its method's own options, a column each."""
-    return pd.DataFrame([_key(record) | (record.get("options") or {}) for record in records])
+def _lines(frame: pd.DataFrame, contents: Sequence[groups.Flat]) -> list[str]:
+    keys = list(zip(frame["setting"], frame["method"], frame["variant"], strict=True))
+    errors = [TRUE_ERROR if marked else "" for marked in frame["true_error"]]
+    told = groups.told_apart(keys, contents)
+    return [
+        DENSE if method == DENSE else groups.label(method, error, variant, words)
+        for (_, method, variant), error, words in zip(keys, errors, told, strict=True)
+    ]
 
 
-def over_seeds(frame: pd.DataFrame) -> pd.DataFrame:
-    """Measures averaged over seeds; with several seeds `low` and `high` are mean -/+ std.
-
-    Of perplexities the losses are averaged: `low` and `high` lie by one factor below and above.
-    """
-    by = [*SETTING, *SERIES, "sparsity_target", "measure", "name"]
-    groups = losses(frame).groupby(by, dropna=False, sort=True)
-    merged = groups[["sparsity_realised", "flops_ratio", *VALUES, "dense", "chance"]].mean()
-    merged["seeds"] = groups["seed"].nunique()
-    spread = groups["value"].std()
-    several = merged["seeds"] > 1
-    merged.loc[several, "low"] = (merged["value"] - spread)[several]
-    merged.loc[several, "high"] = (merged["value"] + spread)[several]
-    return perplexities(merged.reset_index())
-
-
-def seed_means(frame: pd.DataFrame, by: Sequence[str], columns: Sequence[str]) -> pd.DataFrame:
-    """Means of columns over the seeds of each group; of perplexities the losses are averaged.
-
-    Returns:
-        `by`, `measure` and `columns`.
-    """
-    means = losses(frame).groupby([*by, "measure"])[list(columns)].mean()
-    return perplexities(means.reset_index())
-
-
-def losses(frame: pd.DataFrame) -> pd.DataFrame:
-    """Measures with perplexities as nats per token, which is what may be averaged over seeds.
-
-    A mean of perplexities is that of the worst seed where seeds are orders apart.
-    """
-    return _mapped(frame, np.log)
-
-
-def perplexities(frame: pd.DataFrame) -> pd.DataFrame:
-    """What `losses` made nats, as perplexities again."""
-    return _mapped(frame, np.exp)
-
-
-def _mapped(frame: pd.DataFrame, to: Callable[[Any], Any]) -> pd.DataFrame:
-    changed = frame.copy()
-    rows = frame["measure"] == "perplexity"
-    columns = [name for name in VALUES if name in frame]
-    changed.loc[rows, columns] = to(frame.loc[rows, columns].astype(float))
-    return changed
-
-
-def by_setting(frame: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
-    """(slug for a file name, title, rows) of each setting whose points share a picture."""
-    for setting, part in frame.groupby(SETTING):
-        words = cast("tuple[Any, ...]", setting)
-        yield slug(words), " · ".join(str(word) for word in words), part
-
-
-def with_lines(frame: pd.DataFrame) -> pd.DataFrame:
-    """The rows with a column `line`, the label of what they belong to in a picture."""
-    lines = [label(m, v) for m, v in zip(frame.method, frame.variant, strict=True)]
-    return frame.assign(line=lines)
-
-
-def label(method: str, variant: str) -> str:
-    """Name of a line or a row."""
-    return f"{method} ({variant})" if variant else method
-
-
-def slug(setting: Sequence[Any]) -> str:
-    """File-name form of a setting, e.g. `smollm2_135m-sotu-quick`."""
-    words = "-".join(str(part) for part in setting)
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in words)
-
-
-def _key(record: Record) -> dict[str, Any]:
+def _point(record: Record) -> dict[str, Any]:
     identity = record["identity"]
     return {
         "model": record["model"],
         "data": record["data"],
         "budget": identity["budget"],
-        "method": record["method"] + (UPPER_BOUND if identity.get("upper_bound") else ""),
+        "method": record["method"],
         "variant": record.get("variant") or "",
+        "true_error": bool(identity.get("upper_bound")),
         "seed": record["seed"],
         "sparsity_target": record["sparsity_target"],
         "sparsity_realised": record["sparsity_realised"],
@@ -282,5 +274,86 @@ def _key(record: Record) -> dict[str, Any]:
         "kv_bytes_ratio": record.get("kv_bytes_ratio", 1.0),
         "kv_policy": record.get("kv_policy", "keep"),
         "added_parameters": record.get("added_parameters"),
-        "fingerprint": identity["fingerprint"],
+        "training_s": sum(stage["seconds"] for stage in record["stages"]),
+        "fingerprint": str(identity["fingerprint"]),
     }
+
+
+def _measures(record: Record) -> Iterator[dict[str, Any]]:
+    for name, entry in record["perplexity"].items():
+        row = _measure("perplexity", name, entry)
+        yield row | {"low": entry["low"], "high": entry["high"], "n": entry.get("documents")}
+    for name, entry in record["accuracy"].items():
+        row, half = _measure("accuracy", name, entry), entry["stderr"] or 0.0
+        yield row | {"low": row["value"] - half, "high": row["value"] + half, "n": entry["n"]}
+
+
+def _measure(measure: str, name: str, entry: Record) -> dict[str, Any]:
+    metric = str(entry.get("metric") or measure)
+    return {
+        "measure": measure,
+        "name": name,
+        "metric": metric,
+        "shown": f"{name} {metric.replace('_perplexity', ' perplexity')}",
+        "value": entry["value"],
+        "dense": entry["dense"],
+        "chance": entry.get("chance", np.nan),
+    }
+
+
+def _stages(record: Record) -> Iterator[dict[str, Any]]:
+    for order, stage in enumerate(record["stages"]):
+        plain = {key: value for key, value in stage.items() if key not in ("name", "figures")}
+        yield {"order": order, "stage": stage["name"], **plain, **(stage.get("figures") or {})}
+
+
+def _speed(record: Record) -> Iterator[dict[str, Any]]:
+    measured = record.get("speed") or {}
+    for phase, length in (("prefill", "seq"), ("decode", "context")):
+        for case in measured.get(phase, []):
+            how = (measured.get("settings") or {}) | case  # older records say it once for all cases
+            speedup = case["routed_tps"] / case["dense_tps"]
+            yield {
+                "phase": phase,
+                "tokens": case[length],
+                **{key: str(how.get(key, "")) for key in HOW},
+                **{key: case[key] for key in TIMED},
+                "speedup": speedup,
+                "efficiency": speedup / case["bound"],
+            }
+
+
+def _mapped(frame: pd.DataFrame, to: Callable[[Any], Any]) -> pd.DataFrame:
+    """Perplexities to nats per token, which may be averaged, or back."""
+    if "measure" not in frame:
+        return frame
+    changed, rows = frame.copy(), frame["measure"] == "perplexity"
+    changed.loc[rows, VALUES] = to(frame.loc[rows, VALUES].astype(float))
+    return changed
+
+
+def only_one(rows: pd.DataFrame, by: Sequence[str]) -> None:
+    """Refuse rows that a table would take for one although more than `by` differs.
+
+    Raises:
+        AnalysisError: names the lines and their fingerprints.
+    """
+    for _, own in rows[rows.duplicated(list(by), keep=False)].groupby(list(by), dropna=False):
+        pairs = zip(own["line"], own["fingerprints"], strict=True)
+        said = "; ".join(f"{line}: {fingerprints}" for line, fingerprints in pairs)
+        raise AnalysisError(f"points of one cell differ in more than it says ({said})")
+
+
+def joined(fingerprints: pd.Series) -> str:
+    """Put the fingerprints behind a row into one cell."""
+    return " ".join(sorted({word for cell in fingerprints for word in str(cell).split()}))
+
+
+def by_setting(frame: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """Give (slug for a file name, title, rows) of each setting whose points share a picture."""
+    for setting, part in frame.groupby("setting") if len(frame) else ():
+        words = str(setting).replace(" · ", "-")
+        slug = "".join(c if c.isalnum() or c in "-_.=" else "_" for c in words)
+        if len(slug) > 100:  # of the name of a file, which may have 255 bytes
+            slug = f"{slug[:91]}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
+        yield slug, str(setting), part

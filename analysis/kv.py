@@ -11,87 +11,74 @@ from pathlib import Path
 if __name__ == "__main__":  # run the code of this clone, whichever clone's environment it is
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import logging
-from typing import Any
+from functools import partial
 
 import pandas as pd
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from analysis import frames
-from analysis.cli import Paths, run
+from analysis.cli import run
 from analysis.drawing import style, tables
-
-log = logging.getLogger(__name__)
-
-
-def main(paths: Paths) -> None:
-    """Draw one figure and write one table per (model, data, budget)."""
-    measured = routed_perplexities(frames.measures(frames.read_store(paths.results_dir)))
-    for name, title, part in frames.by_setting(measured):
-        for path in save(part, title, paths.out_dir / f"kv-{name}"):
-            log.info("wrote %s", path)
+from analysis.drawing.style import Looks
+from analysis.frames import DENSE, Store
+from analysis.view import Panel, View
 
 
-def routed_perplexities(measured: pd.DataFrame) -> pd.DataFrame:
-    """The rows of `frames.measures` that this picture shows."""
-    if measured.empty:
-        return measured
-    return measured[(measured["measure"] == "perplexity") & (measured["method"] != "dense")]
+def rows(store: Store) -> pd.DataFrame:
+    """Take the routed perplexities of settings in which some method drops keys and values."""
+    if store.averaged.empty:
+        return store.averaged
+    measured = store.averaged[store.averaged["method"] != DENSE]
+    measured = measured[measured["measure"] == "perplexity"]
+    policies = store.points[["setting", "line", "kv_policy"]].drop_duplicates(["setting", "line"])
+    least = measured.groupby("setting")["kv_bytes_ratio"].transform("min")
+    return measured[least < 1.0].merge(policies, on=["setting", "line"])
 
 
-def save(part: pd.DataFrame, title: str, stem: Path) -> list[Path]:
-    """Figure and table of one setting, from `routed_perplexities`."""
-    rows = averaged(part)
-    with style.paper():
-        written = style.save(draw(rows, title), stem)
-    return written + tables.save(stem, rows, formatted(rows))
+def panels(part: pd.DataFrame) -> list[Panel]:
+    """Draw log perplexity over KV bytes, a panel a text; less memory to the right."""
+    texts = part.groupby("shown")
+    return [Panel(f"{text} over kept KV bytes", partial(draw, own)) for text, own in texts]
 
 
-def averaged(part: pd.DataFrame) -> pd.DataFrame:
-    """Means over seeds, one row per line, text and target."""
-    named = frames.with_lines(part)
-    by = ["line", "kv_policy", "name", "sparsity_target"]
-    columns = ["sparsity_realised", "kv_bytes_ratio", "value", "dense"]
-    return frames.seed_means(named, by, columns)
-
-
-def draw(rows: pd.DataFrame, title: str) -> Figure:
-    """Log perplexity over KV bytes (routed / dense); less memory to the right."""
-    figure, panel = plt.subplots(figsize=(style.COLUMN_WIDTH_IN * 1.4, 2.6), layout="constrained")
-    draw_panel(panel, rows, style.looks(set(rows.line)))
-    figure.legend(title=title, title_fontsize=8, loc="outside upper center", ncols=2, frameon=False)
-    return figure
-
-
-def draw_panel(panel: Axes, rows: pd.DataFrame, looks: dict[str, dict[str, Any]]) -> None:
-    """The curves of one text."""
-    panel.axhline(
-        float(rows.dense.iloc[0]), color=style.REFERENCE, linestyle="--", linewidth=1, label="dense"
-    )
-    for line, points in rows.groupby("line"):
+def draw(chosen: pd.DataFrame, panel: Axes, looks: Looks) -> None:
+    """Draw the curves of one text."""
+    panel.axhline(float(chosen["dense"].mean()), **style.DASHED, label=DENSE)
+    for line, points in chosen.groupby("line"):
         ordered = points.sort_values("sparsity_target")
-        panel.plot(ordered.kv_bytes_ratio, ordered.value, label=str(line), **looks[str(line)])
+        panel.plot(ordered["kv_bytes_ratio"], ordered["value"], label=str(line), **looks[str(line)])
     panel.set_yscale("log")
-    panel.invert_xaxis()
+    if not panel.xaxis_inverted():  # panels above may share the axis
+        panel.invert_xaxis()
     panel.set_xlabel("KV bytes (routed / dense)")
-    panel.set_ylabel("perplexity")
+    panel.set_ylabel(chosen["shown"].iloc[0])
 
 
-def formatted(rows: pd.DataFrame) -> pd.DataFrame:
-    """The table for a reader."""
-    return pd.DataFrame(
-        {
-            "method": rows["line"],
-            "KV policy": rows["kv_policy"],
-            "target": [f"{v:.2f}" for v in rows["sparsity_target"]],
-            "KV bytes": [f"{v:.3f}" for v in rows["kv_bytes_ratio"]],
-            "perplexity": [f"{v:.2f}" for v in rows["value"]],
-            "x dense": [f"{v:.2f}" for v in rows["value"] / rows["dense"]],
-        }
-    )
+def table(part: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Tabulate one row per line, text and target."""
+    columns = {
+        "method": ("line", ""),
+        "KV policy": ("kv_policy", ""),
+        "target": ("sparsity_target", ".2f"),
+        "KV bytes": ("kv_bytes_ratio", ".3f"),
+        "on": ("name", ""),
+        "perplexity": ("value", ".2f"),
+        "x dense": ("ratio", ".2f"),
+    }
+    return part, tables.formatted(part.assign(ratio=part["value"] / part["dense"]), columns)
 
+
+VIEW = View(
+    "kv",
+    "KV cache",
+    "",
+    "every method keeps all keys and values: run runners/sweep.py experiment=kv -m",
+    rows,
+    table,
+    "KV bytes of each method and policy",
+    panels,
+    more={DENSE: style.DASHED},
+    height_in=2.2,
+)
 
 if __name__ == "__main__":
-    run(main, __doc__)
+    run(VIEW, __doc__)

@@ -11,109 +11,80 @@ from pathlib import Path
 if __name__ == "__main__":  # run the code of this clone, whichever clone's environment it is
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import logging
-from typing import Any
+from functools import partial
 
 import numpy as np
 import pandas as pd
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from analysis import frames
-from analysis.cli import Paths, run
-from analysis.drawing import style, tables
-
-log = logging.getLogger(__name__)
+from analysis.cli import run
+from analysis.drawing import style
+from analysis.drawing.style import Looks
+from analysis.frames import Store
+from analysis.view import Panel, View
 
 KINDS = ("attention", "mlp")
-PANEL_HEIGHT_IN = 1.6
 MAX_TARGETS = 8
 
 
-def main(paths: Paths) -> None:
-    """Draw one figure and write one table per (model, data, budget)."""
-    rows = frames.layers(frames.read_store(paths.results_dir))
-    if rows.empty:
-        log.info("no method of this store routes: no figure")
-        return
-    for name, title, part in frames.by_setting(rows):
-        for path in save(part, title, paths.out_dir / f"layers-{name}"):
-            log.info("wrote %s", path)
+def rows(store: Store) -> pd.DataFrame:
+    """Average the sparsity of each layer over seeds."""
+    return store.over_seeds(store.layers, ["kind", "layer"], ["sparsity"])
 
 
-def save(part: pd.DataFrame, title: str, stem: Path) -> list[Path]:
-    """Figure and table of one setting, from `frames.layers`."""
-    averaged = over_seeds(part)
-    with style.paper():
-        written = style.save(draw(averaged, title), stem)
-    return written + tables.save(stem, averaged, summary(averaged))
+def panels(part: pd.DataFrame) -> list[Panel]:
+    """Draw sparsity over depth, a row a target, attention left and MLP right.
 
-
-def over_seeds(part: pd.DataFrame) -> pd.DataFrame:
-    """Mean sparsity over seeds of each line, target, kind and layer."""
-    named = frames.with_lines(part)
-    by = ["line", "sparsity_target", "kind", "layer"]
-    return named.groupby(by)["sparsity"].mean().reset_index()
-
-
-def drawn_targets(averaged: pd.DataFrame) -> list[float]:
-    """At most `MAX_TARGETS`, from the least to the most; the table has all."""
-    targets = sorted(float(t) for t in averaged.sparsity_target.unique())
+    At most `MAX_TARGETS`, from the least to the most; the table has all.
+    """
+    targets = sorted(float(target) for target in part["sparsity_target"].unique())
     places = np.linspace(0, len(targets) - 1, min(len(targets), MAX_TARGETS))
-    return [targets[round(place)] for place in places]
+    made = []
+    for target in [targets[round(place)] for place in places]:
+        for kind in KINDS:
+            chosen = part[(part["sparsity_target"] == target) & (part["kind"] == kind)]
+            caption = f"{kind}, target {target:g}"
+            made.append(Panel(caption, partial(draw, chosen, target), caption))
+    return made
 
 
-def draw(averaged: pd.DataFrame, title: str) -> Figure:
-    """One row of panels per drawn target, attention left, MLP right, one line per method."""
-    targets = drawn_targets(averaged)
-    looks = style.looks(set(averaged.line))
-    figure, grid = plt.subplots(
-        len(targets),
-        len(KINDS),
-        figsize=(2 * style.COLUMN_WIDTH_IN, PANEL_HEIGHT_IN * len(targets) + 0.7),
-        squeeze=False,
-        sharex=True,
-        sharey=True,
-        layout="constrained",
-    )
-    for target, panels in zip(targets, grid, strict=True):
-        for kind, panel in zip(KINDS, panels, strict=True):
-            draw_panel(panel, averaged, float(target), kind, looks)
-        panels[0].set_ylabel("sparsity")
-    for panel in grid[-1]:
-        panel.set_xlabel("layer")
-    style.legend(figure, grid[0][0], title)
-    return figure
-
-
-def draw_panel(
-    panel: Axes, averaged: pd.DataFrame, target: float, kind: str, looks: dict[str, dict[str, Any]]
-) -> None:
-    """Sparsity over depth of one unit kind at one target, the target dotted."""
-    chosen = averaged[(averaged.sparsity_target == target) & (averaged.kind == kind)]
+def draw(chosen: pd.DataFrame, target: float, panel: Axes, looks: Looks) -> None:
+    """Draw sparsity over depth of one unit kind at one target, the target dotted."""
     panel.axhline(target, color=style.REFERENCE, linestyle=":", linewidth=1)
     for line, points in chosen.groupby("line"):
-        ordered = points.sort_values("layer")
-        panel.plot(ordered.layer, ordered.sparsity, label=str(line), **looks[str(line)])
-    panel.set_title(f"{kind}, target {target:g}")
+        ordered, look = points.sort_values("layer"), looks[str(line)]
+        panel.plot(ordered["layer"], ordered["sparsity"], label=str(line), **look)
     panel.set_ylim(-0.03, 1.03)
+    panel.set_xlabel("layer")
+    panel.set_ylabel("sparsity")
 
 
-def summary(averaged: pd.DataFrame) -> pd.DataFrame:
-    """One row per method and target: mean of each kind, and its least and most bypassed layers."""
-    rows = []
-    for (line, target), part in averaged.groupby(["line", "sparsity_target"]):
+def table(part: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Tabulate mean of each kind, and the least and most bypassed layers, per method and target."""
+    readable = []
+    for (line, target), point in part.groupby(["line", "sparsity_target"]):
         row = {"method": str(line), "target": f"{target:.2f}"}
         for kind in KINDS:
-            own = part[part.kind == kind].sort_values("sparsity", kind="stable")
-            row[kind] = f"{own.sparsity.mean():.3f}"
-            ends = (("least", own.iloc[0]), ("most", own.iloc[-1]))
-            for word, end in ends:
+            own = point[point["kind"] == kind].sort_values("sparsity", kind="stable")
+            row[kind] = f"{own['sparsity'].mean():.3f}"
+            for word, end in (("least", own.iloc[0]), ("most", own.iloc[-1])):
                 row[f"{kind}, {word} (layer)"] = f"{end.sparsity:.2f} ({int(end.layer)})"
-        rows.append(row)
-    return pd.DataFrame(rows)
+        readable.append(row)
+    return part, pd.DataFrame(readable)
 
+
+VIEW = View(
+    "layers",
+    "Sparsity by layer",
+    "Share of tokens that bypass each unit; dotted: the target of the whole model.",
+    "no method here routes",
+    rows,
+    table,
+    "Mean of each kind, least and most bypassed layers",
+    panels,
+    share=(True, True),
+    height_in=1.6,
+)
 
 if __name__ == "__main__":
-    run(main, __doc__)
+    run(VIEW, __doc__)

@@ -22,12 +22,19 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.cli import AnalysisError, Paths, run
+from analysis.cli import Paths, parse, run_main
 from analysis.drawing import coloured_text, style, tables
+from analysis.frames import AnalysisError, Store
+from analysis.report_page.inline_svg import inline
+from analysis.report_page.records import title
+from analysis.view import Section, page_table
 
 log = logging.getLogger(__name__)
 
 BINS = 8
+MAP_IN = (style.COLUMN_WIDTH_IN, 3.0)
+MAX_POINTS = 6
+"""Maps of the page; the files have all."""
 VIEWS = {
     "position": "position in the text",
     "frequency": "frequency of the token (rare to common)",
@@ -38,7 +45,7 @@ VIEWS = {
 
 def main(paths: Paths) -> None:
     """Draw maps, errors and text of every point that was inspected."""
-    folders = sorted(path.parent for path in paths.results_dir.glob("*/routing/decisions.parquet"))
+    folders = inspected(paths.results_dir)
     if not folders:
         raise AnalysisError(
             f"no routing/ folder in {paths.results_dir}: run runners/inspect_routing.py first"
@@ -48,8 +55,13 @@ def main(paths: Paths) -> None:
             log.info("wrote %s", path)
 
 
+def inspected(results_dir: Path) -> list[Path]:
+    """Find the `routing/` folders of a store."""
+    return sorted(path.parent for path in results_dir.glob("*/routing/decisions.parquet"))
+
+
 def save(folder: Path, out_dir: Path) -> list[Path]:
-    """Maps, errors, text and table of one inspected point."""
+    """Write maps, errors, text and table of one inspected point."""
     stem = out_dir / f"routing-{folder.parent.name}"
     tokens, decisions, depth = read(folder)
     with style.paper():
@@ -58,7 +70,52 @@ def save(folder: Path, out_dir: Path) -> list[Path]:
     text = coloured_text.page(tokens, decisions, title=folder.parent.name)
     written.append(tables.write(Path(f"{stem}-text.html"), text))
     shares = by_layer(decisions)
-    return written + tables.save(Path(f"{stem}-layers"), shares, formatted(shares))
+    numbers = shares.assign(fingerprint=folder.parent.name)
+    return written + tables.save(Path(f"{stem}-layers"), numbers, formatted(shares))
+
+
+def sections(store: Store) -> list[Section]:
+    """Make a section of the page for each inspected point, `MAX_POINTS` at most."""
+    folders = inspected(store.results_dir)
+    if not folders:
+        missing = "no point was inspected: python runners/inspect_routing.py saved=<point>/routed"
+        return [Section("maps", "Routing maps", missing=missing)]
+    listed: Any = store.points.itertuples()
+    names = {str(point.fingerprint): title(point) for point in listed}
+    found = [
+        _section(folder, names.get(folder.parent.name, "point without a record"), f"map{place}")
+        for place, folder in enumerate(folders[:MAX_POINTS])
+    ]
+    if len(folders) > MAX_POINTS:
+        others = ", ".join(folder.parent.name for folder in folders[MAX_POINTS:])
+        note = f"{len(folders)} points were inspected; in plots/ are also {others}"
+        found.append(Section("more-maps", "More routing maps", note))
+    return found
+
+
+def _section(folder: Path, name: str, prefix: str) -> Section:
+    tokens, decisions, _ = read(folder)
+    pictures: list[tuple[Any, str]] = []
+    for view, said in VIEWS.items():
+        shares = executed_share(tokens, decisions, view)
+        for kind in sorted(decisions["kind"].unique()):
+            caption = f"{kind} by {said}"
+            figure, panel = plt.subplots(figsize=MAP_IN, layout="constrained")
+            shown = draw_map(panel, shares.loc[kind])
+            panel.set_ylabel("layer")
+            figure.colorbar(shown, ax=panel, label="share executed", fraction=0.05, pad=0.02)
+            svg = inline(figure, prefix=f"{prefix}-{len(pictures)}", label=caption)
+            pictures.append((svg, caption))
+    stem = f"routing-{folder.parent.name}"
+    units = formatted(by_layer(decisions))
+    return Section(
+        prefix,
+        f"Routing map: {name}",
+        f"{len(tokens):,} tokens; shade: share of tokens that a layer's unit executes. The text "
+        f"with its tokens coloured is plots/{stem}-text.html.",
+        pictures=pictures,
+        tables=[page_table(units, "Executed share of each unit and its error", f"{stem}-layers")],
+    )
 
 
 def read(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
@@ -81,18 +138,17 @@ def by_layer(decisions: pd.DataFrame) -> pd.DataFrame:
 
 
 def formatted(shares: pd.DataFrame) -> pd.DataFrame:
-    """`by_layer` for a reader."""
-    names = {
-        "executed": "executed",
-        "error_l2": "error",
-        "error_cosine": "cosine",
-        "error_l2_bypassed": "error, bypassed",
-        "error_cosine_bypassed": "cosine, bypassed",
+    """Write `by_layer` for a reader."""
+    columns = {
+        "layer": ("layer", ""),
+        "kind": ("kind", ""),
+        "executed": ("executed", ".3f"),
+        "error": ("error_l2", ".3f"),
+        "cosine": ("error_cosine", ".3f"),
+        "error, bypassed": ("error_l2_bypassed", ".3f"),
+        "cosine, bypassed": ("error_cosine_bypassed", ".3f"),
     }
-    shown = {
-        new: ["" if pd.isna(v) else f"{v:.3f}" for v in shares[old]] for old, new in names.items()
-    }
-    return pd.DataFrame({"layer": shares["layer"], "kind": shares["kind"], **shown})
+    return tables.formatted(shares, columns)
 
 
 def binned(tokens: pd.DataFrame, view: str) -> pd.Series:
@@ -140,7 +196,7 @@ def draw_maps(tokens: pd.DataFrame, decisions: pd.DataFrame) -> Figure:
         layout="constrained",
     )
     shown: Any = None
-    for column, (view, title) in enumerate(VIEWS.items()):
+    for column, (view, said) in enumerate(VIEWS.items()):
         table = executed_share(tokens, decisions, view)
         for row, kind in enumerate(kinds):
             panel: Axes = grid[row][column]
@@ -148,7 +204,7 @@ def draw_maps(tokens: pd.DataFrame, decisions: pd.DataFrame) -> Figure:
             if column == 0:
                 panel.set_ylabel(f"{kind}: layer")
             if row == 0:
-                panel.set_title(title)
+                panel.set_title(said)
     figure.colorbar(shown, ax=grid, label="share of tokens executed", fraction=0.03, pad=0.01)
     return figure
 
@@ -198,4 +254,4 @@ def draw_errors(decisions: pd.DataFrame, depth: pd.DataFrame) -> Figure:
 
 
 if __name__ == "__main__":
-    run(main, __doc__)
+    run_main(lambda arguments: main(parse(arguments)[0]), __doc__)

@@ -11,98 +11,66 @@ from pathlib import Path
 if __name__ == "__main__":  # run the code of this clone, whichever clone's environment it is
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import pandas as pd
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogFormatterMathtext, LogLocator, NullFormatter
 
-from analysis import frames
-from analysis.bands import with_bands
-from analysis.cli import Paths, run
+from analysis.cli import run
 from analysis.drawing import style, tables
+from analysis.drawing.style import Looks
+from analysis.frames import DENSE, Store
+from analysis.significance import with_bands
+from analysis.view import Panel, View
 
-log = logging.getLogger(__name__)
-
-Looks = dict[str, dict[str, Any]]
-DrawPanel = Callable[[Axes, pd.DataFrame, str, Looks], None]
 AXES = {"sparsity_realised": "realised sparsity", "flops_ratio": "FLOPs (routed / dense)"}
-ROW_HEIGHT_IN = 2.0
+Draw = Callable[[pd.DataFrame, str, Axes, Looks], None]
 LONGEST_TICK = 1e7
 """Perplexities beyond are labelled by their power of ten."""
 
 
-def main(paths: Paths) -> None:
-    """Draw one figure and write one table per (model, data, budget)."""
-    measured = frames.measures(frames.read_store(paths.results_dir))
-    averaged = with_bands(frames.over_seeds(measured), paths.results_dir)
-    for name, title, part in frames.by_setting(averaged):
-        for path in save(part, title, paths.out_dir / f"tradeoff-{name}"):
-            log.info("wrote %s", path)
+def rows(store: Store) -> pd.DataFrame:
+    """Take the measures averaged over seeds, with a band where items were saved."""
+    return with_bands(store.averaged, store.items)
 
 
-def save(part: pd.DataFrame, title: str, stem: Path) -> list[Path]:
-    """Figure and table of one setting, from `frames.over_seeds` with bands or without."""
-    with style.paper():
-        written = style.save(draw(part, title), stem)
-    return written + tables.save(stem, part, summary(part))
+def panels(part: pd.DataFrame) -> list[Panel]:
+    """Draw each measure over each cost."""
+    return measure_panels(part, AXES, draw, "{measure} over {cost}")
 
 
-def draw(part: pd.DataFrame, title: str) -> Figure:
-    """One row of panels per measure, one column per cost axis."""
-    part = frames.with_lines(part)
-    looks = style.looks(set(part.line) - {"dense"})
-    figure, grid = measure_grid(part, AXES, looks, draw_panel)
-    for panel, cost in zip(grid[-1], AXES, strict=True):
-        if cost == "flops_ratio":
-            panel.invert_xaxis()
-    style.legend(figure, grid[0][0], title)
-    return figure
-
-
-def measures_of(rows: pd.DataFrame) -> list[tuple[str, str]]:
-    """(measure, name) pairs, perplexities first."""
-    listed = {(str(m), str(n)) for m, n in rows[["measure", "name"]].itertuples(index=False)}
-    return sorted(listed, key=lambda pair: (pair[0] != "perplexity", *pair))
-
-
-def measure_grid(
-    rows: pd.DataFrame, costs: Mapping[str, str], looks: Looks, draw: DrawPanel
-) -> tuple[Figure, Any]:
-    """A figure and its panels [measures, costs], each filled by `draw` and labelled.
+def measure_panels(
+    rows: pd.DataFrame, costs: Mapping[str, str], draw: Draw, caption: str
+) -> list[Panel]:
+    """Make a panel of each measure over each cost, perplexities first.
 
     Args:
-        costs: column of `rows` and its label.
-        draw: called with (panel, rows of the measure, column of the cost, looks).
+        costs: label by the column of `rows`.
+        draw: called with the rows of a measure, the column of the cost, axes and looks.
+        caption: with `{measure}` and `{cost}`.
     """
-    names = measures_of(rows)
-    figure, grid = plt.subplots(
-        len(names),
-        len(costs),
-        figsize=(2 * style.COLUMN_WIDTH_IN, ROW_HEIGHT_IN * len(names) + 0.7),
-        squeeze=False,
-        sharex="col",
-        sharey="row",
-        layout="constrained",
-    )
-    for (measure, name), axes in zip(names, grid, strict=True):
-        chosen = rows[(rows["measure"] == measure) & (rows["name"] == name)]
-        for cost, panel in zip(costs, axes, strict=True):
-            draw(panel, chosen, cost, looks)
-        scale(axes[0], measure, name)
-    for panel, label in zip(grid[-1], costs.values(), strict=True):
-        panel.set_xlabel(label)
-    return figure, grid
+    ordered = rows.sort_values(["measure", "name"], ascending=[False, True], kind="stable")
+    return [
+        Panel(caption.format(measure=shown, cost=label), partial(_draw, draw, chosen, cost, label))
+        for shown, chosen in ordered.groupby("shown", sort=False)
+        for cost, label in costs.items()
+    ]
 
 
-def draw_panel(panel: Axes, chosen: pd.DataFrame, cost: str, looks: Looks) -> None:
-    """One measure of one task or text over one cost; `chosen` has a column `line`."""
-    dense = float(chosen["dense"].iloc[0])
-    panel.axhline(dense, color=style.REFERENCE, linestyle=(0, (4, 2)), linewidth=1, label="dense")
+def _draw(
+    draw: Draw, chosen: pd.DataFrame, cost: str, label: str, panel: Axes, looks: Looks
+) -> None:
+    draw(chosen, cost, panel, looks)
+    scale(panel, chosen)
+    panel.set_xlabel(label)
+
+
+def draw(chosen: pd.DataFrame, cost: str, panel: Axes, looks: Looks) -> None:
+    """Draw one measure of one task or text over one cost."""
+    panel.axhline(float(chosen["dense"].mean()), **style.DASHED, label=DENSE)
     chance = chosen["chance"].dropna()
     if len(chance):
         panel.axhline(float(chance.iloc[0]), color=style.REFERENCE, linestyle=":", linewidth=1)
@@ -115,35 +83,28 @@ def draw_panel(panel: Axes, chosen: pd.DataFrame, cost: str, looks: Looks) -> No
             fontsize=6.5,
             color=style.REFERENCE,
         )
-    for line, points in chosen[chosen.line != "dense"].groupby("line"):
-        ordered = points.sort_values(cost)
+    for line, points in chosen[chosen["line"] != DENSE].groupby("line"):
+        ordered, look = points.sort_values(cost), looks[str(line)]
         if "band_low" in ordered and len(ordered) > 1:
-            panel.fill_between(
-                ordered[cost],
-                ordered["band_low"].astype(float),
-                ordered["band_high"].astype(float),
-                color=looks[str(line)]["color"],
-                alpha=0.15,
-                linewidth=0,
-            )
-        error = [ordered.value - ordered.low, ordered.high - ordered.value]
+            low, high = ordered["band_low"].astype(float), ordered["band_high"].astype(float)
+            panel.fill_between(ordered[cost], low, high, color=look["color"], alpha=0.15, lw=0)
+        error = [ordered["value"] - ordered["low"], ordered["high"] - ordered["value"]]
+        error = [end.clip(lower=0) for end in error]
         panel.errorbar(
-            ordered[cost],
-            ordered.value,
-            yerr=[e.clip(lower=0) for e in error],
-            label=str(line),
-            elinewidth=0.8,
-            **looks[str(line)],
+            ordered[cost], ordered["value"], yerr=error, label=str(line), elinewidth=0.8, **look
         )
+    if cost == "flops_ratio" and not panel.xaxis_inverted():  # panels above may share the axis
+        panel.invert_xaxis()
 
 
-def scale(panel: Axes, measure: str, name: str) -> None:
-    """Label and scale of a measure's axis: perplexities in logarithms."""
-    if measure == "accuracy":
-        panel.set_ylabel(f"{name.replace('_', ' ')}\naccuracy")
+def scale(panel: Axes, chosen: pd.DataFrame) -> None:
+    """Label and scale the axis of a measure: perplexities in logarithms."""
+    kind = chosen.iloc[0]
+    if kind["measure"] == "accuracy":
+        panel.set_ylabel(f"{kind['name'].replace('_', ' ')}\n{kind['metric']}")
         panel.set_ylim(bottom=0)
         return
-    panel.set_ylabel(f"{name} perplexity")
+    panel.set_ylabel(kind["shown"])
     panel.set_yscale("log")
     low, high = panel.get_ylim()
     steps = (1.0,) if high / low > 100 else (1.0, 2.0, 5.0)
@@ -153,33 +114,37 @@ def scale(panel: Axes, measure: str, name: str) -> None:
     panel.yaxis.set_minor_formatter(NullFormatter())
 
 
-def summary(part: pd.DataFrame) -> pd.DataFrame:
-    """One row per method and target, a column per measure, formatted."""
-    rows = []
-    by = [*frames.SERIES, "sparsity_target"]
-    for (method, variant, target), point in part.groupby(by, dropna=False):
+def table(part: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Tabulate one row per method and target, a column per measure."""
+    readable = []
+    for (line, target), point in part.groupby(["line", "sparsity_target"]):
         first = point.iloc[0]
         row = {
-            "method": frames.label(str(method), str(variant)),
+            "method": str(line),
             "target": f"{target:.2f}",
             "realised": f"{first.sparsity_realised:.3f}",
             "FLOPs": f"{first.flops_ratio:.3f}",
         }
-        for entry in point.sort_values("measure", ascending=False).itertuples():
-            row |= _cells(entry)
-        rows.append(row)
-    return pd.DataFrame(rows).fillna("")
+        for entry in cast("Any", point.sort_values("measure", ascending=False).itertuples()):
+            row[entry.shown] = tables.figure(entry)
+            if entry.measure == "perplexity":
+                row[f"{entry.name} / dense"] = f"{entry.value / entry.dense:.3f}"
+        readable.append(row)
+    return part, pd.DataFrame(readable).fillna("")
 
 
-def _cells(entry: Any) -> dict[str, str]:
-    if entry.measure == "accuracy":
-        half = (entry.high - entry.low) / 2
-        return {str(entry.name): f"{entry.value:.3f} ± {half:.3f}"}
-    return {
-        f"{entry.name} perplexity": f"{entry.value:.2f} [{entry.low:.2f}, {entry.high:.2f}]",
-        f"{entry.name} / dense": f"{entry.value / entry.dense:.3f}",
-    }
-
+VIEW = View(
+    "tradeoff",
+    "Quality against cost",
+    "Bars: 95 % bootstrap interval of a perplexity, one standard error of an accuracy; with "
+    "several seeds, mean and standard deviation over seeds. Shaded: 95 % over items.",
+    "no point was evaluated: run runners/sweep.py",
+    rows,
+    table,
+    "Every method and target",
+    panels,
+    more={DENSE: style.DASHED},
+)
 
 if __name__ == "__main__":
-    run(main, __doc__)
+    run(VIEW, __doc__)

@@ -11,104 +11,75 @@ from pathlib import Path
 if __name__ == "__main__":  # run the code of this clone, whichever clone's environment it is
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import logging
-from typing import Any
-
 import pandas as pd
 
-from analysis import frames
-from analysis.cli import Paths, run
+from analysis.cli import run
 from analysis.drawing import tables
-
-log = logging.getLogger(__name__)
+from analysis.frames import joined
+from analysis.view import View
 
 GIB = 1024**3
 
 
-def main(paths: Paths) -> None:
-    """Write one table per (model, data, budget)."""
-    rows = frames.stages(frames.read_store(paths.results_dir))
-    if rows.empty:
-        log.info("no method of this store has a stage: no table")
-        return
-    for name, _, part in frames.by_setting(rows):
-        for path in save(part, name, paths.out_dir / f"training_time-{name}"):
-            log.info("wrote %s", path)
+def costs(part: pd.DataFrame) -> pd.DataFrame:
+    """Sum the cost of each method and stage, and each method's total.
 
-
-def save(part: pd.DataFrame, _: str, stem: Path) -> list[Path]:
-    """Table of one setting, from `frames.stages`."""
-    costs = cost_table(part)
-    return tables.save(stem, costs, formatted(costs))
-
-
-def cost_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Cost per method and stage, and each method's total.
-
-    A stage whose product several points share was paid once, by the point that did not find it
-    in the cache; points that did show the cost of that first run and are counted as `shared_by`.
-    Stages that every point runs for itself (`calibrate`) are summed over the points.
+    A stage whose product several points share was paid once, by the point that did not find it in
+    the cache; points that did repeat the report of that run, so that equal reports are one run.
     `ratio_to_slowest` divides a method's total by the largest total of the table.
     """
-    out = []
-    for (method, variant), own in rows.groupby(frames.SERIES, dropna=False):
-        stages = [_stage(str(name), runs) for name, runs in own.groupby("stage", sort=False)]
-        stages.sort(key=lambda stage: stage["order"])
-        total = {
-            "stage": "total",
-            **{k: sum(s[k] for s in stages) for k in ("seconds", "tokens", "steps")},
-            "peak_memory_bytes": max(s["peak_memory_bytes"] for s in stages),
-            "runs": sum(s["runs"] for s in stages),
-            "points": max(s["points"] for s in stages),
-        }
-        out += [{"method": frames.label(str(method), str(variant)), **s} for s in [*stages, total]]
-    table = pd.DataFrame(out).drop(columns="order")
+    by = ["line", "stage"]
+    once = part.drop_duplicates([*by, "seconds", "tokens", "steps", "peak_memory_bytes"])
+    sums = dict.fromkeys(("seconds", "tokens", "steps", "runs"), "sum")
+    most = dict.fromkeys(("peak_memory_bytes", "points"), "max")
+    own = part.groupby(by)
+    stages = once.assign(runs=1, points=0).groupby(by).agg(sums | most)
+    stages["points"] = own["fingerprint"].nunique()
+    stages["fingerprints"] = own["fingerprint"].agg(joined)
+    stages["order"] = own["order"].min()
+    explained = [name for name in part.columns if name.startswith("explained_variance_")]
+    stages[explained] = own[explained].mean()
+    totals = stages.groupby("line").agg(sums | most | {"fingerprints": joined})
+    totals = totals.assign(stage="total", order=float("inf")).set_index("stage", append=True)
+    table = pd.concat([stages, totals]).reset_index()
+    table = table.sort_values(["line", "order"], ignore_index=True).drop(columns="order")
     table["tokens_per_s"] = table["tokens"] / table["seconds"]
-    totals = table["seconds"].where(table["stage"] == "total")
-    table["ratio_to_slowest"] = totals / totals.max()
-    return table
+    table["ratio_to_slowest"] = table["seconds"].where(table["stage"] == "total")
+    table["ratio_to_slowest"] /= table["ratio_to_slowest"].max()
+    return table.rename(columns={"line": "method"})
 
 
-def _stage(name: str, runs: pd.DataFrame) -> dict[str, Any]:
-    """Sum over the distinct runs of a stage; a cached report repeats the run it came from."""
-    distinct = runs.drop_duplicates(["seconds", "tokens", "steps", "peak_memory_bytes"])
-    stage: dict[str, Any] = {
-        "stage": name,
-        "seconds": distinct["seconds"].sum(),
-        "tokens": int(distinct["tokens"].sum()),
-        "steps": int(distinct["steps"].sum()),
-        "peak_memory_bytes": int(distinct["peak_memory_bytes"].max()),
-        "runs": len(distinct),
-        "points": runs["fingerprint"].nunique(),
-        "order": runs["order"].min(),
+def table(part: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Tabulate the costs of one setting."""
+    numbers = costs(part)
+    columns = {
+        "method": ("method", ""),
+        "stage": ("stage", ""),
+        "seconds": ("seconds", ".1f"),
+        "x slowest": ("ratio_to_slowest", ".3f"),
+        "steps": ("steps", ","),
+        "tokens": ("tokens", ","),
+        "tokens/s": ("tokens_per_s", ",.0f"),
+        "peak GiB": ("peak", ".2f"),
+        "runs": ("runs", ""),
+        "points": ("points", ""),
     }
-    for figure in [c for c in runs.columns if c.startswith("explained_variance_")]:
-        if runs[figure].notna().any():
-            stage[figure] = runs[figure].mean()
-    return stage
+    for figure in [c for c in numbers.columns if c.startswith("explained_variance_")]:
+        columns[figure.replace("_", " ", 1).replace("_", ", ")] = (figure, ".3f")
+    readable = numbers.assign(peak=numbers["peak_memory_bytes"] / GIB)
+    return numbers, tables.formatted(readable, columns)
 
 
-def formatted(table: pd.DataFrame) -> pd.DataFrame:
-    """The table for a reader."""
-    shown = pd.DataFrame(
-        {
-            "method": table["method"],
-            "stage": table["stage"],
-            "seconds": [f"{v:.1f}" for v in table["seconds"]],
-            "x slowest": ["" if pd.isna(v) else f"{v:.3f}" for v in table["ratio_to_slowest"]],
-            "steps": [f"{v:,}" for v in table["steps"]],
-            "tokens": [f"{v:,}" for v in table["tokens"]],
-            "tokens/s": [f"{v:,.0f}" for v in table["tokens_per_s"]],
-            "peak GiB": [f"{v / GIB:.2f}" for v in table["peak_memory_bytes"]],
-            "runs": table["runs"],
-            "points": table["points"],
-        }
-    )
-    for figure in [c for c in table.columns if c.startswith("explained_variance_")]:
-        name = "explained variance, " + figure.removeprefix("explained_variance_")
-        shown[name] = ["" if pd.isna(v) else f"{v:.3f}" for v in table[figure]]
-    return shown
-
+VIEW = View(
+    "training_time",
+    "Training time",
+    "A stage that several points share is counted once; x slowest: a method's total over the "
+    "largest total.",
+    "no method here has a training stage",
+    lambda store: store.stages,
+    table,
+    "Cost of each method and stage",
+)
 
 if __name__ == "__main__":
-    run(main, __doc__)
+    run(VIEW, __doc__)

@@ -14,67 +14,48 @@ from pathlib import Path
 if __name__ == "__main__":  # run the code of this clone, whichever clone's environment it is
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import logging
-
 import pandas as pd
 
-from analysis import frames
-from analysis.cli import AnalysisError, Paths, run
+from analysis.cli import run
 from analysis.drawing import tables
-
-log = logging.getLogger(__name__)
+from analysis.frames import Store, joined, only_one
+from analysis.view import View
 
 ROUTERS = ("greedy", "informed")
 BYPASSES = ("skip", "forecast")
+ROW = ["shown", "sparsity_target", "train"]
 
 
-def main(paths: Paths) -> None:
-    """Write one table per (model, data, budget) that has points of both routers."""
-    records = frames.read_store(paths.results_dir)
-    measured = frames.measures(records)
-    chosen = frames.options(records).reindex(columns=["fingerprint", "bypass", "train"])
-    joined = measured[measured.measure == "perplexity"].merge(chosen, on="fingerprint")
-    joined = joined[joined.method.isin(ROUTERS) & joined.bypass.isin(BYPASSES)]
-    if set(joined.method) != set(ROUTERS):
-        raise AnalysisError(
-            "the 2 x 2 needs points of both informed and greedy: "
-            "run runners/sweep.py experiment=two_by_two -m"
-        )
-    for name, _, part in frames.by_setting(joined):
-        stem = f"two_by_two-{name}"
-        grid = cells(part)
-        for path in tables.save(paths.out_dir / stem, grid, formatted(grid)):
-            log.info("wrote %s", path)
+def rows(store: Store) -> pd.DataFrame:
+    """Take the perplexities of the routers; none if the store has one of them alone."""
+    found = store.with_option("bypass", "train")
+    found = found[found["method"].isin(ROUTERS) & found["bypass"].isin(BYPASSES)]
+    return found if set(found["method"]) == set(ROUTERS) else found.iloc[:0]
 
 
-def cells(part: pd.DataFrame) -> pd.DataFrame:
-    """One row per target and training, a column `<router>_<bypass>` of perplexity (seed mean)."""
-    keyed = part.assign(
-        cell=part.method + "_" + part.bypass, train=part.train.fillna("none").astype(str)
-    )
-    row = ["name", "sparsity_target", "train"]
-    means = frames.seed_means(keyed, [*row, "cell"], ["value", "dense"])
-    order = [f"{router}_{bypass}" for router in ROUTERS for bypass in BYPASSES]
-    wide = means.pivot(index=row, columns="cell", values="value").reindex(columns=order)
-    return wide.assign(dense=means.groupby(row)["dense"].mean()).reset_index()
+def table(part: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Tabulate one row per target and training, a column `<router>_<bypass>` of perplexity."""
+    cell = part["method"] + "_" + part["bypass"]
+    keyed = part.assign(cell=cell, train=part["train"].fillna("none").astype(str))
+    only_one(keyed, [*ROW, "cell"])
+    cells = [f"{router}_{bypass}" for router in ROUTERS for bypass in BYPASSES]
+    grid = keyed.pivot(index=ROW, columns="cell", values="value").reindex(columns=cells)
+    beside = keyed.groupby(ROW).agg(dense=("dense", "mean"), fingerprints=("fingerprints", joined))
+    grid = grid.join(beside).reset_index()
+    columns = {"on": ("shown", ""), "target": ("sparsity_target", ".2f"), "training": ("train", "")}
+    columns |= {name.replace("_", " router, "): (name, ".2f") for name in cells}
+    return grid, tables.formatted(grid, columns | {"dense": ("dense", ".2f")})
 
 
-def formatted(grid: pd.DataFrame) -> pd.DataFrame:
-    """The table for a reader."""
-    shown = pd.DataFrame(
-        {
-            "text": grid["name"],
-            "target": [f"{v:.2f}" for v in grid["sparsity_target"]],
-            "training": grid["train"],
-        }
-    )
-    for router in ROUTERS:
-        for bypass in BYPASSES:
-            column = grid[f"{router}_{bypass}"]
-            shown[f"{router} router, {bypass}"] = ["" if pd.isna(v) else f"{v:.2f}" for v in column]
-    shown["dense"] = [f"{v:.2f}" for v in grid["dense"]]
-    return shown
-
+VIEW = View(
+    "two_by_two",
+    "Router x bypass",
+    "",
+    "needs points of both informed and greedy: run runners/sweep.py experiment=two_by_two -m",
+    rows,
+    table,
+    "Each router with each bypass",
+)
 
 if __name__ == "__main__":
-    run(main, __doc__)
+    run(VIEW, __doc__)

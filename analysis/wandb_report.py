@@ -23,10 +23,11 @@ from typing import Any
 
 import pandas as pd
 
-from analysis import frames, pareto, tradeoff, training_time
-from analysis.cli import AnalysisError, paths_of, run_words, words
+from analysis import tradeoff, training_time
+from analysis.cli import parse, run_main
 from analysis.drawing import tables
-from analysis.report_page.data import Data, by_setting, load
+from analysis.frames import AnalysisError, Store, by_setting
+from analysis.report import VIEWS, of_setting
 
 log = logging.getLogger(__name__)
 
@@ -40,15 +41,14 @@ INTRODUCTION = (
 
 def main(arguments: Sequence[str]) -> None:
     """Write the definition, and save the report where the mode says so."""
-    values = words(arguments, DEFAULTS)
-    paths = paths_of(values, "plots")
+    paths, values = parse(arguments, **DEFAULTS)
     if values["mode"] not in ("offline", "online"):
         raise AnalysisError(f"mode must be offline or online, not {values['mode']!r}")
     online = values["mode"] == "online"
     if online and not (values["entity"] and os.environ.get("WANDB_API_KEY")):
         raise AnalysisError("mode=online needs entity= and WANDB_API_KEY in the environment")
-    data = load(frames.read_store(paths.results_dir), paths.results_dir)
-    report = definition(data, project=values["project"], entity=values["entity"])
+    store = Store(paths.results_dir)
+    report = definition(store, project=values["project"], entity=values["entity"])
     spec = report._to_model().model_dump_json(by_alias=True, exclude_none=True, indent=2)
     path = tables.write(paths.out_dir / "wandb_report.json", f"{spec}\n")
     log.info("wrote %s", path)
@@ -57,30 +57,27 @@ def main(arguments: Sequence[str]) -> None:
         log.info("saved %s", report.url)
 
 
-def definition(data: Data, *, project: str, entity: str) -> Any:
-    """The report, as an object of `wandb_workspaces.reports.v2`.
+def definition(store: Store, *, project: str, entity: str) -> Any:
+    """Make the report, an object of `wandb_workspaces.reports.v2`.
 
     Raises:
         AnalysisError: the package is not installed.
     """
     wr = _library()
+    native = {tradeoff.VIEW: _tradeoffs, training_time.VIEW: _curves}
     blocks: list[Any] = [wr.P(INTRODUCTION), wr.TableOfContents()]
-    for slug, title, own in by_setting(data):
+    rows = {view: view.rows(store) for view in VIEWS}
+    for _, title, points in by_setting(store.points):
         blocks.append(wr.H1(title))
-        run_sets = _run_sets(own.points, slug)
-        if len(own.averaged):
-            blocks += [wr.H2("Quality against cost"), _grid(run_sets, _tradeoffs(own.averaged))]
-            blocks.append(wr.MarkdownBlock(tables.markdown(tradeoff.summary(own.averaged))))
-            front = pareto.front_table(pareto.contenders(own.averaged))
-            blocks += [
-                wr.H2("Pareto front"),
-                wr.MarkdownBlock(tables.markdown(pareto.formatted(front))),
-            ]
-        if len(own.stages):
-            costs = training_time.formatted(training_time.cost_table(own.stages))
-            blocks += [wr.H2("Training time"), wr.MarkdownBlock(tables.markdown(costs))]
-            blocks.append(_grid(run_sets, _curves(own.stages)))
-        blocks += [wr.H2("Where tokens are executed"), _grid(run_sets, _media())]
+        run_sets = _run_sets(points)
+        for view, own in rows.items():
+            if len(part := of_setting(own, title)):
+                table = tables.markdown(view.table(part)[1])
+                blocks += [wr.H2(view.title), wr.P(view.note), wr.MarkdownBlock(table)]
+                if view in native:
+                    blocks.append(wr.PanelGrid(runsets=run_sets, panels=native[view](part)))
+        blocks.append(wr.H2("Where tokens are executed"))
+        blocks.append(wr.PanelGrid(runsets=run_sets, panels=_media()))
     return wr.Report(
         project=project,
         entity=entity,
@@ -91,34 +88,29 @@ def definition(data: Data, *, project: str, entity: str) -> Any:
     )
 
 
-def _run_sets(points: pd.DataFrame, slug: str) -> list[Any]:
-    """One run set per method; the tracker writes both keys to the run's configuration."""
+def _run_sets(points: pd.DataFrame) -> list[Any]:
+    """One run set per method; the tracker writes the fingerprint to the run's configuration."""
     wr = _library()
-    methods = sorted({str(name).removesuffix(frames.UPPER_BOUND) for name in points["method"]})
     return [
-        wr.Runset(
-            name=name,
-            filters=f"Config('method_name') = '{name}' and Config('setting') = '{slug}'",
-        )
-        for name in methods
+        wr.Runset(name=str(name), filters=f"Config('fingerprint') in {list(own['fingerprint'])}")
+        for name, own in points.groupby("method")
     ]
 
 
 def _tradeoffs(averaged: pd.DataFrame) -> list[Any]:
     """One scatter per measure and cost."""
     wr = _library()
-    panels = []
-    for measure, name in tradeoff.measures_of(averaged):
-        for cost, label in tradeoff.AXES.items():
-            panels.append(
-                wr.ScatterPlot(
-                    title=f"{name} {measure} over {label}",
-                    x=wr.SummaryMetric(cost),
-                    y=wr.SummaryMetric(f"{measure}/{name}/value"),
-                    log_y=measure == "perplexity",
-                )
-            )
-    return panels
+    kinds: Any = averaged[["measure", "name", "shown"]].drop_duplicates()
+    return [
+        wr.ScatterPlot(
+            title=f"{kind.shown} over {label}",
+            x=wr.SummaryMetric(cost),
+            y=wr.SummaryMetric(f"{kind.measure}/{kind.name}/value"),
+            log_y=kind.measure == "perplexity",
+        )
+        for kind in kinds.sort_values(["measure", "name"], ascending=[False, True]).itertuples()
+        for cost, label in tradeoff.AXES.items()
+    ]
 
 
 def _curves(stages: pd.DataFrame) -> list[Any]:
@@ -148,10 +140,6 @@ def _media() -> list[Any]:
     return panels
 
 
-def _grid(run_sets: list[Any], panels: list[Any]) -> Any:
-    return _library().PanelGrid(runsets=run_sets, panels=panels)
-
-
 def _library() -> Any:
     try:
         import wandb_workspaces.reports.v2 as library
@@ -163,4 +151,4 @@ def _library() -> Any:
 
 
 if __name__ == "__main__":
-    run_words(main, __doc__)
+    run_main(main, __doc__)

@@ -24,8 +24,9 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from analysis import frames, report
+from analysis import report
 from analysis.cli import Paths
+from analysis.frames import Store
 
 METHODS = ("informed", "greedy", "skipgpt", "mod", "d_llm", "hero", "flexidepth", "random")
 SEEDS = 5
@@ -50,10 +51,9 @@ def main() -> None:
 def timed(results: Path) -> Iterator[tuple[str, float]]:
     """(what, seconds) of each step."""
     began = time.perf_counter()
-    records = frames.read_store(results)
-    yield f"{len(records)} records read", time.perf_counter() - began
-    frames.points(records), frames.layers(records), frames.stages(records)
-    frames.over_seeds(frames.measures(records))
+    store = Store(results)
+    yield f"{len(store.records)} records read", time.perf_counter() - began
+    assert all(len(frame) for frame in (store.layers, store.stages, store.averaged))
     yield "read and in frames", time.perf_counter() - began
     began = time.perf_counter()
     report.main(Paths(results, results))

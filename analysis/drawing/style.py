@@ -18,6 +18,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
 REFERENCE = "#555555"
+DASHED: dict[str, Any] = {"color": REFERENCE, "linestyle": (0, (4, 2)), "linewidth": 1}
+Looks = dict[str, dict[str, Any]]
+"""Colour, marker and line of each name, as keywords of `Axes.plot`."""
 COLUMN_WIDTH_IN = 3.4
 """Inches: one column of a two-column paper."""
 
@@ -53,13 +56,13 @@ def paper() -> Iterator[None]:
         yield
 
 
-def looks(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Colour, marker and line of each name.
+def looks(names: Iterable[str]) -> Looks:
+    """Choose colour, marker and line of each name.
 
     A name keeps its look from one picture to the next, because it comes from the name itself;
     where two names of a picture would share a colour or a marker, the later one takes the next.
     """
-    chosen: dict[str, dict[str, Any]] = {}
+    chosen: Looks = {}
     for name in sorted(set(names)):
         start = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
         chosen[name] = {

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
-
-LATEX_SPECIAL = {
-    "\\": r"\textbackslash{}",
-    **{c: rf"\{c}" for c in "&%$#_{}"},
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "±": r"$\pm$",
-}
 
 
 def save(stem: Path, frame: pd.DataFrame, readable: pd.DataFrame) -> list[Path]:
@@ -26,8 +20,34 @@ def save(stem: Path, frame: pd.DataFrame, readable: pd.DataFrame) -> list[Path]:
     return [write(stem.parent / f"{stem.name}.{end}", text) for end, text in forms.items()]
 
 
+def formatted(frame: pd.DataFrame, columns: Mapping[str, tuple[str, str]]) -> pd.DataFrame:
+    """Write numbers for a reader; a missing one is an empty cell.
+
+    Args:
+        columns: (column of the frame, its format) by heading.
+    """
+    return pd.DataFrame(
+        {
+            heading: ["" if pd.isna(value) else format(value, spec) for value in frame[column]]
+            for heading, (column, spec) in columns.items()
+        }
+    )
+
+
+def figure(row: Any, value: str = "value") -> str:
+    """Write a measure with its interval: `80.00 [72.00, 88.00]`, `0.550 ± 0.020`.
+
+    Args:
+        row: with `measure`, `low`, `high` and the value's own name.
+    """
+    number = getattr(row, value)
+    if row.measure == "accuracy":
+        return f"{number:.3f}" + ("" if pd.isna(row.low) else f" ± {(row.high - row.low) / 2:.3f}")
+    return f"{number:.2f}" + ("" if pd.isna(row.low) else f" [{row.low:.2f}, {row.high:.2f}]")
+
+
 def markdown(frame: pd.DataFrame) -> str:
-    """A pipe table; numbers should be formatted already."""
+    """Write a pipe table."""
     columns = [str(c) for c in frame.columns]
     lines = [_pipe(columns), _pipe(["---"] * len(columns))]
     lines += [_pipe([str(v) for v in row]) for row in frame.itertuples(index=False)]
@@ -35,24 +55,15 @@ def markdown(frame: pd.DataFrame) -> str:
 
 
 def latex(frame: pd.DataFrame) -> str:
-    """A `tabular` with booktabs rules; text is escaped, numbers are flushed right."""
-    columns = [escape(str(c)) for c in frame.columns]
+    """Write a `tabular` with booktabs rules; text is escaped, numbers are flushed right."""
     spec = "".join("r" if numeric(frame[c]) else "l" for c in frame.columns)
-    rows = [
-        " & ".join(escape(str(v)) for v in row) + r" \\" for row in frame.itertuples(index=False)
-    ]
-    head = [rf"\begin{{tabular}}{{{spec}}}", r"\toprule", " & ".join(columns) + r" \\", r"\midrule"]
-    return "\n".join([*head, *rows, r"\bottomrule", r"\end{tabular}"]) + "\n"
-
-
-def escape(text: str) -> str:
-    """Text with LaTeX's special characters made literal."""
-    return "".join(LATEX_SPECIAL.get(character, character) for character in text)
+    return frame.to_latex(index=False, escape=True, column_format=spec)
 
 
 def numeric(column: pd.Series) -> bool:
-    """True if every cell starts with a number: `1.2`, `1,024`, `50%`, `1.2 [1.0, 1.4]`, empty."""
-    return all(_is_number(value) for value in column)
+    """Whether every cell starts with a number: `1.2`, `1,024`, `50%`, `1.2 [1.0, 1.4]`, empty."""
+    first = column.astype(str).str.split().str[0].fillna("0").str.replace(",", "").str.rstrip("%")
+    return bool(pd.to_numeric(first, errors="coerce").notna().all())
 
 
 def write(path: Path, text: str) -> Path:
@@ -64,12 +75,3 @@ def write(path: Path, text: str) -> Path:
 
 def _pipe(cells: list[str]) -> str:
     return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
-
-
-def _is_number(value: object) -> bool:
-    first = (str(value).split() or ["0"])[0]
-    try:
-        float(first.replace(",", "").rstrip("%"))
-    except ValueError:
-        return False
-    return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 import matplotlib as mpl
@@ -27,7 +27,7 @@ SWATCH_IN = (0.42, 0.16)
 
 
 def inline(figure: Figure, *, prefix: str, label: str) -> Markup:
-    """An `<svg>` element of the figure, which is closed.
+    """Draw a figure, which is then closed, as an `<svg>` element.
 
     Args:
         prefix: of every id, different for each picture of a page.
@@ -50,12 +50,10 @@ def inline(figure: Figure, *, prefix: str, label: str) -> Markup:
     return Markup(re.sub(r"<svg[^>]*>", lambda _: opening, text, count=1))
 
 
-def swatches(
-    looks: dict[str, dict[str, Any]], *, prefix: str, extra: Iterable[tuple[str, Any]] = ()
-) -> list[tuple[str, Markup]]:
-    """A legend: (name, its line and marker as `<svg>`) of each look, then of `extra`."""
+def swatches(looks: Mapping[str, Any], *, prefix: str) -> list[tuple[str, Markup]]:
+    """Draw a legend: (name, its line and marker as `<svg>`) of each look."""
     drawn = []
-    for place, (name, look) in enumerate([*looks.items(), *extra]):
+    for place, (name, look) in enumerate(looks.items()):
         figure = plt.figure(figsize=SWATCH_IN)
         panel = figure.add_axes((0.0, 0.0, 1.0, 1.0))
         panel.plot([0, 0.5, 1], [0, 0, 0], markevery=[1], **look)

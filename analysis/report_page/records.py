@@ -2,80 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import shlex
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
-from analysis import frames
-from analysis.frames import Record
-from analysis.report_page import configs
+import pandas as pd
 
+from analysis.drawing import tables
+from analysis.frames import Store
+from analysis.groups import Flat, Record, show
 
-@dataclass(frozen=True)
-class Entry:
-    """One record."""
-
-    fingerprint: str
-    title: str
-    figures: list[str]
-    commands: list[tuple[str, str]]
-    differs: list[tuple[str, str]]
-    made_with: list[tuple[str, str]]
+Pairs = list[tuple[str, str]]
 
 
-@dataclass(frozen=True)
-class Records:
-    """All records of a setting."""
+def records_of(store: Store, points: pd.DataFrame) -> dict[str, Any]:
+    """List a setting's records for the page, and the configuration that all of them share."""
+    by_name = {str(record["identity"]["fingerprint"]): record for record in store.records}
+    ordered = points.sort_values(["line", "sparsity_target", "seed"], kind="stable")
+    configs = [config for name in ordered["fingerprint"] if (config := store.configs[name])]
+    shared = dict(configs[0]) if configs else {}
+    for config in configs[1:]:
+        shared = {k: v for k, v in shared.items() if k in config and config[k] == v}
+    entries = []
+    for point in cast("Any", ordered.itertuples()):
+        record, config = by_name[point.fingerprint], store.configs[point.fingerprint]
+        entries.append(
+            {
+                "fingerprint": point.fingerprint,
+                "title": title(point),
+                "figures": _figures(record),
+                "commands": commands(record, config, store.results_dir),
+                "differs": [(k, show(v)) for k, v in config.items() if k not in shared],
+                "made_with": _made_with(record),
+            }
+        )
+    return {"entries": entries, "shared": [(key, show(value)) for key, value in shared.items()]}
 
-    entries: list[Entry]
-    shared: list[tuple[str, str]]
-    """Configuration that all of them have in common."""
 
-
-def records_of(records: Sequence[Record], results_dir: Path) -> Records:
-    """Entries in the order of method, target and seed."""
-    ordered = sorted(records, key=lambda r: (_label(r), r["sparsity_target"], r["seed"]))
-    read = [configs.read_config(results_dir / _fingerprint(record)) for record in ordered]
-    shared = configs.common(read)
-    entries = [
-        _entry(record, config, shared, results_dir)
-        for record, config in zip(ordered, read, strict=True)
-    ]
-    return Records(entries, [(key, _show(value)) for key, value in shared.items()])
-
-
-def _entry(
-    record: Record, config: configs.Flat, shared: dict[str, Any], results_dir: Path
-) -> Entry:
-    differs = configs.differing(config, shared)
-    return Entry(
-        fingerprint=_fingerprint(record),
-        title=f"{_label(record)}, target {record['sparsity_target']:g}, seed {record['seed']}",
-        figures=_figures(record),
-        commands=configs.commands(record, config, results_dir),
-        differs=[(key, _show(value)) for key, value in differs.items()],
-        made_with=_made_with(record),
-    )
+def title(point: Any) -> str:
+    """Name a row of `Store.points`."""
+    return f"{point.line}, target {point.sparsity_target:g}, seed {point.seed}"
 
 
 def _figures(record: Record) -> list[str]:
-    figures = [
-        f"realised {record['sparsity_realised']:.3f}",
-        f"FLOPs {record['flops_ratio']:.3f}",
-    ]
-    for name, entry in record["perplexity"].items():
-        interval = f"[{entry['low']:.2f}, {entry['high']:.2f}]"
-        figures.append(
-            f"{name} perplexity {entry['value']:.2f} {interval} (dense {entry['dense']:.2f})"
-        )
-    for name, entry in record["accuracy"].items():
-        spread = f" ± {entry['stderr']:.3f}" if entry["stderr"] else ""
-        figures.append(f"{name} {entry['value']:.3f}{spread} (dense {entry['dense']:.3f})")
+    figures = [f"realised {record['sparsity_realised']:.3f}", f"FLOPs {record['flops_ratio']:.3f}"]
+    for measure in ("perplexity", "accuracy"):
+        for name, entry in record[measure].items():
+            spread = entry.get("stderr") or float("nan")
+            ends = {"low": entry["value"] - spread, "high": entry["value"] + spread}
+            shown = tables.figure(SimpleNamespace(measure=measure, **{**ends, **entry}))
+            digits = 2 if measure == "perplexity" else 3
+            metric = entry.get("metric") or measure
+            figures.append(f"{name} {metric} {shown} (dense {entry['dense']:.{digits}f})")
     return figures
 
 
-def _made_with(record: Record) -> list[tuple[str, str]]:
+def _made_with(record: Record) -> Pairs:
     """Code, weights, packages and hardware."""
     identity = record["identity"]
     git = identity.get("git") or {}
@@ -95,15 +78,31 @@ def _made_with(record: Record) -> list[tuple[str, str]]:
     return [(key, str(value)) for key, value in facts.items() if value]
 
 
-def _label(record: Record) -> str:
-    return frames.label(str(record["method"]), str(record.get("variant") or ""))
+def commands(record: Record, config: Flat, results_dir: Path) -> Pairs:
+    """List (what it is, command) of each way to get a record's numbers again, exact one first.
+
+    The first runs from the stored, fully resolved configuration, so that it does not depend on
+    today's defaults; it writes to `reproduced/` and the record there has the same fingerprint.
+    """
+    folder = results_dir / str(record["identity"]["fingerprint"])
+    stored = ["--config-dir", str(folder), "--config-name", "config", "results_dir=reproduced"]
+    listed = []
+    if config and record.get("evaluated", True):
+        script, more = "sweep", []
+        if config.get("saved"):
+            script = "score"
+            more = [f"saved={config['saved']}"]
+            more += [] if config.get("recalibrate") else ["sparsity=null"]
+        listed.append(("exactly this point", _line(script, [*stored, *more])))
+    if config and record.get("speed"):
+        listed.append(("its speed", _line("speed", stored)))
+    started = record["identity"].get("command")
+    if started:
+        listed.append(("as it was started", str(started)))
+    if (folder / "routing" / "decisions.parquet").is_file():
+        listed.append(("its routing maps", _line("inspect_routing", [f"saved={folder}/routed"])))
+    return listed
 
 
-def _fingerprint(record: Record) -> str:
-    return str(record["identity"]["fingerprint"])
-
-
-def _show(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return str(value).lower().replace("none", "null")
-    return str(value)
+def _line(script: str, words: list[str]) -> str:
+    return shlex.join(["python", f"runners/{script}.py", *words])

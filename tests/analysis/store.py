@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 
 def stage(name: str, seconds: float, *, cached: bool = False, **figures: float) -> dict[str, Any]:
@@ -22,11 +25,20 @@ def stage(name: str, seconds: float, *, cached: bool = False, **figures: float) 
 
 
 def write_point(
-    folder: Path, method: str, sparsity: float, *, perplexity: float, **changes: Any
-) -> None:
-    """One record; `changes` replace its top-level keys."""
+    folder: Path,
+    method: str,
+    sparsity: float,
+    *,
+    perplexity: float,
+    dense: float = 20.0,
+    config: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Path:
+    """One record, and its configuration if there is one; `changes` replace its top-level keys."""
     seed = changes.get("seed", 0)
     name = f"{method}-{sparsity}-{seed}-{changes.get('variant', '')}"
+    if config is not None:
+        name += hashlib.sha256(repr(config).encode()).hexdigest()[:6]
     record = {
         "schema_version": 1,
         "status": "complete",
@@ -43,7 +55,7 @@ def write_point(
                 "value": perplexity,
                 "low": perplexity * 0.9,
                 "high": perplexity * 1.1,
-                "dense": 20.0,
+                "dense": dense,
                 "documents": 22,
             }
         },
@@ -57,8 +69,12 @@ def write_point(
             }
         },
         "stages": [],
-        "identity": {"fingerprint": name, "budget": "quick"},
         **changes,
+        "identity": {"fingerprint": name, "budget": "quick", **changes.get("identity", {})},
     }
     (folder / name).mkdir(parents=True)
     (folder / name / "result.json").write_text(json.dumps(record))
+    if config is not None:
+        whole = {**config, "seed": seed, "sparsity": sparsity}
+        (folder / name / "config.yaml").write_text(yaml.safe_dump(whole, sort_keys=False))
+    return folder / name

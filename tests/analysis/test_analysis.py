@@ -11,9 +11,10 @@ import pandas as pd
 import pytest
 from matplotlib import image
 
-from analysis import ablation, frames, kv, layers, tradeoff, training_time, two_by_two
-from analysis.cli import AnalysisError, Paths
+from analysis import ablation, kv, layers, tradeoff, training_time, two_by_two
+from analysis.cli import Paths, write
 from analysis.drawing import style, tables
+from analysis.frames import AnalysisError, Store
 from tests.analysis.store import stage, write_point
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,14 +44,13 @@ def test_broken_and_failed_records_are_left_out_and_named(store, caplog):
     (store / "running").mkdir()
     write_point(store, "greedy", 0.5, perplexity=1.0, status="failed", reason="no luck")
     write_point(store, "greedy", 0.6, perplexity=1.0, schema_version=99)
-    records = frames.read_store(store)
-    assert len(records) == 7
+    assert len(Store(store).records) == 7
     assert "no luck" in caplog.text and "torn" in caplog.text and "99" in caplog.text
 
 
 def test_empty_store_is_one_clear_line(tmp_path):
     with pytest.raises(AnalysisError, match="no complete result"):
-        frames.read_store(tmp_path)
+        Store(tmp_path)
 
 
 def test_seeds_become_mean_and_std(tmp_path):
@@ -59,24 +59,31 @@ def test_seeds_become_mean_and_std(tmp_path):
         task = {"value": 0.2 + seed / 10, "stderr": 0.02, "dense": 0.85, "n": 200, "chance": 0.25}
         accuracy = {"choice_task": task}
         write_point(tmp_path, "informed", 0.5, perplexity=value, accuracy=accuracy, seed=seed)
-    averaged = frames.over_seeds(frames.measures(frames.read_store(tmp_path))).set_index("measure")
+    averaged = Store(tmp_path).averaged.set_index("measure")
     shown = averaged[["value", "low", "high", "seeds"]]
     assert list(shown.loc["perplexity"]) == pytest.approx([16.0, 4.0, 64.0, 3])
     assert list(shown.loc["accuracy"]) == pytest.approx([0.3, 0.2, 0.4, 3])
 
 
+def test_a_dense_row_is_one_of_itself_whatever_the_seeds(tmp_path):
+    """Seeds whose dense perplexities differ in the last digits, as on a GPU."""
+    for seed, value in enumerate((20.0, 20.019)):
+        write_point(tmp_path, "dense", 0.0, perplexity=value, dense=value, seed=seed)
+    row = Store(tmp_path).averaged.set_index("measure").loc["perplexity"]
+    assert row["value"] / row["dense"] == pytest.approx(1.0, abs=1e-6)
+
+
 def test_settings_never_share_a_figure(store, tmp_path):
     write_point(store, "informed", 0.4, perplexity=9.0, data="other")
-    tradeoff.main(Paths(store, tmp_path / "plots"))
+    write(tradeoff.VIEW, Paths(store, tmp_path / "plots"))
     names = {path.name for path in (tmp_path / "plots").glob("*.csv")}
     assert names == {"tradeoff-tiny-sotu-quick.csv", "tradeoff-tiny-other-quick.csv"}
     assert set(pd.read_csv(tmp_path / "plots/tradeoff-tiny-other-quick.csv")["data"]) == {"other"}
 
 
 def test_figure_has_each_line_its_errors_and_the_dense_reference(store):
-    averaged = frames.over_seeds(frames.measures(frames.read_store(store)))
     with style.paper():
-        figure = tradeoff.draw(averaged, "title")
+        figure = tradeoff.VIEW.draw(tradeoff.rows(Store(store)), "title")
     panel = figure.axes[0]
     handles, labels = panel.get_legend_handles_labels()
     assert set(labels) == {"dense", "informed", "random"}
@@ -85,25 +92,36 @@ def test_figure_has_each_line_its_errors_and_the_dense_reference(store):
     assert list(drawn["informed"].lines[0].get_xdata()) == pytest.approx([0.31, 0.51, 0.71])
     assert drawn["informed"].has_yerr
     assert panel.get_yscale() == "log"
+    assert [axes.xaxis_inverted() for axes in figure.axes] == [False, True, False, True]
 
 
 def test_figure_files_are_not_blank(store, tmp_path):
-    tradeoff.main(Paths(store, tmp_path))
+    write(tradeoff.VIEW, Paths(store, tmp_path))
     picture = image.imread(tmp_path / "tradeoff-tiny-sotu-quick.png")
     assert picture[..., :3].std() > 0.05
     assert (tmp_path / "tradeoff-tiny-sotu-quick.pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_summary_gives_the_records_numbers(store):
-    averaged = frames.over_seeds(frames.measures(frames.read_store(store)))
-    row = tradeoff.summary(averaged).set_index(["method", "target"]).loc[("informed", "0.50")]
+    _, readable = tradeoff.table(Store(store).averaged)
+    row = readable.set_index(["method", "target"]).loc[("informed", "0.50")]
     assert row["sotu perplexity"] == "80.00 [72.00, 88.00]"
     assert row["sotu / dense"] == "4.000"
-    assert row["choice_task"] == "0.550 ± 0.020"
+    assert row["choice_task accuracy"] == "0.550 ± 0.020"
+
+
+def test_the_metric_of_a_task_is_named(tmp_path):
+    task = {"value": 0.655, "stderr": 0.02, "dense": 0.66, "n": 200, "metric": "acc_norm"}
+    write_point(tmp_path, "informed", 0.3, perplexity=30.0, accuracy={"piqa": task})
+    averaged = tradeoff.rows(Store(tmp_path))
+    assert "piqa acc_norm" in tradeoff.table(averaged)[1]
+    with style.paper():
+        figure = tradeoff.VIEW.draw(averaged, "title")
+    assert [axes.get_ylabel() for axes in figure.axes][2] == "piqa\nacc_norm"
 
 
 def test_a_shared_stage_is_paid_once(store):
-    costs = training_time.cost_table(frames.stages(frames.read_store(store))).set_index("stage")
+    costs = training_time.costs(Store(store).stages).set_index("stage")
     assert costs.loc["forecasters", "seconds"] == 30.0
     assert (costs.loc["forecasters", "runs"], costs.loc["forecasters", "points"]) == (1, 3)
     assert costs.loc["calibrate", "seconds"] == 6.0
@@ -112,7 +130,7 @@ def test_a_shared_stage_is_paid_once(store):
 
 
 def test_training_time_is_written_in_three_forms(store, tmp_path):
-    training_time.main(Paths(store, tmp_path))
+    write(training_time.VIEW, Paths(store, tmp_path))
     stem = "training_time-tiny-sotu-quick"
     assert "| informed | forecasters | 30.0 |" in (tmp_path / f"{stem}.md").read_text()
     assert r"\toprule" in (tmp_path / f"{stem}.tex").read_text()
@@ -120,11 +138,12 @@ def test_training_time_is_written_in_three_forms(store, tmp_path):
 
 
 def test_latex_escapes_every_special_character():
-    frame = pd.DataFrame({"a_b": ["50% & #1 ~x^2 {y} \\z $"]})
-    body = tables.latex(frame).splitlines()
-    assert body[2] == r"a\_b \\"
-    assert body[4] == (
-        r"50\% \& \#1 \textasciitilde{}x\textasciicircum{}2 \{y\} \textbackslash{}z \$ \\"
+    frame = pd.DataFrame({"a_b": ["50% & #1 ~x^2 {y} \\z $"], "n": ["1.2 [1.0, 1.4]"]})
+    first, _, heading, _, row, *_ = tables.latex(frame).splitlines()
+    assert first == r"\begin{tabular}{rr}" and heading == r"a\_b & n \\"
+    assert row == (
+        r"50\% \& \#1 \textasciitilde x\textasciicircum 2 \{y\} \textbackslash z \$ "
+        r"& 1.2 [1.0, 1.4] \\"
     )
 
 
@@ -167,32 +186,45 @@ def test_analysis_loads_no_torch():
     assert json.loads(done.stdout) == []
 
 
-def test_two_by_two_puts_each_router_beside_each_bypass(tmp_path):
-    value = {("greedy", "skip"): 90.0, ("greedy", "forecast"): 50.0}
-    value |= {("informed", "skip"): 70.0, ("informed", "forecast"): 30.0}
-    for (method, bypass), perplexity in value.items():
+BYPASSES = {("greedy", "skip"): 90.0, ("greedy", "forecast"): 50.0}
+BYPASSES |= {("informed", "skip"): 70.0, ("informed", "forecast"): 30.0}
+
+
+def write_two_by_two(folder: Path, **options: object) -> None:
+    for (method, bypass), perplexity in BYPASSES.items():
         for seed, factor in ((0, 0.5), (1, 2.0)):
             write_point(
-                tmp_path,
+                folder,
                 method,
                 0.3,
                 perplexity=perplexity * factor,
                 seed=seed,
-                variant=bypass,
-                options={"bypass": bypass, "train": "none"},
+                variant=", ".join([bypass, *map(str, options.values())]),
+                options={"bypass": bypass, "train": "none", **options},
             )
+
+
+def test_two_by_two_puts_each_router_beside_each_bypass(tmp_path):
+    write_two_by_two(tmp_path)
     write_point(tmp_path, "random", 0.3, perplexity=1e4, options={"bypass": "skip"})
-    two_by_two.main(Paths(tmp_path, tmp_path / "plots"))
+    write(two_by_two.VIEW, Paths(tmp_path, tmp_path / "plots"))
     (row,) = pd.read_csv(tmp_path / "plots/two_by_two-tiny-sotu-quick.csv").to_dict("records")
-    for (method, bypass), perplexity in value.items():
+    for (method, bypass), perplexity in BYPASSES.items():
         assert row[f"{method}_{bypass}"] == pytest.approx(perplexity)
     text = (tmp_path / "plots/two_by_two-tiny-sotu-quick.md").read_text()
-    assert "| sotu | 0.30 | none | 90.00 | 50.00 | 70.00 | 30.00 | 20.00 |" in text
+    assert "| 0.30 | none | 90.00 | 50.00 | 70.00 | 30.00 | 20.00 |" in text
+
+
+def test_two_by_two_averages_no_other_option(tmp_path):
+    write_two_by_two(tmp_path)
+    write_two_by_two(tmp_path, rank=4)
+    with pytest.raises(AnalysisError, match=r"forecast, 4\): 4 greedy"):
+        write(two_by_two.VIEW, Paths(tmp_path, tmp_path / "plots"))
 
 
 def test_two_by_two_of_one_router_is_one_clear_line(store, tmp_path):
     with pytest.raises(AnalysisError, match="experiment=two_by_two"):
-        two_by_two.main(Paths(store, tmp_path / "plots"))
+        write(two_by_two.VIEW, Paths(store, tmp_path / "plots"))
 
 
 def test_ablation_is_relative_to_the_whole_method(tmp_path):
@@ -206,7 +238,7 @@ def test_ablation_is_relative_to_the_whole_method(tmp_path):
             options={"without": parts},
             stages=[stage("distill", 100.0)],
         )
-    ablation.main(Paths(tmp_path, tmp_path / "plots"))
+    write(ablation.VIEW, Paths(tmp_path, tmp_path / "plots"))
     found = pd.read_csv(tmp_path / "plots/ablation-tiny-sotu-quick.csv")
     assert list(found["without"]) == ["all parts", "refit", "a, b"]
     assert list(found["ratio"]) == pytest.approx([1.0, 1.2, 2.0])
@@ -216,7 +248,7 @@ def test_ablation_is_relative_to_the_whole_method(tmp_path):
 
 def test_ablation_without_any_is_one_clear_line(store, tmp_path):
     with pytest.raises(AnalysisError, match="experiment=ablation"):
-        ablation.main(Paths(store, tmp_path / "plots"))
+        write(ablation.VIEW, Paths(store, tmp_path / "plots"))
 
 
 def test_layers_report_where_each_kind_is_bypassed(tmp_path):
@@ -228,14 +260,14 @@ def test_layers_report_where_each_kind_is_bypassed(tmp_path):
             tmp_path, "informed", 0.3, perplexity=9.0, seed=seed, realised={"per_layer": per_layer}
         )
     write_point(tmp_path, "dense", 0.0, perplexity=9.0, realised={"per_layer": []})
-    layers.main(Paths(tmp_path, tmp_path / "plots"))
+    write(layers.VIEW, Paths(tmp_path, tmp_path / "plots"))
     found = pd.read_csv(tmp_path / "plots/layers-tiny-sotu-quick.csv")
     attention = found[found.kind == "attention"].sort_values("layer")
     assert list(attention.sparsity) == pytest.approx([0.1, 0.2, 0.3])
     text = (tmp_path / "plots/layers-tiny-sotu-quick.md").read_text()
     assert "| informed | 0.30 | 0.200 | 0.10 (0) | 0.30 (2) | 0.400 | 0.20 (2) | 0.60 (0) |" in text
     with style.paper():
-        figure = layers.draw(layers.over_seeds(frames.layers(frames.read_store(tmp_path))), "t")
+        figure = layers.VIEW.draw(layers.rows(Store(tmp_path)), "t")
     drawn = figure.axes[1].lines[1]
     assert list(drawn.get_ydata()) == pytest.approx([0.6, 0.4, 0.2])
 
@@ -252,7 +284,7 @@ def test_kv_bytes_of_each_policy(tmp_path):
             kv_bytes_ratio=ratio,
         )
     write_point(tmp_path, "dense", 0.0, perplexity=20.0)
-    kv.main(Paths(tmp_path, tmp_path / "plots"))
+    write(kv.VIEW, Paths(tmp_path, tmp_path / "plots"))
     found = pd.read_csv(tmp_path / "plots/kv-tiny-sotu-quick.csv").set_index("kv_policy")
     assert found.loc["evict", ["kv_bytes_ratio", "value"]].tolist() == pytest.approx([0.7, 40.0])
     assert found.loc["keep", ["kv_bytes_ratio", "value"]].tolist() == pytest.approx([1.0, 30.0])

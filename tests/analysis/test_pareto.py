@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis import frames, pareto
-from analysis.cli import Paths
+from analysis import pareto
+from analysis.cli import Paths, write
+from analysis.frames import Store
 from tests.analysis.store import write_point
 
 SMALL = st.integers(0, 6)
@@ -28,15 +29,14 @@ def test_the_oracle_is_no_contender_and_dense_is_one(tmp_path):
     write_point(tmp_path, "greedy", 0.5, perplexity=40.0, sparsity_realised=0.4, flops_ratio=0.7)
     bound = {"fingerprint": "oracle-0.5-0-", "budget": "quick", "upper_bound": True}
     write_point(tmp_path, "oracle", 0.5, perplexity=21.0, identity=bound)
-    averaged = frames.over_seeds(frames.measures(frames.read_store(tmp_path)))
-    rows = pareto.contenders(averaged)
+    rows = pareto.rows(Store(tmp_path))
     assert set(rows.line) == {"informed", "greedy", "dense"}
     ppl = rows[rows.measure == "perplexity"].set_index("line")
     assert ppl.front_flops_ratio.to_dict() == {"informed": True, "greedy": False, "dense": True}
     assert (ppl.loc["dense", "value"], ppl.loc["dense", "flops_ratio"]) == (20.0, 1.0)
     accuracy = rows[rows.measure == "accuracy"].set_index("line")
     assert accuracy.loc["dense", "front_executed"]
-    pareto.main(Paths(tmp_path, tmp_path / "plots"))
+    write(pareto.VIEW, Paths(tmp_path, tmp_path / "plots"))
     text = (tmp_path / "plots" / "pareto-tiny-sotu-quick.md").read_text()
     assert "| sotu perplexity | FLOPs | informed | 0.50 | 0.510 | 0.600 | 30.00" in text
     assert "greedy" not in text.split("sotu perplexity", 1)[1]
@@ -46,6 +46,6 @@ def test_the_oracle_is_no_contender_and_dense_is_one(tmp_path):
 def test_a_dense_record_brings_its_interval(tmp_path):
     write_point(tmp_path, "dense", 0.0, perplexity=20.0)
     write_point(tmp_path, "informed", 0.5, perplexity=30.0)
-    rows = pareto.contenders(frames.over_seeds(frames.measures(frames.read_store(tmp_path))))
+    rows = pareto.rows(Store(tmp_path))
     (dense,) = rows[(rows.line == "dense") & (rows.measure == "perplexity")].to_dict("records")
     assert (dense["low"], dense["high"]) == pytest.approx((18.0, 22.0))

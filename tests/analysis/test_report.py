@@ -14,9 +14,10 @@ import pandas as pd
 import pytest
 import yaml
 
-from analysis import frames, report
-from analysis.cli import AnalysisError, Paths
-from analysis.report_page import configs
+from analysis import groups, report
+from analysis.cli import Paths
+from analysis.frames import AnalysisError, Store
+from analysis.report_page.records import records_of
 from tests.analysis.store import stage, write_point
 from tests.analysis.test_speedup import case
 
@@ -160,7 +161,7 @@ def test_every_part_is_there(page):
 
 def test_each_record_has_the_command_of_its_own_configuration(page, results):
     text = Page(page).text
-    for record in frames.read_store(results):
+    for record in Store(results).records:
         folder = results / record["identity"]["fingerprint"]
         command = f"python runners/sweep.py --config-dir {folder} --config-name config"
         assert command in text
@@ -213,21 +214,24 @@ def test_an_empty_store_is_one_line(tmp_path):
 
 
 def test_common_and_differing_configuration(tmp_path):
-    trees = [
-        {"a": {"b": 1, "c": [1, 2]}, "d": None, "results_dir": "x", "list": ["p", "q"]},
-        {"a": {"b": 2, "c": [1, 2]}, "d": None, "results_dir": "y", "list": ["p", "q"]},
+    for seed, (b, folder) in enumerate(((1, "x"), (2, "y"))):
+        tree = {"a": {"b": b, "c": [1, 2]}, "d": None, "list": ["p", "q"], "results_dir": folder}
+        write_point(tmp_path, "informed", 0.5, perplexity=30.0, config=tree, seed=seed)
+    store = Store(tmp_path)
+    for config in store.configs.values():
+        assert config["a.c"] == [1, 2] and "results_dir" not in config
+    page = records_of(store, store.points)
+    assert page["shared"] == [
+        ("a.c", "[1, 2]"),
+        ("d", "null"),
+        ("list", "['p', 'q']"),
+        ("sparsity", "0.5"),
     ]
-    read = []
-    for place, tree in enumerate(trees):
-        folder = tmp_path / str(place)
-        folder.mkdir()
-        (folder / "config.yaml").write_text(yaml.safe_dump(tree, sort_keys=False))
-        read.append(configs.read_config(folder))
-        assert read[-1] == configs.flatten(tree)
-    shared = configs.common(read)
-    assert shared == {"a.c": [1, 2], "d": None, "list": ["p", "q"]}
-    assert configs.differing(read[1], shared) == {"a.b": 2}
-    assert configs.read_config(tmp_path / "nowhere") == {}
+    assert [e["differs"] for e in page["entries"]] == [
+        [("a.b", "1"), ("seed", "0")],
+        [("a.b", "2"), ("seed", "1")],
+    ]
+    assert groups.read_config(tmp_path / "nowhere") == {}
 
 
 def chromium() -> str:

@@ -1,7 +1,8 @@
-"""Paired tests against closed forms and other implementations."""
+"""Paired tests against closed forms, other implementations and simulation."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from math import comb
 
@@ -10,21 +11,16 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from analysis import significance
-from analysis.bands import bands, with_bands
-from analysis.cli import AnalysisError, Paths
-from analysis.frames import items, measures, over_seeds, read_store
-from analysis.power import (
-    answer,
-    independent_disagreement,
-    items_needed,
-    parse,
-    seeds_needed,
-    t_power,
-)
-from analysis.significance import bootstrap, bootstrap_p, compare, holm, main, mcnemar
-from analysis.tradeoff import draw
+from analysis.cli import Paths, write
+from analysis.frames import AnalysisError, Store
+from analysis.significance import VIEW, compare, holm, intervals, mcnemar, paired, with_bands
+from analysis.tradeoff import VIEW as TRADEOFF
+from analysis.tradeoff import rows
 from tests.analysis.store import write_point
+from tests.conftest import ROOT
+
+SPREADS = (0.03, 0.08, 0.3)
+"""Between seeds, in nats; `informed`'s own is 0.08 at 0.25."""
 
 
 def test_mcnemar_is_the_binomial_tail():
@@ -37,12 +33,131 @@ def test_mcnemar_is_the_binomial_tail():
 
 
 def test_bootstrap_agrees_with_the_normal_interval():
-    values = np.random.default_rng(1).normal(0.1, 1.0, 800)
-    low, high = bootstrap(values, np.ones(800))
+    values = np.random.default_rng(1).normal(0.1, 1.0, (800, 1))
     half = 1.96 * values.std(ddof=1) / 800**0.5
-    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.01)
-    expected = stats.ttest_1samp(values, 0.0).pvalue
-    assert bootstrap_p(values, np.ones(800)) == pytest.approx(expected, rel=0.25, abs=2e-3)
+    (found,) = intervals(values, np.ones(800))
+    assert found == pytest.approx((values.mean() - half, values.mean() + half), abs=0.01)
+
+
+def test_one_seed_is_the_paired_t_test():
+    draw = np.random.default_rng(1)
+    a, b = draw.normal(0.1, 1.0, (2, 80, 1))
+    *_, difference, half, p = paired(a, b, np.ones(80))
+    expected = stats.ttest_rel(a[:, 0], b[:, 0])
+    assert float(p) == pytest.approx(expected.pvalue)
+    interval = expected.confidence_interval()
+    assert (difference - half, difference + half) == pytest.approx(tuple(interval))
+
+
+def test_without_differences_between_items_it_is_welch_s_test():
+    draw = np.random.default_rng(2)
+    a, b = draw.normal(0.0, 1.0, (1, 5)), draw.normal(0.5, 3.0, (1, 4))
+    *_, p = paired(a.repeat(9, axis=0), b.repeat(9, axis=0), np.ones(9))
+    assert float(p) == pytest.approx(stats.ttest_ind(a[0], b[0], equal_var=False).pvalue)
+
+
+def test_equal_is_no_difference_and_a_fixed_one_is_certain():
+    same = np.ones((10, 3))
+    assert float(paired(same, same, np.ones(10))[-1]) == 1.0
+    assert float(paired(same + 1, same, np.ones(10))[-1]) < 1e-6
+
+
+def recipes(draw, shape, seeds: int, spread: float, documents: int = 22, own: float = 0.05):
+    """Nats of one recipe, [*shape, documents, seeds]: no two of them differ in the mean."""
+    of_seeds = draw.normal(0, spread, (*shape, 1, seeds))
+    of_documents = draw.normal(0, own, (*shape, documents, 1))
+    return of_seeds + of_documents + draw.normal(0, 0.02, (*shape, documents, seeds))
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize("seeds", [3, 5])
+@pytest.mark.parametrize("other", ["alike", "of one value", "dense"])
+def test_equal_recipes_are_told_apart_in_six_percent_at_most(spread, seeds, other):
+    draw = np.random.default_rng(0)
+    a = recipes(draw, (4000,), seeds, spread)
+    b = recipes(draw, (4000,), 1 if other == "dense" else seeds, spread if other == "alike" else 0)
+    *_, half, p = paired(a, b, np.ones(22))
+    assert (p < 0.05).mean() <= 0.06
+    assert half.min() > 0
+
+
+def test_a_difference_is_still_seen():
+    """Twice the spread between three seeds in nearly half of the cases, between five in most."""
+    draw = np.random.default_rng(0)
+    power = []
+    for seeds in (3, 5):
+        a, b = (recipes(draw, (2000,), seeds, 0.08) + shift for shift in (0.16, 0.0))
+        power.append((paired(a, b, np.ones(22))[-1] < 0.05).mean())
+    assert power[0] > 0.3 and power[1] > 0.7
+
+
+def frame_of(values: dict[str, np.ndarray]) -> pd.DataFrame:
+    """Rows of `Store.items`: values [tests, documents, seeds] by line."""
+    parts = []
+    for line, found in values.items():
+        places = np.indices(found.shape).reshape(3, -1)
+        own = {"name": places[0], "item": places[1], "seed": places[2], "value": found.ravel()}
+        parts.append(pd.DataFrame(own).assign(line=line, dense=0.0))
+    constant = {"measure": "perplexity", "metric": "perplexity", "shown": "t perplexity"}
+    constant |= {"weight": 1.0, "sparsity_target": 0.5, "fingerprint": "f", "true_error": False}
+    return pd.concat(parts, ignore_index=True).assign(method="informed", **constant)
+
+
+def test_the_table_resamples_seeds_and_documents():
+    """Averaged over seeds first, equal recipes were told apart in half of the cases."""
+    draw = np.random.default_rng(0)
+    table = compare(frame_of({line: recipes(draw, (150,), 3, 0.08) for line in "ab"}))
+    pairs = table[(table.a == "a") & (table.b == "b")]
+    assert len(pairs) == 150 and (pairs.p < 0.05).mean() <= 0.06
+    assert set(pairs.test) == {"t over seeds and items"}
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_too_few_seeds_say_nothing_of_recipes(seeds):
+    draw = np.random.default_rng(0)
+    values = {line: recipes(draw, (3,), seeds, 0.3) + shift for line, shift in (("a", 9), ("b", 0))}
+    items = frame_of(values)
+    table = compare(items)
+    assert table.p_holm.isna().all() and (table[table.a == "a"].p < 1e-6).all()
+    assert set(VIEW.table(items)[1]["p (Holm)"]) == {"too few seeds"}
+
+
+def table_after(words: str) -> list[list[str]]:
+    """Cells of the first table of docs/report.md that follows the words."""
+    lines = (ROOT / "docs" / "report.md").read_text().partition(words)[2].splitlines()
+    first = next(place for place, line in enumerate(lines) if line.startswith("|"))
+    cells = itertools.takewhile(lambda line: line.startswith("|"), lines[first:])
+    return [[cell.strip(" %") for cell in line.strip("|").split("|")] for line in cells]
+
+
+def test_items_of_the_docs_have_the_power_that_is_promised():
+    """McNemar's test at each number rejects in 80 % of draws."""
+    heading, _, *body = table_after("*Items*")
+    draw, checked = np.random.default_rng(0), 0
+    for cell, *numbers in body:
+        for share, number in zip(heading[1:], numbers, strict=True):
+            if number:
+                psi, difference = float(share.split()[0]) / 100, float(cell)
+                only_a = (psi + difference) / 2
+                chances = [only_a, psi - only_a, 1 - psi]
+                counts = draw.multinomial(int(number), chances, size=4000)
+                z = (counts[:, 0] - counts[:, 1]) / np.sqrt(counts[:, 0] + counts[:, 1] + 1e-9)
+                power = (np.abs(z) > 1.96).mean()
+                assert power > 0.77
+                assert power < 0.83 or difference > psi / 2  # few counts, all on one side
+                checked += 1
+    assert checked == 24
+
+
+def test_seeds_of_the_docs_are_the_fewest_with_the_power_that_is_promised():
+    """From the non-central t distribution; one seed fewer has less."""
+    heading, _, (_, *numbers) = table_after("*Seeds*")
+    for ratio, number in zip(heading[1:], numbers, strict=True):
+        power = []
+        for n in (int(number) - 1, int(number)):
+            bound, shift = stats.t.ppf(0.975, 2 * n - 2), float(ratio) / (2 / n) ** 0.5
+            power.append(stats.nct.sf(bound, 2 * n - 2, shift))
+        assert power[0] < 0.8 <= power[1]
 
 
 def test_holm():
@@ -51,8 +166,7 @@ def test_holm():
 
 
 def point(folder, method: str, values, dense, nll, seed: int = 0) -> None:
-    write_point(folder, method, 0.3, perplexity=30.0, seed=seed)
-    name = f"{method}-0.3-{seed}-"
+    path = write_point(folder, method, 0.3, perplexity=30.0, seed=seed)
     task = {"measure": "accuracy", "name": "piqa", "metric": "acc", "weight": 1.0}
     text = {"measure": "perplexity", "name": "sotu", "metric": "nll", "weight": 100.0}
     rows = [
@@ -60,7 +174,7 @@ def point(folder, method: str, values, dense, nll, seed: int = 0) -> None:
         for i, (v, d) in enumerate(zip(values, dense, strict=True))
     ]
     rows += [{**text, "item": f"d{i}", "value": v, "dense": 300.0 + i} for i, v in enumerate(nll)]
-    pd.DataFrame(rows).to_parquet(folder / name / "items.parquet")
+    pd.DataFrame(rows).to_parquet(path / "items.parquet")
 
 
 @pytest.fixture
@@ -70,21 +184,22 @@ def store(tmp_path):
     better = np.where(draw.random(300) < 0.1, 1 - dense, dense)
     worse = np.where(draw.random(300) < 0.4, 0.0, dense)
     nll = 320 + draw.normal(0, 5, 20)
-    point(tmp_path, "informed", better, dense, nll)
-    point(tmp_path, "greedy", worse, dense, nll + 30 + draw.normal(0, 5, 20))
+    for seed in range(3):
+        point(tmp_path, "informed", better, dense, nll + seed, seed)
+        point(tmp_path, "greedy", worse, dense, nll + 30 + draw.normal(0, 5, 20), seed)
     return tmp_path
 
 
 def test_compare(store):
-    table = compare(items(store)).set_index(["name", "a", "b"])
+    items = Store(store).items
+    table = compare(items).set_index(["name", "a", "b"])
     assert len(table) == 6
     row = table.loc[("piqa", "greedy", "informed")]
-    frame = items(store)
-    piqa = frame[frame.name == "piqa"].pivot(index="item", columns="method", values="value")
-    assert row.p == pytest.approx(mcnemar(piqa.greedy.to_numpy(), piqa.informed.to_numpy()))
+    piqa = items[items.name == "piqa"].pivot_table(index="item", columns="method", values="value")
     assert row.difference == pytest.approx((piqa.greedy - piqa.informed).mean())
     assert row.low < row.difference < row.high < 0
-    assert (row.test, row.n) == ("mcnemar", 300)
+    assert (row.test, row.n, row.a_seeds) == ("t over seeds and items", 300, 3)
+    assert len(row.fingerprints.split()) == 6
     text = table.loc[("sotu", "greedy", "informed")]
     assert text.difference == pytest.approx(text.a_value / text.b_value)
     assert 1 < text.low < text.difference < text.high
@@ -92,84 +207,57 @@ def test_compare(store):
     assert ("piqa", "dense", "informed") in table.index
 
 
-def test_several_seeds_are_averaged_per_item(store):
-    frame = items(store)
-    values = frame[(frame.name == "piqa") & (frame.method == "informed")].value.to_numpy()
-    dense = frame[(frame.name == "piqa") & (frame.method == "informed")].dense.to_numpy()
-    point(store, "informed", 1 - values, dense, np.full(20, 320.0), seed=1)
-    row = compare(items(store)).set_index(["name", "a", "b"]).loc[("piqa", "greedy", "informed")]
-    assert row.b_value == pytest.approx(0.5)
-    assert row.test == "bootstrap"
+def test_one_seed_of_a_task_is_mcnemar_s(store):
+    items = Store(store).items.query("seed == 0")
+    row = compare(items).set_index(["name", "a", "b"]).loc[("piqa", "greedy", "informed")]
+    piqa = items[items.name == "piqa"].pivot(index="item", columns="method", values="value")
+    assert row.p == pytest.approx(mcnemar(piqa.greedy.to_numpy(), piqa.informed.to_numpy()))
+    assert row.test == "mcnemar" and np.isnan(row.p_holm)
 
 
-def test_main_writes_tables(store):
-    main(Paths(store, store / "plots"))
+def test_items_of_one_seed_only_are_paired_by_the_seeds_that_have_them(tmp_path):
+    """Built-in tasks draw their items from the seed."""
+    draw = np.random.default_rng(0)
+    values = {line: recipes(draw, (1,), 3, 0.1) + shift for line, shift in (("a", 5), ("b", 0))}
+    items = frame_of(values)
+    items["item"] = items["item"] + 100 * items["seed"]
+    row = compare(items).set_index(["a", "b"]).loc[("a", "b")]
+    means = {line: found.mean() for line, found in values.items()}
+    assert row.n == 66 and row.difference == pytest.approx(np.exp(means["a"] - means["b"]))
+
+
+def test_tables_are_written(store):
+    write(VIEW, Paths(store, store / "plots"))
     written = {path.name for path in (store / "plots").iterdir()}
     assert written == {f"significance-tiny-sotu-quick.{ending}" for ending in ("csv", "md", "tex")}
     text = (store / "plots" / "significance-tiny-sotu-quick.md").read_text()
-    assert "mcnemar" in text and "*" in text
+    assert "seeds and items" in text and "*" in text
 
 
 def test_bands_are_bootstrap_intervals_of_the_items(store):
-    found = bands(store).set_index(["method", "name"])
-    frame = items(store)
-    own = frame[(frame.method == "greedy") & (frame.name == "piqa")].value
+    whole = Store(store)
+    found = with_bands(whole.averaged, whole.items).set_index(["method", "measure"])
+    assert len(found) == len(whole.averaged)
+    items = whole.items
+    text = found.loc[("informed", "perplexity")]
+    own = items[(items.method == "informed") & (items.name == "sotu")].groupby("item").value.mean()
     half = 1.96 * own.std() / len(own) ** 0.5
-    row = found.loc[("greedy", "piqa")]
-    assert (row.band_low, row.band_high) == pytest.approx(
-        (own.mean() - half, own.mean() + half), abs=0.01
-    )
-    text = found.loc[("informed", "sotu")]
-    nll = frame[(frame.method == "informed") & (frame.name == "sotu")].value
-    assert text.band_low < np.exp(nll.sum() / 2000) < text.band_high
-    averaged = over_seeds(measures(read_store(store)))
-    assert len(with_bands(averaged, store)) == len(averaged)
+    ends = np.exp([(own.mean() - half) / 100, (own.mean() + half) / 100])
+    assert (text.band_low, text.band_high) == pytest.approx(tuple(ends), abs=0.05)
 
 
 def test_curves_carry_bands(store):
-    for target, seed in ((0.5, 0), (0.7, 0)):
-        write_point(store, "informed", target, perplexity=40.0, seed=seed)
-    averaged = with_bands(over_seeds(measures(read_store(store))), store)
-    figure = draw(averaged, "title")
+    for target in (0.5, 0.7):
+        write_point(store, "informed", target, perplexity=40.0)
+    figure = TRADEOFF.draw(rows(Store(store)), "title")
     assert any(axes.collections for axes in figure.axes)
 
 
 def test_no_items_is_one_line(tmp_path):
     write_point(tmp_path, "informed", 0.3, perplexity=30.0)
-    with pytest.raises(AnalysisError, match=r"no point of .* has an items\.parquet"):
-        items(tmp_path)
-
-
-def test_items_needed_have_the_power_that_was_asked_for():
-    """Simulated: McNemar's test at the computed n rejects in 80 % of draws."""
-    psi, difference = 0.2, 0.08
-    n = items_needed(difference, psi)
-    draw = np.random.default_rng(0)
-    only_a = (psi + difference) / 2
-    counts = draw.multinomial(n, [only_a, psi - only_a, 1 - psi], size=4000)
-    z = (counts[:, 0] - counts[:, 1]) / np.sqrt(counts[:, 0] + counts[:, 1])
-    assert (np.abs(z) > 1.96).mean() == pytest.approx(0.8, abs=0.03)
-
-
-def test_seeds_needed_have_the_power_that_was_asked_for():
-    n = seeds_needed(1.0, 0.8)
-    draw = np.random.default_rng(0)
-    a, b = draw.normal(1.0, 0.8, (4000, n)), draw.normal(0.0, 0.8, (4000, n))
-    power = (stats.ttest_ind(a, b, axis=1).pvalue < 0.05).mean()
-    assert power == pytest.approx(t_power(1.0, 0.8, n), abs=0.03)
-    assert power > 0.78 and t_power(1.0, 0.8, n - 1) < 0.8
-
-
-def test_power_command():
-    assert (
-        answer(parse(["difference=1.0", "std=0.8"])) == f"{seeds_needed(1.0, 0.8)} seeds per method"
-    )
-    share = independent_disagreement(0.6, 0.02)
-    assert str(items_needed(0.02, share)) in answer(parse(["difference=0.02", "accuracy=0.6"]))
-    for words in (["x=1"], ["difference=a"], ["difference=0.1"], ["difference=0.5", "accuracy=1"]):
-        with pytest.raises(AnalysisError):
-            answer(parse([*words, "disagree=0.1"] if words[0] == "difference=0.5" else words))
+    with pytest.raises(AnalysisError, match="force=true"):
+        write(VIEW, Paths(tmp_path, tmp_path))
 
 
 def test_the_table_is_json_free_of_objects(store):
-    json.dumps(significance.compare(items(store)).to_dict(orient="list"))
+    json.dumps(compare(Store(store).items).to_dict(orient="list"))

@@ -8,8 +8,8 @@ import shlex
 import pytest
 from hydra.core.hydra_config import HydraConfig
 
-from analysis import frames
-from analysis.report_page import configs
+from analysis.frames import Store
+from analysis.report_page.records import commands as commands_of
 from runners.store.provenance import started_with
 
 
@@ -17,9 +17,10 @@ from runners.store.provenance import started_with
 def test_the_stored_configuration_runs_to_the_same_record(commands):
     first = commands.run("sweep", "method=layer_skip", "sparsity=0.25")
     assert first.code == 0, first.stderr
-    (record,) = frames.read_store(commands.results)
+    store = Store(commands.results)
+    (record,), (config,) = store.records, store.configs.values()
     folder = commands.results / record["identity"]["fingerprint"]
-    (exact, started) = configs.commands(record, configs.read_config(folder), commands.results)
+    (exact, started) = commands_of(record, config, commands.results)
     assert started[1].startswith("python runners/sweep.py model=tiny")
     assert started[1].endswith("method=layer_skip sparsity=0.25")
     python, script, *words = shlex.split(exact[1])

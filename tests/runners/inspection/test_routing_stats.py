@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from analysis.cli import AnalysisError, Paths
+from analysis.cli import Paths
 from analysis.drawing.coloured_text import page
+from analysis.frames import AnalysisError
 from analysis.routing_maps import by_layer, executed_share, main, read
 from methods.engine.routed import routed
 from runners.base_model.load import Base

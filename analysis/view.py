@@ -1,0 +1,166 @@
+"""One protocol for what a script shows: rows of the store, panels, a table; as files or a section.
+
+A script of this folder declares one `View`. `cli.run` writes its files, the report and the W&B
+report iterate over the views of `report_page.page.VIEWS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from markupsafe import Markup
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analysis.drawing import style, tables
+from analysis.drawing.style import Looks
+from analysis.frames import DENSE, Store
+from analysis.report_page.inline_svg import inline, swatches
+
+COLUMNS = 2
+PANEL_IN = (style.COLUMN_WIDTH_IN, 2.4)
+STAR = {"color": style.REFERENCE, "marker": "*", "linestyle": ""}
+"""The dense model, which takes no look from the methods."""
+MAX_ROWS = 250
+"""Rows of a table that the page shows; the files beside it hold all."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One pair of axes."""
+
+    caption: str
+    draw: Callable[[Axes, Looks], object]
+    """Draws and labels; the looks are by line."""
+    title: str = ""
+    """Stands above it where panels stand together without their captions."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading of the page with what stands below it."""
+
+    slug: str
+    title: str
+    note: str = ""
+    legend: list[tuple[str, Markup]] = field(default_factory=list)
+    pictures: list[tuple[Markup, str]] = field(default_factory=list)
+    """(`<svg>`, caption)."""
+    tables: list[dict[str, Any]] = field(default_factory=list)
+    """Of `page_table`."""
+    missing: str = ""
+    """Says what fills an empty section."""
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """What one script shows.
+
+    Args:
+        name: begins the names of its files.
+        title, note: of its section.
+        missing: one line about a store that has nothing to show.
+        rows: what it shows of a store, with the column `setting`.
+        table: of the rows of one setting (numbers, the same for a reader).
+        panels: of the rows of one setting; None for a table alone.
+        caption: of the table.
+        mark: changes the lines' looks in its legend.
+        more: further entries of its legend.
+        share: axes that panels of a figure share, as for `plt.subplots`.
+        height_in: of a row of panels, inches.
+    """
+
+    name: str
+    title: str
+    note: str
+    missing: str
+    rows: Callable[[Store], pd.DataFrame]
+    table: Callable[[pd.DataFrame], tuple[pd.DataFrame, pd.DataFrame]]
+    caption: str
+    panels: Callable[[pd.DataFrame], list[Panel]] | None = None
+    mark: Mapping[str, Any] = field(default_factory=dict)
+    more: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    share: tuple[Any, Any] = ("col", "row")
+    height_in: float = 2.0
+
+    def save(self, part: pd.DataFrame, title: str, stem: Path) -> list[Path]:
+        """Write the figure and the tables of one setting to `<stem>.*`."""
+        written = []
+        if self.panels is not None:
+            with style.paper():
+                written = style.save(self.draw(part, title), stem)
+        return written + tables.save(stem, *self.table(part))
+
+    def draw(self, part: pd.DataFrame, title: str) -> Figure:
+        """Draw all panels of one setting as one figure, labelled at its left and lower edge."""
+        assert self.panels is not None
+        panels = self.panels(part)
+        columns = min(COLUMNS, len(panels))
+        rows = -(-len(panels) // columns)
+        width = style.COLUMN_WIDTH_IN * (2 if columns > 1 else 1.4)
+        figure, grid = plt.subplots(
+            rows,
+            columns,
+            figsize=(width, self.height_in * rows + 0.7),
+            squeeze=False,
+            sharex=self.share[0],
+            sharey=self.share[1],
+            layout="constrained",
+        )
+        looks = looks_of(part["line"])
+        for axes, panel in zip(grid.flat, panels, strict=False):
+            panel.draw(axes, looks)
+            axes.set_title(panel.title)
+        for axes in grid.flat[len(panels) :]:
+            axes.set_visible(False)
+        for axes in grid[:-1].flat:
+            axes.set_xlabel("")
+        for axes in grid[:, 1:].flat:
+            axes.set_ylabel("")
+        style.legend(figure, grid[0][0], title)
+        return figure
+
+    def section(self, part: pd.DataFrame, prefix: str, looks: Looks, stem: str) -> Section:
+        """Make the page's section of one setting; each panel is a picture of its own.
+
+        Args:
+            prefix: of every id in the page.
+            stem: of the files that hold the whole table.
+        """
+        slug = f"{prefix}-{self.name}"
+        if part.empty:
+            return Section(slug, self.title, missing=self.missing)
+        pictures, legend = [], []
+        for place, panel in enumerate(self.panels(part) if self.panels else []):
+            figure, axes = plt.subplots(figsize=PANEL_IN, layout="constrained")
+            panel.draw(axes, looks)
+            svg = inline(figure, prefix=f"{slug}{place}", label=panel.caption)
+            pictures.append((svg, panel.caption))
+        if pictures:
+            lines = sorted(set(part["line"]) - {DENSE})
+            shown = {line: looks[line] | dict(self.mark) for line in lines}
+            legend = swatches(shown | dict(self.more), prefix=f"{slug}-l")
+        shown_table = page_table(self.table(part)[1], self.caption, stem)
+        return Section(slug, self.title, self.note, legend, pictures, [shown_table])
+
+
+def looks_of(lines: Iterable[str]) -> Looks:
+    """Choose the looks of a picture's lines."""
+    return style.looks(set(lines) - {DENSE}) | {DENSE: STAR}
+
+
+def page_table(readable: pd.DataFrame, caption: str, stem: str) -> dict[str, Any]:
+    """Cut a formatted frame to `MAX_ROWS` of the page; `<stem>.*` hold the whole."""
+    rows = readable.head(MAX_ROWS).astype(str)
+    return {
+        "caption": caption,
+        "columns": [(str(name), tables.numeric(readable[name])) for name in readable.columns],
+        "rows": list(rows.itertuples(index=False, name=None)),
+        "left_out": len(readable) - len(rows),
+        "file": stem,
+    }
