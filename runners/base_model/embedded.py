@@ -12,12 +12,16 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-from filelock import FileLock
 
 from runners.errors import UserError
-from runners.store.files import cache_root, disk_error, sha256_of
+from runners.store.files import (
+    cache_root,
+    content_hash,
+    disk_error,
+    locked,
+    sha256_of,
+    write_json_atomic,
+)
 
 log = logging.getLogger(__name__)
 
@@ -42,16 +46,14 @@ def embedded_model(name: str = "smollm2_135m", *, cache_dir: Path | None = None)
 def cached_folder(path: Path, build: Callable[[Path], None]) -> Path:
     """Return `path`, built once: by one process, in a sibling folder that is renamed when whole.
 
-    A manifest with size and sha256 of each file, written last, tells a whole folder from a torn
-    or damaged one; the latter is built again. A file whose size and time of change are those of
-    its last check is not read again.
+    A manifest with the hash of each file tells a whole folder from a damaged one, which is built
+    again. A file is read for it only when its size or time of change is another.
 
     Raises:
         UserError: full or unwritable disk.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
+        with locked(Path(f"{path}.lock")):
             if not _is_whole(path):
                 _build_aside(path, build)
     except OSError as error:
@@ -67,31 +69,20 @@ def _build_aside(path: Path, build: Callable[[Path], None]) -> None:
     try:
         build(aside)
         files = [file for file in sorted(aside.rglob("*")) if file.is_file()]
-        manifest = {str(f.relative_to(aside)): _entry(f, sha256_of(f)) for f in files}
-        (aside / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        manifest = {str(file.relative_to(aside)): sha256_of(file) for file in files}
+        write_json_atomic(aside / MANIFEST, manifest)
         os.replace(aside, path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _entry(file: Path, sha256: str) -> dict[str, Any]:
-    status = file.stat()
-    return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": sha256}
-
-
 def _is_whole(path: Path) -> bool:
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
-        for name, expected in manifest.items():
-            status = (path / name).stat()
-            if status.st_size != expected["bytes"]:
-                return False
-            unchanged = status.st_mtime_ns == expected["mtime_ns"]
-            if not unchanged and sha256_of(path / name) != expected["sha256"]:
-                return False
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        hashes = {name: content_hash(path / name, path.parents[1]) for name in manifest}
+    except (OSError, ValueError, TypeError):
         return False
-    return bool(manifest)
+    return bool(manifest) and hashes == manifest
 
 
 def _build_smollm2(folder: Path) -> None:
