@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 from omegaconf import DictConfig
 
+from runners.content import with_content
 from runners.errors import UserError
 from runners.point_config import PointConfig, TrackingConfig, resolve
 from runners.runtime.processes import is_main_process, world_size
@@ -43,7 +44,7 @@ def run_point(cfg: DictConfig, job: Job = "sweep") -> None:
         job: `train` stops after saving; the folder then holds `routed/` and no record. `score`
             evaluates a saved routed model.
     """
-    config = _of_this_process(PointConfig.parse(resolve(cfg)))
+    config = _of_this_process(with_content(PointConfig.parse(resolve(cfg))))
     folder = RunFolder(Path(config.store.results_dir) / config.fingerprint)
     with _caught(config.label), listening(), at_work(), folder.lock():
         if _agreed(config, partial(_to_skip, config, folder)):
@@ -87,7 +88,7 @@ def _work(config: PointConfig, folder: RunFolder, job: Job) -> None:
 
 def measure_speed(cfg: DictConfig) -> None:
     """Time a point's routed model against the dense one; the record gets the key `speed`."""
-    config = PointConfig.parse(resolve(cfg))
+    config = with_content(PointConfig.parse(resolve(cfg)))
     folder = RunFolder(Path(config.store.results_dir) / config.fingerprint)
     label = f"speed of {config.label}"
     with _caught(label), listening(), at_work(), folder.lock():

@@ -154,6 +154,13 @@ def files_of(folder: Path, split: str) -> list[Path]:
     return files_of(folder, SYNONYMS[split]) if not found and split in SYNONYMS else found
 
 
+def local_files(data: DataConfig) -> list[Path]:
+    """List the files of a folder that any split reads."""
+    if data.kind != "files" or data.dir is None:
+        return []
+    return [file for split in SPLITS for file in files_of(Path(data.dir), split)]
+
+
 @functools.cache
 def name_unread(folder: Path) -> None:
     """Say once which text files of a folder no split reads."""

@@ -19,12 +19,11 @@ from methods.engine.measure.flops import flops_ratio, kv_bytes_ratio
 from methods.engine.routed import routed
 from runners.base_model.load import Base
 from runners.corpus.source import Document, digest
-from runners.evaluation.builtin_tasks import GENERATORS, TEMPLATES
+from runners.evaluation.builtin_tasks import TEMPLATES
 from runners.evaluation.perplexity import perplexity
 from runners.evaluation.scores import Items
-from runners.evaluation.stock_tasks import stock_task
-from runners.evaluation.tasks import TaskSet
-from runners.evaluation.texts import load_text, present_texts, text_file
+from runners.evaluation.tasks import TaskSet, local_task_files
+from runners.evaluation.texts import load_text, present_texts
 from runners.point_config import EvalConfig, PerplexityConfig, TokenPerplexityConfig
 from runners.store.files import content_hash
 from runners.store.provenance import code_version
@@ -52,7 +51,7 @@ def evaluation_key(
     Args:
         data: name of the text, under which the record has its perplexity.
     """
-    files = sorted(evaluation_files(settings).items())
+    files = sorted(local_task_files(settings).items())
     return content_key(
         "dense scores",
         base.weights_hash,
@@ -64,19 +63,6 @@ def evaluation_key(
         [metadata.version(name) for name in LIBRARIES],
         input_device(base.model).type,
     )
-
-
-def evaluation_files(settings: EvalConfig) -> dict[str, Path]:
-    """List the files of the data folder that an evaluation reads, by their name in it."""
-    folder = settings.data_folder
-    if folder is None:
-        return {}
-    files = {f"text {name}": text_file(name, folder) for name in settings.text_names}
-    for name in settings.tasks:
-        if name not in GENERATORS:
-            found = stock_task(name, settings.num_fewshot.get(name)).files(folder)
-            files |= {f"{name} {split}": path for split, path in found.items()}
-    return {name: path for name, path in files.items() if path.is_file()}
 
 
 def evaluate(

@@ -15,7 +15,8 @@ from runners.corpus.source import Document, digest
 from runners.errors import UserError
 from runners.evaluation.builtin_tasks import CHOICES_OF, GENERATORS, write_builtin_tasks
 from runners.evaluation.scores import TaskScores, scores_of
-from runners.evaluation.stock_tasks import stock, task_file
+from runners.evaluation.stock_tasks import stock, stock_task, task_file
+from runners.evaluation.texts import text_file
 from runners.point_config import EvalConfig
 from runners.store.files import write_bytes_atomic
 
@@ -42,6 +43,19 @@ def check_tasks(names: Sequence[str]) -> None:
                 f"unknown task {name!r}; built in: {', '.join(sorted(GENERATORS))}, "
                 "or any task that `lm_eval ls tasks` lists"
             )
+
+
+def local_task_files(settings: EvalConfig) -> dict[str, Path]:
+    """List the files of `eval.data_dir` that an evaluation reads, by their name in it."""
+    folder = settings.data_folder
+    if folder is None:
+        return {}
+    files = {f"text {name}": text_file(name, folder) for name in settings.text_names}
+    for name in settings.tasks:
+        if name not in GENERATORS:
+            found = stock_task(name, settings.num_fewshot.get(name)).files(folder)
+            files |= {f"{name} {split}": path for split, path in found.items()}
+    return {name: path for name, path in files.items() if path.is_file()}
 
 
 class TaskSet:

@@ -23,6 +23,7 @@ from methods.engine.measure.flops import dense_flops
 from runners.base_model.config import model_config, weights_are_here
 from runners.base_model.load import build_budget
 from runners.base_model.synthetic import random_model
+from runners.content import with_content
 from runners.corpus.rows import ProbeText
 from runners.corpus.source import stream_documents
 from runners.errors import UserError
@@ -105,6 +106,7 @@ class Planner:
         Raises:
             UserError: no sizes of the model, or an option that the method refuses.
         """
+        config = with_content(config)
         folder = RunFolder(Path(config.store.results_dir) / config.fingerprint)
         label = " ".join(filter(None, (config.label, config.variant)))
         planned = PlannedPoint(label, config.fingerprint, folder.is_complete())
