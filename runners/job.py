@@ -24,8 +24,8 @@ from runners.runtime.processes import is_main_process, world_size
 from runners.runtime.signals import Interrupted, listening
 from runners.runtime.workers import at_work, note_failure
 from runners.store.files import full_disk
+from runners.store.record import Record
 from runners.store.run_folder import RunFolder
-from runners.store.summary import drift, headline
 
 if TYPE_CHECKING:
     from runners.tracking.base import Safe
@@ -80,10 +80,10 @@ def _work(config: PointConfig, folder: RunFolder, job: Job) -> None:
         scores = point.evaluate(config, built, folder)
         record = point.record(config, built, trained, scores, time.perf_counter() - began)
         folder.complete(record)
-        mirror(tracker, folder.path, record)
-    log.info("%s: %s", config.label, headline(record))
-    if said := drift(record):
-        log.warning("%s: %s", config.label, said)
+        mirror(tracker, folder.path, record.to_json())
+    log.info("%s: %s", config.label, record.headline)
+    if record.drift:
+        log.warning("%s: %s", config.label, record.drift)
 
 
 def measure_speed(cfg: DictConfig) -> None:
@@ -157,7 +157,7 @@ def _failure_recorded(config: PointConfig, folder: RunFolder) -> Iterator[None]:
         error = known or fault_of_method(raised) or raised
         said = str(error) if isinstance(error, UserError) else reason(error)
         with suppress(OSError, UserError):  # a full disk; the console says why it failed
-            folder.fail(said, config.identity)
+            folder.fail(Record(**config.identity, status="failed", reason=said))
         raise error from raised.__cause__
 
 

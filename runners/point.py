@@ -31,6 +31,7 @@ from runners.runtime.processes import is_main_process
 from runners.store.files import cache_root
 from runners.store.items import write_items
 from runners.store.provenance import provenance, stage_version
+from runners.store.record import Record
 from runners.store.run_folder import RunFolder
 from runners.store.stage_cache import StageCache, content_key
 from runners.tracking.base import Safe
@@ -177,27 +178,26 @@ def evaluate(config: PointConfig, built: Built, folder: RunFolder) -> dict[str, 
 
 def record(
     config: PointConfig, built: Built, trained: Trained, scores: dict[str, Any], seconds: float
-) -> dict[str, Any]:
+) -> Record:
     """Put together what is kept of the point."""
     method = built.method
     threshold, realised = float(method.threshold), trained.realised
     if realised is None:
         realised = built.probe.routed_scores(threshold).sparsity if method.sites() else 0.0
-    return {
+    scores["realised"] |= {
+        "calibration": realised,
+        "achievable": method.achievable(method.sparsity),
+    }
+    return Record(
         **config.identity,
         **scores,
-        "stages": trained.stages,
-        "realised": {
-            **scores["realised"],
-            "calibration": realised,
-            "achievable": method.achievable(method.sparsity),
-        },
-        "added_parameters": sum(p.numel() for p in method.parameters()),
-        "options": config.method_options,
-        "kv_policy": method.kv_policy,
-        "lora": describe(method.adapter),
-        "threshold": threshold if math.isfinite(threshold) else None,
-        "identity": {
+        stages=trained.stages,
+        added_parameters=sum(p.numel() for p in method.parameters()),
+        options=config.method_options,
+        kv_policy=method.kv_policy,
+        lora=describe(method.adapter),
+        threshold=threshold if math.isfinite(threshold) else None,
+        identity={
             "fingerprint": config.fingerprint,
             "weights_sha256": built.base.weights_hash,
             "dtype": str(next(built.base.model.parameters()).dtype).removeprefix("torch."),
@@ -206,8 +206,8 @@ def record(
             "upper_bound": method.upper_bound,
             **provenance(),
         },
-        "seconds": seconds,
-    }
+        seconds=seconds,
+    )
 
 
 def stage_cache(config: PointConfig, folder: RunFolder) -> StageCache:

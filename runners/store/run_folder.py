@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,11 @@ from runners.store.files import (
     write_checked,
     write_json_atomic,
 )
+from runners.store.record import SCHEMA_VERSION, Record
 from runners.store.redact import redact, redact_text
 
 log = logging.getLogger(__name__)
 
-SCHEMA_VERSION = 1
 ITEMS_HASH = "items_sha256"
 SPEED_KEY = "seq context batch steps decisions trained threads dtype device kernels graphs".split()
 """What tells timed cases of a point apart."""
@@ -147,14 +148,12 @@ class RunFolder:
         """Append one line to `log.jsonl`, with the wall clock as `unix_time_s`."""
         self.events.append(event)
 
-    def complete(self, result: Mapping[str, Any]) -> None:
+    def complete(self, record: Record) -> None:
         """Write the result record; from here on the point counts as done."""
-        record = {**result, "schema_version": SCHEMA_VERSION, "status": "complete"}
-        record |= {"speed": self.speed()} if self.speed() else {}
-        self._write_result(record)
+        self._write_result(replace(record, speed=self.speed() or None).to_json())
         self._status("complete")
 
-    def add_speed(self, phase: str, case: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    def add_speed(self, phase: str, case: Mapping[str, Any], timed: Record) -> None:
         """Keep a timed case, in the place of one that was timed alike, and put it into the record.
 
         A point that was never evaluated gets a record without quality, which does not count as
@@ -162,17 +161,16 @@ class RunFolder:
 
         Args:
             phase: `prefill` or `decode`.
-            identity: of the record without quality.
+            timed: the record without quality.
         """
         alike = [case.get(key) for key in SPEED_KEY]
         speed = {"prefill": [], "decode": [], **self.speed()}
         others = [c for c in speed[phase] if [c.get(key) for key in SPEED_KEY] != alike]
         speed[phase] = [*others, case]
-        write_json_atomic(self.speed_file, redact({**identity, "speed": speed}))
+        write_json_atomic(self.speed_file, redact({"speed": speed}))
         record = self.result() or {}
         if record.get("status") != "complete":
-            record = {**identity, "evaluated": False, "perplexity": {}, "accuracy": {}}
-            record |= {"schema_version": SCHEMA_VERSION, "status": "complete"}
+            record = timed.to_json()
         self._write_result({**record, "speed": speed})
 
     def speed(self) -> dict[str, Any]:
@@ -187,11 +185,10 @@ class RunFolder:
         """Training is done and `routed/` written; nothing was evaluated."""
         self._status("saved")
 
-    def fail(self, reason: str, identity: Mapping[str, Any] | None = None) -> None:
-        """Keep why the point failed, with what identifies it, so that the analysis can list it."""
-        failed = {"schema_version": SCHEMA_VERSION, "status": "failed", "reason": reason}
-        self._write_result({**(identity or {}), **failed})
-        self._status("failed", reason=redact_text(reason))
+    def fail(self, record: Record) -> None:
+        """Keep why the point failed, with what names it, so that the analysis can list it."""
+        self._write_result(record.to_json())
+        self._status("failed", reason=redact_text(str(record.reason)))
 
     def interrupted(self, by: str) -> None:
         """A signal ended the run; there is no record, and the next run goes on."""

@@ -17,6 +17,7 @@ from runners.corpus.rows import encoder, load_rows
 from runners.errors import UserError
 from runners.point_config import DataConfig, PointConfig, SpeedConfig
 from runners.store.provenance import provenance
+from runners.store.record import Record
 from runners.timing.bench import Bench, RandomDraw
 
 log = logging.getLogger(__name__)
@@ -76,17 +77,20 @@ def measure(
 
 def unevaluated(
     config: PointConfig, method: Method, stages: Sequence[Mapping[str, Any]], case: dict[str, Any]
-) -> dict[str, Any]:
-    """What a record without quality holds, if a point is timed before it is evaluated."""
+) -> Record:
+    """The record without quality of a point that is timed before it is evaluated."""
     identity = {"fingerprint": config.fingerprint, "budget": config.budget.name, **provenance()}
-    return {
+    return Record(
         **config.identity,
-        "sparsity_realised": case["sparsity"],
-        "flops_ratio": 1.0 / case["bound"],
-        "stages": stages,
-        "added_parameters": sum(p.numel() for p in method.parameters()),
-        "identity": identity,
-    }
+        evaluated=False,
+        perplexity={},
+        accuracy={},
+        sparsity_realised=case["sparsity"],
+        flops_ratio=1.0 / case["bound"],
+        stages=stages,
+        added_parameters=sum(p.numel() for p in method.parameters()),
+        identity=identity,
+    )
 
 
 def _logged(kind: str, entry: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from runners.store.record import Record
 from runners.store.run_folder import EventLog, RunFolder
 from runners.store.stage_cache import StageCache
 from runners.training.state import Checkpoint
@@ -83,7 +84,7 @@ def test_any_byte_of_a_record_and_its_items(tmp_path):
     """Of the record every seventh: its checksum is that of a cached value, above."""
     folder = RunFolder(tmp_path)
     folder.items_file.write_bytes(b"PAR1 items PAR1")
-    record = {"perplexity": {"sotu": {"value": 20.25}}, "reason": None}
+    record = Record("informed", "", "tiny", "sotu", seed=0, sparsity_target=0.3)
     for file, step in ((folder.result_file, 7), (folder.items_file, 1)):
         folder.complete(record)
         whole = folder.items_file.read_bytes()

@@ -18,6 +18,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from pyarrow import parquet
+from runners.store.summary import drift
 
 from analysis import frames, speedup
 from analysis.cli import AnalysisError, Paths
@@ -35,7 +36,6 @@ from runners.runtime.signals import Interrupted
 from runners.store.files import disk_error
 from runners.store.run_folder import RunFolder
 from runners.store.stage_cache import StageCache
-from runners.store.summary import drift
 from runners.tracking.base import Safe
 from runners.training.state import Batches, Checkpoint
 from tests.analysis.store import write_point

@@ -8,6 +8,7 @@ import os
 import select
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,11 +20,13 @@ from hypothesis import strategies as st
 from runners.errors import UserError
 from runners.point_config import fingerprint
 from runners.store.files import full_disk, to_json, write_bytes_atomic, write_json_atomic
+from runners.store.record import Record
 from runners.store.redact import is_secret, redact, redact_text
 from runners.store.run_folder import RunFolder
 from runners.store.stage_cache import StageCache
 from tests.conftest import ROOT, compose_tiny
 
+RECORD = Record("informed", "", "tiny", "sotu", seed=0, sparsity_target=0.3)
 CONFIG = compose_tiny("method=informed", "sparsity=0.3")
 
 
@@ -168,15 +171,16 @@ def test_life_of_a_complete_point(folder):
         "step",
         "stage",
     ]
-    folder.complete({"method": "informed"})
+    folder.complete(RECORD)
     assert folder.is_complete()
-    assert folder.result() == {"method": "informed", "schema_version": 1, "status": "complete"}
+    assert folder.result() == RECORD.to_json()
+    assert {"schema_version": 1, "status": "complete"}.items() <= folder.result().items()
     assert json.loads(folder.status_file.read_text())["state"] == "complete"
 
 
 def test_a_failed_point_keeps_its_reason_and_is_not_complete(folder):
     folder.begin(CONFIG)
-    folder.fail("why", {"method": "informed"})
+    folder.fail(replace(RECORD, status="failed", reason="why"))
     record = folder.result()
     assert (record["status"], record["reason"], record["method"]) == ("failed", "why", "informed")
     assert not folder.is_complete()
@@ -186,7 +190,7 @@ def test_a_failed_point_keeps_its_reason_and_is_not_complete(folder):
     assert folder.result() is None
     assert folder.failed() is None
     assert "old" in folder.log_file.read_text()
-    folder.complete({"method": "informed"})
+    folder.complete(RECORD)
     folder.begin(CONFIG)
     assert not folder.log_file.exists()
 
@@ -247,8 +251,8 @@ def test_a_timed_case_takes_the_place_of_one_that_was_timed_alike_alone(folder):
     case = {"seq": 512, "batch": 1, "decisions": "real", "threads": 2, "speedup": 1.2}
     drawn = {**case, "decisions": "random", "speedup": 1.4}
     for found in (case, drawn, {**case, "threads": 1}, {**case, "speedup": 1.3}):
-        folder.add_speed("prefill", found, {"method": "informed"})
-    folder.complete({"method": "informed"})
+        folder.add_speed("prefill", found, RECORD)
+    folder.complete(RECORD)
     kept = folder.result()["speed"]["prefill"]
     assert [(c["decisions"], c["threads"], c["speedup"]) for c in kept] == [
         ("random", 2, 1.4),

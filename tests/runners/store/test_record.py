@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import pytest
 
-from runners.store.summary import drift, headline
+from runners.store.record import Record
 
 
-def result(realised: float, achievable: float = 0.4) -> dict:
-    return {
-        "sparsity_realised": realised,
-        "realised": {"achievable": achievable, "calibration": 0.401},
-        "perplexity": {"sotu": {"value": 30.0, "dense": 20.0}},
-        "accuracy": {"choice": {"value": 0.5, "dense": 0.75}},
-    }
+def result(realised: float, achievable: float = 0.4) -> Record:
+    return Record(
+        *("informed", "", "tiny", "sotu", 0, achievable),
+        sparsity_realised=realised,
+        realised={"achievable": achievable, "calibration": 0.401},
+        perplexity={"sotu": {"value": 30.0, "dense": 20.0}},
+        accuracy={"choice": {"value": 0.5, "dense": 0.75}},
+    )
 
 
 def test_headline_names_every_figure_beside_the_dense_one():
-    assert headline(result(0.401)) == (
+    assert result(0.401).headline == (
         "realised 0.401, perplexity sotu 30.00 (dense 20.00), choice 0.500 (dense 0.750)"
     )
 
@@ -25,10 +26,10 @@ def test_headline_names_every_figure_beside_the_dense_one():
 @pytest.mark.parametrize(("realised", "achievable"), [(0.39, 0.4), (0.41, 0.4), (0.5, 0.5)])
 def test_a_point_near_what_it_aimed_at_needs_no_word(realised, achievable):
     """A discrete method aims at its nearest step, not at the target."""
-    assert drift(result(realised, achievable)) is None
+    assert result(realised, achievable).drift is None
 
 
 def test_a_point_that_drifted_says_where_it_stands():
-    said = drift(result(0.329))
+    said = result(0.329).drift
     assert said is not None and "realised 0.329 on the test text, 0.401 on calibration" in said
     assert "points at 0.33, not at 0.40" in said

@@ -1,0 +1,84 @@
+"""The record of a point: what `runners` writes and `analysis` reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+SCHEMA_VERSION = 1
+DRIFT = 0.02
+"""Realised and aimed sparsity further apart than this are told of."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """`result.json` of a point; a field without a value is left out.
+
+    A failed point has what names it and the reason. One that was only timed has no quality.
+    """
+
+    method: str
+    variant: str
+    """Options that differ from the method's file."""
+    model: str
+    data: str | None
+    seed: int
+    sparsity_target: float
+    status: Literal["complete", "failed"] = "complete"
+    reason: str | None = None
+    """Why it failed."""
+    evaluated: Literal[False] | None = None
+    """False for a point that was only timed."""
+    perplexity: Mapping[str, Mapping[str, Any]] | None = None
+    """By text: value, 95 % interval (low, high), the dense model's value."""
+    accuracy: Mapping[str, Mapping[str, Any]] | None = None
+    """By task: value, stderr, metric, n, the dense model's value and stderr."""
+    sparsity_realised: float | None = None
+    """Share of bypassed (token, unit) pairs on the test text."""
+    realised: Mapping[str, Any] | None = None
+    """Of it: by unit kind and layer; on calibration text; what the method could reach."""
+    flops_ratio: float | None = None
+    kv_bytes_ratio: float | None = None
+    """Routed over dense."""
+    stages: Sequence[Mapping[str, Any]] | None = None
+    """Name, seconds, steps, tokens, peak memory and final loss of each."""
+    added_parameters: int | None = None
+    options: Mapping[str, Any] | None = None
+    """Constructor arguments of the method."""
+    kv_policy: str | None = None
+    lora: Mapping[str, Any] | None = None
+    threshold: float | None = None
+    identity: Mapping[str, Any] | None = None
+    """Fingerprint, weights hash, dtype, objective, budget, code, packages and machine."""
+    seconds: float | None = None
+    speed: Mapping[str, Any] | None = None
+    """Timed cases of prefill and decode."""
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields that have a value."""
+        every = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in every.items() if value is not None}
+
+    @property
+    def headline(self) -> str:
+        """The figures that a log line shows."""
+        parts = [f"realised {self.sparsity_realised:.3f}"]
+        for name, entry in (self.perplexity or {}).items():
+            parts.append(f"perplexity {name} {entry['value']:.2f} (dense {entry['dense']:.2f})")
+        for task, entry in (self.accuracy or {}).items():
+            parts.append(f"{task} {entry['value']:.3f} (dense {entry['dense']:.3f})")
+        return ", ".join(parts)
+
+    @property
+    def drift(self) -> str | None:
+        """A line about a point whose test text has another sparsity than calibration gave it."""
+        assert self.realised is not None and self.sparsity_realised is not None
+        realised, aimed = self.sparsity_realised, self.realised["achievable"]
+        if abs(realised - aimed) <= DRIFT:
+            return None
+        return (
+            f"realised {realised:.3f} on the test text, {self.realised['calibration']:.3f} on "
+            f"calibration text: compare it with points at {realised:.2f}, not at {aimed:.2f}"
+        )
