@@ -14,8 +14,9 @@ from typing import ClassVar, get_args
 import torch
 from torch import Tensor, nn
 
+from methods.options import *  # with the next line, all that a method file needs
 from methods.parts.calibration import calibrate_threshold
-from methods.types import *  # the words of the contract, for every method file
+from methods.types import *
 
 
 class Method(nn.Module):

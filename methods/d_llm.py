@@ -9,24 +9,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from methods.base import (
-    Budget,
-    Count,
-    LoraSpec,
-    Natural,
-    NonNegative,
-    Positive,
-    RouteContext,
-    RoutedView,
-    Site,
-    Sparsity,
-    Stage,
-)
+from methods.base import Budget, RouteContext, RoutedView, Site, Stage
+from methods.options import Count, LoraSpec, Natural, NonNegative, Positive, Sparsity, lora_spec
 from methods.parts.gates import gumbel_gate
 from methods.parts.penalties import token_rate_penalty
 from methods.parts.routed_method import RoutedMethod
 from methods.parts.routers import BottleneckRouter, PerSite
-from methods.parts.stages import lora_spec
 
 
 class DLLM(RoutedMethod):

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from torch import nn
 
-from methods.base import Budget, Count, Ge, NonNegative, Positive, Site, Sparsity, Stage
+from methods.base import Budget, Site, Stage
+from methods.options import Count, Ge, NonNegative, Positive, Sparsity
 from methods.parts.narrow_ffn import NarrowFFN
 from methods.parts.routers import BottleneckRouter, PerSite
 from methods.parts.trained_bypass import TrainedBypass

@@ -8,23 +8,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from methods.base import (
-    Budget,
+from methods.base import Budget, Decision, LinearUnit, RouteContext, RoutedView, Site, Stage
+from methods.options import (
     Count,
-    Decision,
-    LinearUnit,
+    ForecasterOptions,
     NonNegative,
     Positive,
-    RouteContext,
-    RoutedView,
-    Site,
+    RouterOptions,
     Sparsity,
-    Stage,
     grouped,
 )
-from methods.parts.forecaster import ForecasterOptions, Forecasters
+from methods.parts.forecaster import Forecasters
 from methods.parts.gates import membership_loss, straight_through, top_share
-from methods.parts.routed_method import RoutedMethod, RouterOptions
+from methods.parts.routed_method import RoutedMethod
 from methods.parts.routers import Routers
 
 ROUTER = RouterOptions()

@@ -8,22 +8,8 @@ from typing import Annotated, Literal
 
 from torch import Tensor
 
-from methods.base import (
-    Budget,
-    Ge,
-    Gt,
-    Le,
-    Method,
-    Natural,
-    NonNegative,
-    Positive,
-    RouteContext,
-    Shape,
-    Site,
-    SiteCost,
-    Sparsity,
-    Stage,
-)
+from methods.base import Budget, Method, RouteContext, Shape, Site, SiteCost, Stage
+from methods.options import Ge, Gt, Le, Natural, NonNegative, Positive, Sparsity
 from methods.parts.history import HistoryEncoder, unit_rms
 from methods.parts.narrow_ffn import NarrowFFN
 from methods.parts.routers import PerSite, Routers

@@ -7,27 +7,24 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from methods.base import (
-    Budget,
+from methods.base import Budget, KVPolicy, LinearUnit, RouteContext, RoutedView, Site, Stage
+from methods.options import (
     Count,
-    KVPolicy,
-    LinearUnit,
+    ForecasterOptions,
     LoraSpec,
     Positive,
-    RouteContext,
-    RoutedView,
-    Site,
+    RouterOptions,
     Sparsity,
-    Stage,
+    Training,
     grouped,
+    lora_spec,
 )
-from methods.parts.forecaster import ForecasterOptions, Forecasters
+from methods.parts.forecaster import Forecasters
 from methods.parts.gates import anneal, gumbel_gate
 from methods.parts.keys import KeyForecasts
 from methods.parts.penalties import sparsity_penalty
-from methods.parts.routed_method import RoutedMethod, RouterOptions
+from methods.parts.routed_method import RoutedMethod, lora_stage
 from methods.parts.routers import PerSite, Routers
-from methods.parts.stages import Training, lora_spec, lora_stage
 
 FORECASTER, ROUTER, TRAINING = ForecasterOptions(), RouterOptions(), Training()
 

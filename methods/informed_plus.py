@@ -11,28 +11,33 @@ from torch import Tensor
 
 from methods.base import (
     Budget,
-    Count,
     KVPolicy,
     LinearUnit,
-    LoraSpec,
-    Natural,
-    Positive,
     RouteContext,
     RoutedView,
     Site,
     SiteCost,
-    Sparsity,
     Stage,
-    grouped,
 )
-from methods.parts.forecaster import ForecasterOptions, Forecasters
+from methods.options import (
+    Count,
+    ForecasterOptions,
+    LoraSpec,
+    Natural,
+    Positive,
+    RouterOptions,
+    Sparsity,
+    Training,
+    grouped,
+    lora_spec,
+)
+from methods.parts.forecaster import Forecasters
 from methods.parts.gates import anneal, sigmoid_gate
 from methods.parts.keys import KeyForecasts
 from methods.parts.penalties import sparsity_penalty
-from methods.parts.routed_method import RoutedMethod, RouterOptions
+from methods.parts.routed_method import RoutedMethod, lora_stage
 from methods.parts.router_start import EPSILON
 from methods.parts.routers import Routers
-from methods.parts.stages import Training, lora_spec, lora_stage
 
 Part = Literal[
     "closed_form",

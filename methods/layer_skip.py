@@ -9,20 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from methods.base import (
-    Budget,
-    Count,
-    LoraSpec,
-    Method,
-    Natural,
-    Positive,
-    Probe,
-    Shape,
-    Site,
-    Sparsity,
-    Stage,
-)
-from methods.parts.stages import lora_spec, lora_stage
+from methods.base import Budget, Method, Probe, Shape, Site, Stage
+from methods.options import Count, LoraSpec, Natural, Positive, Sparsity, lora_spec
+from methods.parts.routed_method import lora_stage
 from methods.parts.static_order import block_influence, greedy_loss, unit_influence
 
 log = logging.getLogger(__name__)

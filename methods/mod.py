@@ -8,24 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from methods.base import (
-    Budget,
-    Decision,
-    LoraSpec,
-    Natural,
-    NonNegative,
-    Positive,
-    Probe,
-    RouteContext,
-    Site,
-    SiteCost,
-    Sparsity,
-    Stage,
-)
+from methods.base import Budget, Decision, Probe, RouteContext, Site, SiteCost, Stage
+from methods.options import LoraSpec, Natural, NonNegative, Positive, Sparsity, lora_spec
 from methods.parts.gates import membership_loss, straight_through, top_share
 from methods.parts.routed_method import RoutedMethod
 from methods.parts.routers import Routers
-from methods.parts.stages import lora_spec
 
 
 class MoD(RoutedMethod):

@@ -9,8 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from methods.base import Budget, Count, Positive, Probe, RouteContext, Shape, Site, Sparsity, Stage
-from methods.parts.forecaster import ForecasterOptions, Forecasters
+from methods.base import Budget, Probe, RouteContext, Shape, Site, Stage
+from methods.options import Count, ForecasterOptions, Positive, Sparsity
+from methods.parts.forecaster import Forecasters
 from methods.parts.routed_method import RoutedMethod
 from methods.parts.router_start import EPSILON
 

@@ -8,7 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from methods.base import Budget, Count, Natural, RouteContext, Site, Sparsity, Stage
+from methods.base import Budget, RouteContext, Site, Stage
+from methods.options import Count, Natural, Sparsity
 from methods.parts.forecaster import Forecasters
 from methods.parts.routed_method import RoutedMethod
 

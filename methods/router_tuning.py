@@ -9,22 +9,8 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor, nn
 
-from methods.base import (
-    Budget,
-    Gt,
-    Kind,
-    Le,
-    Natural,
-    NonNegative,
-    Positive,
-    Probe,
-    RouteContext,
-    RoutedView,
-    Shape,
-    Site,
-    Sparsity,
-    Stage,
-)
+from methods.base import Budget, Kind, Probe, RouteContext, RoutedView, Shape, Site, Stage
+from methods.options import Gt, Le, Natural, NonNegative, Positive, Sparsity
 from methods.parts.gates import straight_through
 from methods.parts.penalties import capacity_penalty
 from methods.parts.routed_method import RoutedMethod

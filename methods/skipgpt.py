@@ -7,23 +7,20 @@ from typing import Literal
 
 from torch import Tensor
 
-from methods.base import (
-    Budget,
+from methods.base import Budget, RouteContext, RoutedView, Site, Stage
+from methods.options import (
     LoraSpec,
     Natural,
     NonNegative,
     Positive,
-    RouteContext,
-    RoutedView,
-    Site,
+    RouterKind,
     Sparsity,
-    Stage,
+    lora_spec,
 )
 from methods.parts.gates import anneal, gumbel_gate
 from methods.parts.penalties import sparsity_penalty
-from methods.parts.routed_method import RoutedMethod
-from methods.parts.routers import RouterKind, Routers
-from methods.parts.stages import lora_spec, lora_stage
+from methods.parts.routed_method import RoutedMethod, lora_stage
+from methods.parts.routers import Routers
 
 
 class SkipGPT(RoutedMethod):

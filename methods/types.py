@@ -8,68 +8,16 @@ F neurons of an MLP.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal, NamedTuple, Protocol, TypeVar, get_args
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from methods.options import LoraSpec
+
 Kind = Literal["attention", "mlp", "block"]
 KVPolicy = Literal["keep", "evict", "forecast"]
-Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
-"""Linear maps of a decoder layer that adapters may change."""
-
-
-@dataclass(frozen=True)
-class Ge:
-    """Marks an option that is at least this, as `Annotated[int, Ge(1)]`."""
-
-    ge: float
-
-
-@dataclass(frozen=True)
-class Gt:
-    """Marks an option that is greater than this."""
-
-    gt: float
-
-
-@dataclass(frozen=True)
-class Le:
-    """Marks an option that is at most this."""
-
-    le: float
-
-
-@dataclass(frozen=True)
-class Lt:
-    """Marks an option that is less than this."""
-
-    lt: float
-
-
-OPTIONS: dict[str, Any] = {"extra": "forbid", "strict": True}
-"""`__pydantic_config__` of a dataclass that groups options: no other keys, nothing converted."""
-T = TypeVar("T")
-Count = Annotated[int, Ge(1)]
-Natural = Annotated[int, Ge(0)]
-Positive = Annotated[float, Gt(0.0)]
-NonNegative = Annotated[float, Ge(0.0)]
-Share = Annotated[float, Ge(0.0), Le(1.0)]
-Sparsity = Annotated[float, Ge(0.0), Lt(1.0)]
-
-
-def grouped(options: T | Mapping[str, Any], default: T) -> T:
-    """Read the options of a group: `default` with what a mapping says in place of its own.
-
-    Raises:
-        TypeError: neither a mapping nor of the group's class, or an unknown option.
-    """
-    if isinstance(options, Mapping):
-        return replace(default, **options)  # type: ignore[type-var]
-    if not isinstance(options, type(default)):
-        raise TypeError(f"{type(default).__name__} has options by name; {options!r} is none")
-    return options
 
 
 class OutOfReach(ValueError):
@@ -317,29 +265,6 @@ class Budget:
     """Gradient training of routers (and of what is trained with them)."""
     lora: StageBudget
     """Fine-tuning of the backbone's low-rank adapters."""
-
-
-@dataclass(frozen=True)
-class LoraSpec:
-    """Low-rank adapters on the backbone's projections (Hu et al., arXiv 2106.09685).
-
-    The defaults are those of informed routing's and SkipGPT's published fine-tuning.
-    """
-
-    __pydantic_config__ = OPTIONS
-    rank: Count = 16
-    alpha: Count = 32
-    """The update is alpha / rank * B A x."""
-    dropout: Annotated[float, Ge(0.0), Lt(1.0)] = 0.1
-    """On the adapters' input, in training only."""
-    targets: Sequence[Projection] = ("q", "v", "gate")
-
-    def __post_init__(self) -> None:
-        unknown = sorted(set(self.targets) - set(get_args(Projection)))
-        if unknown or not self.targets:
-            known = " ".join(get_args(Projection))
-            raise ValueError(f"lora targets must be among {known}, not {unknown}")
-        object.__setattr__(self, "targets", tuple(self.targets))
 
 
 @dataclass

@@ -3,44 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from methods.options import CLOSED_FORM, Activation, ForecasterOptions
 from methods.parts.narrow_ffn import keep_neurons, no_neurons
 from methods.parts.ridge import Components, allocated, site_moments
 from methods.parts.routers import PerSite
-from methods.types import OPTIONS, Positive, Probe, Shape, Site, Stage, StageBudget, UnitView
-
-Activation = Literal["silu", "identity"]
-
-
-@dataclass(frozen=True)
-class ForecasterOptions:
-    """How forecasters are fitted.
-
-    Raises:
-        ValueError: a closed form with another activation than `identity`.
-    """
-
-    __pydantic_config__ = OPTIONS
-    fit: Literal["closed_form", "sgd"] = "closed_form"
-    """`closed_form`: reduced-rank ridge regression, one dense pass; `sgd`: the paper's stage 1,
-    SmoothL1 regression on every unit's output by gradient."""
-    activation: Activation | None = None
-    """Between the two linears; None is `identity` for the closed form, which needs it, and the
-    paper's `silu` for `sgd`."""
-    lr: Positive = 1e-3
-    """Of `sgd`, cosine (paper: 1e-3)."""
-    damping: Positive = 1e-3
-    """Ridge penalty of the closed forms, relative to the mean variance of what they read."""
-
-    def __post_init__(self) -> None:
-        if self.fit == "closed_form" and self.activation not in (None, "identity"):
-            raise ValueError("a closed-form forecaster is linear: activation must be 'identity'")
+from methods.types import Probe, Shape, Site, Stage, StageBudget, UnitView
 
 
 class Forecaster(nn.Module):
@@ -113,7 +86,7 @@ class Forecasters(PerSite[Forecaster]):
         self,
         *,
         rank: int,
-        options: ForecasterOptions = ForecasterOptions(),
+        options: ForecasterOptions = CLOSED_FORM,
         neurons: int = 0,
         allocate: bool = False,
     ) -> None:

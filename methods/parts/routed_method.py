@@ -3,48 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
 from methods.base import (
-    OPTIONS,
     Budget,
     Decision,
     LinearUnit,
     Method,
-    Natural,
     Probe,
     RouteContext,
     Shape,
     Site,
     SiteCost,
-    Sparsity,
     Stage,
     StageBudget,
 )
+from methods.options import LoraSpec, RouterOptions, Sparsity
 from methods.parts.forecaster import Forecasters
 from methods.parts.keys import KeyForecasts
 from methods.parts.router_start import fit_recoverability, shift_stage
-from methods.parts.routers import PerSite, RouterKind
-
-
-@dataclass(frozen=True)
-class RouterOptions:
-    """Which router scores a token, and where it starts."""
-
-    __pydantic_config__ = OPTIONS
-    kind: RouterKind = "linear"
-    """`linear`, or the published `mlp` (D -> width -> ReLU -> outputs)."""
-    width: Natural = 0
-    """Hidden width of `mlp`; 0 means D // 4."""
-    start: Literal["recoverability", "none"] = "recoverability"
-    """`recoverability`: regression of what a bypass would miss, no gradient; `none`: at random."""
-    sensitivity: bool = True
-    """Weight the regression by each unit's loss sensitivity."""
-    kind_shift: bool = False
-    """After that start, move the MLP scores to where the routed model loses least."""
+from methods.parts.routers import PerSite
 
 
 class RoutedMethod(Method):
@@ -183,3 +163,26 @@ class RoutedMethod(Method):
         self.forecasters.solve(probe)
         if self.keys is not None:
             self.keys.follow()  # ranks may have moved between the units
+
+
+def lora_stage(
+    spec: LoraSpec, budget: StageBudget, *, lr: float, targets: Sequence[float] = ()
+) -> Stage:
+    """Adapters of the backbone alone, on hard decisions at the threshold of each target.
+
+    Published (informed routing and SkipGPT, stage 3): rank 16, alpha 32, dropout 0.1 on q, v and
+    gate, learning rate 2e-4, cosine with a tenth of warm-up. There the routers sample Gumbel noise
+    meanwhile; here they decide as they will at inference.
+    """
+    return Stage(
+        "lora",
+        loss=lambda view: view.task_loss,
+        lora=spec,
+        hard=True,
+        budget=budget,
+        lr=lr,
+        schedule="cosine",
+        warmup=0.1,
+        per_target=not targets,
+        targets=targets,
+    )

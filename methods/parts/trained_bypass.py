@@ -7,7 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from methods.base import Decision, RouteContext, RoutedView, Site, Sparsity
+from methods.base import Decision, RouteContext, RoutedView, Site
+from methods.options import Sparsity
 from methods.parts.gates import straight_through
 from methods.parts.narrow_ffn import NarrowFFN
 from methods.parts.penalties import depth_penalty

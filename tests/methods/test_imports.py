@@ -16,7 +16,7 @@ OWN = {"methods", "runners", "analysis", "tests"}
 ENGINE = sorted(
     path for path in (ROOT / "methods" / "engine").rglob("*.py") if "triton" not in path.parts
 )
-CONTRACT = [ROOT / "methods" / f"{name}.py" for name in ("base", "types")]
+CONTRACT = [ROOT / "methods" / f"{name}.py" for name in ("base", "options", "types")]
 PARTS = [*sorted((ROOT / "methods" / "parts").glob("*.py")), *CONTRACT]
 METHOD_FILES = [p for p in sorted((ROOT / "methods").glob("*.py")) if p not in CONTRACT]
 RUNNERS = sorted((ROOT / "runners").rglob("*.py"))
@@ -54,13 +54,13 @@ def test_there_is_something_to_check():
 
 @pytest.mark.parametrize("path", PARTS, ids=lambda path: path.stem)
 def test_parts_and_base_use_torch_alone(path):
-    own = ("methods.base", "methods.parts", "methods.types")
+    own = ("methods.base", "methods.options", "methods.parts", "methods.types")
     assert outside(path, own, {"torch"}) == []
 
 
 @pytest.mark.parametrize("path", METHOD_FILES, ids=lambda path: path.stem)
 def test_a_method_uses_base_and_parts(path):
-    assert outside(path, ("methods.base", "methods.parts"), {"torch"}) == []
+    assert outside(path, ("methods.base", "methods.options", "methods.parts"), {"torch"}) == []
 
 
 @pytest.mark.parametrize("path", ENGINE, ids=lambda path: f"{path.parent.name}-{path.stem}")
