@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from methods.base import Method, Site
 from methods.engine.cache.forecast_keys import forecast_keys
-from methods.engine.decoder.families import shape_of
+from methods.engine.decoder.families import shape_of, windows_of
 from methods.engine.decoder.placement import place_on_devices, placed, spread
 from methods.engine.decoder.swap import Executor, swapped
 from methods.engine.execute.gathered import GatheredExecutor
@@ -71,7 +71,7 @@ def routed(
     ops = row_ops(kernels, model) if mode == "gathered" else MODULES
     if placed(model):
         kernels = _without_fused(kernels)
-    counters = Counters(shape, dropped, spread(model))
+    counters = Counters(shape, dropped, spread(model), windows_of(model.config))
     routing = Routing(method=method, counters=counters, kernels=kernels, ops=ops)
     executor = EXECUTORS[mode](routing)
     with (

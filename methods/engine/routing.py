@@ -133,8 +133,7 @@ class Routing(DecoderState):
 
     def reset_counters(self) -> None:
         """Start counting anew."""
-        counted = self.counters
-        self.counters = Counters(counted.shape, counted.dropped, counted.spread)
+        self.counters = self.counters.anew()
 
     @contextmanager
     def dense(self) -> Iterator[None]:

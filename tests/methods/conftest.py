@@ -45,7 +45,9 @@ def family_model(request: pytest.FixtureRequest) -> PreTrainedModel:
     return small_model(request.param)
 
 
-def small_model(family: str = "llama", *, layers: int = 2, width: int = 32) -> PreTrainedModel:
+def small_model(
+    family: str = "llama", *, layers: int = 2, width: int = 32, **options: Any
+) -> PreTrainedModel:
     """Frozen, float32, grouped heads, no end-of-text token.
 
     Head sizes differ from width / heads where the family allows it, norms and biases from their
@@ -65,6 +67,7 @@ def small_model(family: str = "llama", *, layers: int = 2, width: int = 32) -> P
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=None,
+        **options,
     )
     torch.manual_seed(11)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -6,8 +6,8 @@ Loads no torch: a command line is checked against the families before any model 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import nn
@@ -29,13 +29,16 @@ class Family:
     mlp: str = "mlp"
     projection: str = "{}_proj"
     """Name of the linear map `q`, `k`, `v`, `o`, `gate`, `up` or `down`."""
+    windows: Literal["none", "all", "by type"] = "none"
+    """Layers whose attention looks back over `config.sliding_window` tokens only: all of them, or
+    those that `config.layer_types` names."""
 
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(),
-    "mistral": Family(),
-    "qwen2": Family(),
-    "qwen3": Family(),
+    "mistral": Family(windows="all"),
+    "qwen2": Family(windows="by type"),
+    "qwen3": Family(windows="by type"),
 }
 
 
@@ -67,6 +70,10 @@ class LayerParts:
     attention: nn.Module
     mlp_norm: nn.Module
     mlp: nn.Module
+    window: int | None = None
+    """Tokens that its attention looks back over, its own included; None: all."""
+    first_of_kind: bool = False
+    """True for the first layer with a window, and for the first without."""
 
 
 def decoder(model: PreTrainedModel) -> nn.Module:
@@ -84,10 +91,24 @@ def layers_of(model: PreTrainedModel) -> Sequence[LayerParts]:
     family = require_family(model.config.model_type)
     names = (family.attention_norm, family.attention, family.mlp_norm, family.mlp)
     layers: Any = decoder(model).layers
+    windows, found = windows_of(model.config), []
     try:
-        return [LayerParts(layer, *(getattr(layer, name) for name in names)) for layer in layers]
+        for index, (layer, window) in enumerate(zip(layers, windows, strict=True)):
+            parts = LayerParts(layer, *(getattr(layer, name) for name in names))
+            first = windows.index(window) == index
+            found.append(replace(parts, window=window, first_of_kind=first))
+        return found
     except AttributeError as error:
         raise UnsupportedModel(f"unexpected layer in {model.config.model_type}: {error}") from error
+
+
+def windows_of(config: PretrainedConfig) -> tuple[int | None, ...]:
+    """Read the sliding window of each layer's attention, in tokens; None looks back over all."""
+    kind = require_family(config.model_type).windows
+    window = getattr(config, "sliding_window", None)
+    every = ("sliding_attention" if kind == "all" else "full_attention",) * config.num_hidden_layers
+    types = config.layer_types if kind == "by type" else every
+    return tuple(window if name == "sliding_attention" else None for name in types)
 
 
 def shape_of(config: PretrainedConfig) -> Shape:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,10 +41,16 @@ class ForwardCall:
         tokens = args[0] if args else kwargs.get("input_ids")
         tokens = kwargs["inputs_embeds"] if tokens is None else tokens
         mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-        past = _tokens_in(kwargs.get("past_key_values"))
-        batch, number = tokens.shape[:2]
+        cache = kwargs.get("past_key_values")
+        past = _tokens_in(cache)
         valid_BT, positions_BT = valid_and_positions(
-            mask, batch=batch, tokens=number, past=past, device=tokens.device
+            mask,
+            batch=tokens.shape[0],
+            tokens=tokens.shape[1],
+            past=past,
+            device=tokens.device,
+            cache=cache,
+            position_ids=kwargs.get("position_ids"),
         )
         return cls(valid_BT, positions_BT, past, mask)
 
@@ -74,13 +80,16 @@ class LayerInputs:
     others: dict[str, Any]
     """Further keyword arguments, for the attention module itself."""
 
-    def masked_by(self, attention_mask: Tensor) -> LayerInputs:
-        """The same with another attention mask."""
-        return replace(self, attention_mask=attention_mask)
-
 
 def valid_and_positions(
-    attention_mask: Any, *, batch: int, tokens: int, past: int | Tensor, device: torch.device
+    attention_mask: Any,
+    *,
+    batch: int,
+    tokens: int,
+    past: int | Tensor,
+    device: torch.device,
+    cache: Any = None,
+    position_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Read which of the current tokens are real, and their place among the real ones.
 
@@ -90,6 +99,9 @@ def valid_and_positions(
         batch: B.
         tokens: T, current tokens only.
         past: tokens already in the cache.
+        cache: whose keys a prepared mask is about; a window has dropped the oldest of them.
+        position_ids: [B or 1, T], read beside a prepared mask; one with a window does not show how
+            many tokens came before.
 
     Returns:
         valid_BT bool, positions_BT int64 (index among the sequence's real tokens, from 0).
@@ -97,13 +109,20 @@ def valid_and_positions(
     Raises:
         ValueError: a mask of another shape.
     """
+    layer = 0
     if isinstance(attention_mask, dict):
-        attention_mask = next(iter(attention_mask.values()))
+        kind = "full_attention" if "full_attention" in attention_mask else "sliding_attention"
+        attention_mask = attention_mask[kind]
+        layer = 0 if cache is None else cache.is_sliding.index(kind == "sliding_attention")
     if attention_mask is None:
         positions = (torch.arange(tokens, device=device) + past).expand(batch, tokens)
         return torch.ones(batch, tokens, dtype=torch.bool, device=device), positions
+    if not isinstance(attention_mask, Tensor):
+        kind = type(attention_mask).__name__
+        raise ValueError(f"a routed model reads an attention_mask of [batch, keys], not a {kind}")
     if attention_mask.dim() == 4:
-        return _from_square(attention_mask, tokens=tokens, past=past)
+        first = 0 if cache is None else cache.get_mask_sizes(tokens, layer)[1]
+        return _from_square(attention_mask, tokens, int(past) - int(first), position_ids)
     if attention_mask.dim() != 2 or attention_mask.shape[1] < tokens:
         shape = tuple(attention_mask.shape)
         raise ValueError(f"attention_mask of shape {shape} does not cover {tokens} tokens")
@@ -112,11 +131,15 @@ def valid_and_positions(
     return real[:, -tokens:], positions[:, -tokens:]
 
 
-def _from_square(mask: Tensor, *, tokens: int, past: int | Tensor) -> tuple[Tensor, Tensor]:
+def _from_square(
+    mask: Tensor, tokens: int, before: int, position_ids: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Read a mask whose keys are `before` past ones and then the current ones."""
     allowed = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
-    diagonal = allowed.diagonal(offset=int(past), dim1=1, dim2=2)[:, :tokens]
-    positions = (allowed.long().sum(-1) - 1).clamp_min(0)
-    return diagonal, positions
+    diagonal = allowed.diagonal(offset=before, dim1=1, dim2=2)[:, :tokens]
+    if position_ids is not None:
+        return diagonal, position_ids.to(mask.device).expand(diagonal.shape)
+    return diagonal, (allowed.long().sum(-1) - 1).clamp_min(0)
 
 
 def _tokens_in(cache: Any) -> int | Tensor:

@@ -166,8 +166,8 @@ class _LayerForward(SwappedForward):
             for kind in kinds
             if Site(index, kind) not in dropped
         ]
-        self.holds = bool({Site(index, "block"), Site(index, "attention")} & dropped)
-        self.window = getattr(part.attention, "sliding_window", None)
+        away = bool({Site(index, "block"), Site(index, "attention")} & dropped)
+        self.holds = away and part.first_of_kind
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         state = self.state
@@ -185,7 +185,7 @@ class _LayerForward(SwappedForward):
             position_embeddings=kwargs.pop("position_embeddings"),
             attention_mask=kwargs.pop("attention_mask", None),
             past_key_values=kwargs.pop("past_key_values", None),
-            window=self.window,
+            window=self.part.window,
             others=kwargs,
         )
         if self.holds:
@@ -200,12 +200,12 @@ class _LayerForward(SwappedForward):
 
 
 def _write_placeholder(attention: Any, hidden_BTD: Tensor, past_key_values: Any) -> None:
-    """Write zeros to the cache for the tokens of a dropped first layer.
+    """Write zeros to the cache for the tokens of a dropped layer.
 
-    Transformers reads the number of past tokens off the first layer of the cache; other layers
-    stay empty.
+    Transformers reads the number of past tokens off the first layer of the cache, and the size of
+    a mask off the first layer with a window and the first without; other dropped layers stay empty.
     """
-    if past_key_values is None or attention.layer_idx != 0:
+    if past_key_values is None:
         return
     batch, tokens, _ = hidden_BTD.shape
     heads = attention.config.num_key_value_heads

@@ -106,10 +106,11 @@ class FusedExecutor:
         q_proj, o_proj = _weights(attention.q_proj), _weights(attention.o_proj)
         query = linear_rows(_flat(unit.x_BTD), rows, *q_proj, kernels=self.kernels)
         past = inputs.call.past
+        pads_B, _ = inputs.call.padding()
         if not isinstance(past, Tensor):
             # a sliding window has dropped keys before the first
-            past = min(past, key.shape[2] - tokens)
-        pads_B, _ = unit.inputs.call.padding()
+            gone = max(0, past + tokens - key.shape[2])
+            past, pads_B = past - gone, None if pads_B is None else (pads_B - gone).clamp_min(0)
         sight = Sight(tokens, past, window=inputs.window, first_valid_B=pads_B)
         out_NHd = attend(
             self.routing.ops.rotate(split_heads(attention, "q", query), angles.at(rows.index_N)),

@@ -15,7 +15,7 @@ from methods.engine.execute.linear_sites import LinearSites
 from methods.engine.execute.masked import MaskedExecutor, scaled
 from methods.engine.execute.one_token import OneToken
 from methods.engine.ops.choose import use_triton
-from methods.engine.ops.rows import Rows, rank_BT, take
+from methods.engine.ops.rows import Rows, take
 from methods.engine.ops.swiglu import swiglu, weights_for_few
 from methods.engine.routing import Routing
 
@@ -165,8 +165,6 @@ def scaled_rows(delta_ND: Tensor, index_N: Tensor, decision: Decision) -> Tensor
 
 def _keys_in_sight(unit: Unit, execute_BT: Tensor) -> Tensor:
     """Under `evict`: executed tokens up to and including each one, those in the cache first."""
-    cache, rank = unit.inputs.past_key_values, rank_BT(execute_BT)
-    layer = held_layer(cache, unit.site.layer)
-    if not isinstance(layer, KeptKeys) or not layer.counts:
-        return rank
-    return rank + torch.tensor(layer.counts, device=rank.device)[:, None]
+    layer = held_layer(unit.inputs.past_key_values, unit.site.layer)
+    layer = layer if isinstance(layer, KeptKeys) else KeptKeys()
+    return layer.in_sight(execute_BT, unit.inputs.window)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from methods.base import Decision
-from methods.engine.cache.evict import FlaggedKeys, layer_of, visible
+from methods.engine.cache.evict import FlaggedKeys, keys_in_sight, layer_of, visible
 from methods.engine.decoder.unit import Unit
 from methods.engine.routing import Routing
 
@@ -44,13 +46,14 @@ class MaskedExecutor:
         if method.kv_policy != "evict" or not unit.attends:
             self.routing.counters.add(unit.site, execute)
             return unit.run()
-        kept, cache, past = execute, unit.inputs.past_key_values, int(unit.inputs.call.past)
-        if cache is not None:
-            kept = layer_of(cache, unit.site.layer, FlaggedKeys).note(execute)
-        tokens = execute.shape[1]
-        self.routing.counters.add(unit.site, execute, kept.long().cumsum(1)[:, -tokens:])
-        mask = visible(kept, unit.inputs.attention_mask, past=past, tokens=tokens)
-        return unit.run(unit.inputs.masked_by(mask))
+        kept, inputs, tokens = execute, unit.inputs, execute.shape[1]
+        if inputs.past_key_values is not None:
+            kept = layer_of(inputs.past_key_values, unit.site.layer, FlaggedKeys).note(execute)
+        keys_BT = keys_in_sight(kept, tokens, inputs.window)
+        self.routing.counters.add(unit.site, execute, keys_BT)
+        mask, past = inputs.attention_mask, kept.shape[1] - tokens
+        mask = visible(kept, mask, past=past, tokens=tokens, window=inputs.window)
+        return unit.run(replace(inputs, attention_mask=mask))
 
 
 def scaled(residual_BTD: Tensor, after_BTD: Tensor, scale_BT: Tensor) -> Tensor:

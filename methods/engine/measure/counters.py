@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -28,16 +29,25 @@ class Counters:
         shape: Shape,
         dropped: frozenset[Site] = frozenset(),
         spread: bool = False,
+        windows: Sequence[int | None] = (),
     ) -> None:
         self.shape, self.dropped, self.spread = shape, dropped, spread
+        self.windows = tuple(windows) or (None,) * shape.layers
+        self.window = next((window for window in self.windows if window is not None), None)
         self._tokens: Tensor | None = None
-        """int64 [4], as `_sums` of all valid tokens: what the dense model executes."""
+        """int64 [5]: valid tokens, keys that each of them sees without a window and within it,
+        tokens whose keys a cache with a window keeps, forwards."""
         self._sums: dict[tuple[Site, ...], Tensor] = {}
         """By the routed sites U of a forward, int64 [U, 4]: executed tokens, keys that they
         attended to, forwards in which any token executed, forwards in which any did not."""
         self._open: list[tuple[Site, Tensor, Tensor | None]] = []
         self._valid_BT: Tensor | None = None
         self._keys_BT: Tensor | None = None
+        self._near_BT: Tensor | None = None
+
+    def anew(self) -> Counters:
+        """Counters of the same model that have counted nothing."""
+        return Counters(self.shape, self.dropped, self.spread, self.windows)
 
     def copy(self) -> Counters:
         """As they are now; what is counted later does not change the copy."""
@@ -49,6 +59,9 @@ class Counters:
         """Open the count of one forward call."""
         self._open = []
         self._valid_BT, self._keys_BT = valid_BT, positions_BT + 1
+        self._near_BT = (
+            self._keys_BT if self.window is None else self._keys_BT.clamp_max(self.window)
+        )
 
     def add(self, site: Site, execute_BT: Tensor, keys_BT: Tensor | None = None) -> None:
         """Note one decision.
@@ -62,36 +75,54 @@ class Counters:
 
     def end_forward(self) -> None:
         """Add what the forward noted; a few operations whatever the number of sites."""
-        assert self._valid_BT is not None and self._keys_BT is not None, "start_forward first"
+        assert self._valid_BT is not None and self._near_BT is not None, "start_forward first"
+        assert self._keys_BT is not None
         if capturing():
             # a replay would add the same tensors again and again: graphs are not counted
             self._open = []
             return
         valid = self._valid_BT
-        self._tokens = _plus(self._tokens, _sums(valid[None], self._keys_BT, valid)[0])
+        self._tokens = _plus(self._tokens, self._all())
         if self.spread:
             self._open = [_moved(*noted, valid.device) for noted in self._open]
         if self._open:
             execute_UBT = torch.stack([execute for _, execute, _ in self._open])
-            keys = [self._keys_BT if k is None else k for _, _, k in self._open]
-            plain = all(k is None for _, _, k in self._open)
+            keys = [self._keys(site.layer) if k is None else k for site, _, k in self._open]
+            plain = all(k is keys[0] for k in keys)
             sums_U4 = _sums(execute_UBT, keys[0] if plain else torch.stack(keys), valid)
             sites = tuple(site for site, _, _ in self._open)
             self._sums[sites] = _plus(self._sums.get(sites), sums_U4)
         self._open = []
 
+    def _keys(self, layer: int) -> Tensor:
+        """int64 [B, T]: keys that each token's query sees in a layer, if nobody is evicted."""
+        keys_BT = self._keys_BT if self.windows[layer] is None else self._near_BT
+        assert keys_BT is not None
+        return keys_BT
+
+    def _all(self) -> Tensor:
+        """What the dense model executes of this forward, as `_tokens`."""
+        valid, keys, near = self._valid_BT, self._keys_BT, self._near_BT
+        assert valid is not None and keys is not None and near is not None
+        kept = valid if self.window is None else valid & (keys < self.window)
+        some = valid.any().long()
+        sums = (valid.sum(), (valid * keys).sum(), (valid * near).sum(), kept.sum(), some)
+        return torch.stack(sums)
+
     def read(self) -> Usage:
         """Bring the sums to the host: one synchronisation for all of them."""
         if self._tokens is None:
             return Usage(shape=self.shape, tokens=0, context=0)
-        flat = torch.cat([self._tokens[None], *self._sums.values()]).tolist()
-        tokens, context, forwards, _ = flat[0]
+        flat = torch.cat([self._tokens, *(s.flatten() for s in self._sums.values())]).tolist()
+        tokens, context, near, kept, forwards = flat[:5]
         usage = Usage(shape=self.shape, tokens=tokens, context=context, forwards=forwards)
+        usage.layers = [(tokens, context) if w is None else (kept, near) for w in self.windows]
+        rows = [flat[start : start + 4] for start in range(5, len(flat), 4)]
         usage.dropped = frozenset(unit for site in self.dropped for unit in site.units)
         for sums in (usage.executed, usage.executed_context, usage.active):
             sums |= dict.fromkeys(usage.dropped, 0)
         order = [site for sites in self._sums for site in sites]
-        for site, (executed, seen, active, bypassing) in zip(order, flat[1:], strict=True):
+        for site, (executed, seen, active, bypassing) in zip(order, rows, strict=True):
             for unit in site.units:
                 _count(usage.executed, unit, executed)
                 _count(usage.executed_context, unit, seen)
@@ -129,7 +160,10 @@ class Usage:
     shape: Shape
     tokens: int
     context: int
+    """Sum over tokens of the keys that each sees where there is no sliding window."""
     forwards: int = 0
+    layers: list[tuple[int, int]] = field(default_factory=list)
+    """Of each layer, densely: tokens whose keys a cache keeps, and `context` within its window."""
     executed: dict[Site, int] = field(default_factory=dict)
     executed_context: dict[Site, int] = field(default_factory=dict)
     decided: dict[Site, int] = field(default_factory=dict)
@@ -140,6 +174,10 @@ class Usage:
     """Per unit: forwards in which any token executed it."""
     bypassing: dict[Site, int] = field(default_factory=dict)
     """Per routed site: forwards in which any token bypassed it."""
+
+    def context_of(self, layer: int) -> int:
+        """Sum over tokens of the keys that each sees in a layer of the dense model."""
+        return self.layers[layer][1] if self.layers else self.context
 
     def rate(self, unit: Site) -> float:
         """Bypassed share of the tokens at one unit; 0 where the method does not route."""

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from methods.base import Method, Shape
 from methods.engine.measure.counters import Usage
 
 
 def dense_flops(
-    shape: Shape, *, tokens: int, context: int, head_tokens: int | None = None
+    shape: Shape, *, tokens: int, context: int | Sequence[int], head_tokens: int | None = None
 ) -> float:
     """Forward FLOPs of the untouched model, LM head included, norms and rotations left out.
 
     Args:
         tokens: valid tokens.
-        context: sum over tokens of the keys each attends to.
+        context: sum over tokens of the keys each attends to, in every layer or of each.
         head_tokens: tokens whose logits are computed; None means all.
     """
     per_layer = tokens * (_query_side(shape) + _key_value_side(shape) + _mlp(shape))
-    per_layer += context * _scores(shape)
-    return shape.layers * per_layer + _head(shape, tokens if head_tokens is None else head_tokens)
+    keys = shape.layers * context if isinstance(context, int) else sum(context)
+    head = _head(shape, tokens if head_tokens is None else head_tokens)
+    return shape.layers * per_layer + keys * _scores(shape) + head
 
 
 def routed_flops(method: Method, usage: Usage, *, head_tokens: int | None = None) -> float:
@@ -35,7 +38,8 @@ def routed_flops(method: Method, usage: Usage, *, head_tokens: int | None = None
         keeps = method.kv_policy == "keep" and unit not in usage.dropped
         kv_tokens = usage.tokens if keeps else done
         total += done * _query_side(shape) + kv_tokens * _key_value_side(shape)
-        total += usage.executed_context.get(unit, usage.context) * _scores(shape)
+        seen = usage.executed_context.get(unit, usage.context_of(unit.layer))
+        total += seen * _scores(shape)
     for site, done in usage.decided.items():
         cost = method.cost(site)
         total += usage.tokens * cost.route + (usage.tokens - done) * cost.approximate
@@ -44,9 +48,8 @@ def routed_flops(method: Method, usage: Usage, *, head_tokens: int | None = None
 
 def flops_ratio(method: Method, usage: Usage, *, head_tokens: int | None = None) -> float:
     """Routed over dense FLOPs on the tokens that `usage` counted."""
-    dense = dense_flops(
-        usage.shape, tokens=usage.tokens, context=usage.context, head_tokens=head_tokens
-    )
+    context = [usage.context_of(layer) for layer in range(usage.shape.layers)]
+    dense = dense_flops(usage.shape, tokens=usage.tokens, context=context, head_tokens=head_tokens)
     return routed_flops(method, usage, head_tokens=head_tokens) / dense
 
 
@@ -59,16 +62,23 @@ def kv_bytes_ratio(method: Method, usage: Usage) -> float:
 
     Under KV policy `keep` those of every layer whose attention is not dropped; under `evict` the
     executed share of (token, attention unit) pairs; under `forecast` that share, and for the rest
-    the numbers from which their K and V are forecast.
+    the numbers from which their K and V are forecast. A layer weighs as many tokens as its window
+    lets a cache keep; which of a text's tokens those are does not count.
     """
+    units = [u for u in usage.shape.units() if u.kind == "attention"]
+    kept = [usage.layers[u.layer][0] if usage.layers else 1 for u in units]
+    weight = {u: count / max(max(kept), 1) for u, count in zip(units, kept, strict=True)}
+    whole = sum(weight.values()) or 1.0
     if method.kv_policy == "keep":
-        return 1.0 - sum(u.kind == "attention" for u in usage.dropped) / usage.shape.layers
-    own = 1.0 - usage.sparsity("attention")
+        return 1.0 - sum(weight.get(u, 0.0) for u in usage.dropped) / whole
+    own = 1.0 - sum(weight[u] * usage.rate(u) for u in units) / whole
     if method.kv_policy == "evict":
         return own
-    dense = 2.0 * usage.shape.kv_heads * usage.shape.head_dim * usage.shape.layers
-    codes = sum(method.cost(u).stored * usage.rate(u) for u in usage.decided if u.kind != "mlp")
-    return own + codes / dense
+    numbers = 2.0 * usage.shape.kv_heads * usage.shape.head_dim
+    codes = [
+        weight[u] * method.cost(u).stored * usage.rate(u) for u in usage.decided if u in weight
+    ]
+    return own + sum(codes) / (numbers * whole)
 
 
 def _query_side(shape: Shape) -> float:

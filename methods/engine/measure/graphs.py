@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
+from methods.engine.decoder.families import windows_of
 from methods.engine.decoder.placement import placed
 
 if TYPE_CHECKING:
@@ -22,7 +23,16 @@ WARMUP_STEPS = 3
 
 
 def static_cache(model: PreTrainedModel, *, batch: int, tokens: int) -> StaticCache:
-    """An empty cache with room for `tokens` tokens of `batch` sequences."""
+    """Make an empty cache for `tokens` tokens of `batch` sequences.
+
+    Raises:
+        ValueError: a sliding window is shorter, whose length a graph cannot follow.
+    """
+    if any(window is not None and window < tokens for window in windows_of(model.config)):
+        raise ValueError(
+            f"a CUDA graph cannot follow a sliding window over {tokens} tokens: "
+            "set speed.graphs=false"
+        )
     cache = StaticCache(config=model.config, max_cache_len=tokens)
     config = model.config
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
@@ -79,6 +89,8 @@ class DecodeGraph:
 
 def set_length(layer: Any, tokens: int) -> None:
     """Set the length of a layer of a static cache; its keys beyond are never read."""
+    if hasattr(layer, "cumulative_length_int"):  # a window that the text never fills
+        layer.cumulative_length_int = tokens
     length = layer.cumulative_length
     if isinstance(length, Tensor):
         length.fill_(tokens)

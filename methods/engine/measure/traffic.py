@@ -21,7 +21,8 @@ def dense_bytes(model: PreTrainedModel, usage: Usage) -> float:
     """
     shape = usage.shape
     weights = sum(weight_bytes(part.layer) for part in layers_of(model)) + _ends(model)
-    keys = shape.layers * usage.context * _key_bytes(model, usage)
+    context = sum(usage.context_of(layer) for layer in range(shape.layers))
+    keys = context * _key_bytes(model, usage)
     return usage.forwards * weights + keys + usage.tokens * _embedding_row(model)
 
 
@@ -41,7 +42,7 @@ def routed_bytes(model: PreTrainedModel, method: Method, usage: Usage) -> float:
         normed = 0 if unit in usage.dropped else usage.forwards
         total += normed * weight_bytes(norm) + active * weight_bytes(module)
         if unit.kind == "attention":
-            context = usage.executed_context.get(unit, usage.context)
+            context = usage.executed_context.get(unit, usage.context_of(unit.layer))
             total += context * _key_bytes(model, usage)
             if method.kv_policy == "keep" and unit not in usage.dropped:
                 idle = usage.forwards - active

@@ -131,9 +131,9 @@ def test_the_dense_pause_runs_the_untouched_model_and_counts_nothing():
         assert routing.counters.read().tokens == 12
 
 
-def generate(model, method, ids, mask, **options):
+def generate(model, method, ids, mask, mode="masked", **options):
     """(new tokens [B, N], logits of each step [B, N, V])."""
-    with torch.no_grad(), routed(model, method):
+    with torch.no_grad(), routed(model, method, mode):
         out = model.generate(
             ids,
             attention_mask=mask,

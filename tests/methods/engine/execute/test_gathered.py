@@ -82,14 +82,16 @@ def test_equals_masked(
             assert torch.allclose(chunks[real], expected[real], atol=2e-4), mode
 
 
-def windowed(family, window):
-    """A small model whose attention looks back `window` tokens, where the family can."""
-    model = small_model(family)
-    if window is not None and family == "mistral":
-        model.config.sliding_window = window
-        for layer in model.model.layers:
-            layer.self_attn.sliding_window = window
-    return model
+def windowed(family, window, **options):
+    """A small model whose attention looks back `window` tokens, where the family can.
+
+    In all layers of Mistral, in all but the first of Qwen.
+    """
+    if window is None or family == "llama":
+        return small_model(family, **options)
+    if family != "mistral":
+        options |= {"use_sliding_window": True, "max_window_layers": 1}
+    return small_model(family, sliding_window=window, **options)
 
 
 @torch.no_grad()
