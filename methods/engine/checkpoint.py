@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from methods.base import LoraSpec, Method
@@ -130,18 +130,18 @@ def _copy(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], path: Path) 
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, str(partial))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    # not save_file, whose files nobody else may read whatever the umask
+    _write(path, save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}))
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    _write(path, f"{json.dumps(value, indent=2, default=sorted)}\n".encode())
+
+
+def _write(path: Path, data: bytes) -> None:
     partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        partial.write_text(json.dumps(value, indent=2, default=sorted) + "\n")
+        partial.write_bytes(data)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 import torch
@@ -37,6 +38,17 @@ def saved(tmp_path):
         method, folder, target="methods.informed.Informed", options=OPTIONS, base={"name": "x"}
     )
     return model, method, folder
+
+
+def test_every_file_follows_the_umask(saved, tmp_path):
+    _, method, _ = saved
+    before = os.umask(0o027)
+    try:
+        save_pretrained(method, tmp_path / "group", target="", options={}, base={})
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "group").iterdir()}
+    assert len(modes) == 2 and set(modes.values()) == {0o640}
 
 
 def test_round_trip(saved):

@@ -20,7 +20,7 @@ from tests.conftest import SHRUNK, documents, token_rows
 from tests.nursery import Step
 from tests.runners.toy import toy
 
-BUDGET = "budget.routers={steps:2,batch_size:32,seq_len:256,accumulate:2}"
+BUDGET = "budget.routers={steps:2,batch_size:128,seq_len:256,accumulate:2}"
 METHOD = ("method=router_tuning", "method.router_lr=1e-3", "sparsity=0.2")
 """Its gates draw no noise, which would differ from part to part; its penalty bends."""
 WORDS = (*SHRUNK, "tracking=off", *METHOD, "checkpoint_seconds=0", BUDGET)
@@ -44,9 +44,9 @@ def test_a_stage_goes_on_with_smaller_parts(nursery, tmp_path):
     assert "out of memory; micro-batch now" in run.said
     calm, tight = record(tmp_path / "calm"), record(tmp_path / "tight")
     whole, parts = (next(s for s in r["stages"] if s["steps"]) for r in (calm, tight))
-    assert (whole["micro_batch"], whole["oom_halvings"]) == (32, 0)
+    assert (whole["micro_batch"], whole["oom_halvings"]) == (128, 0)
     assert parts["oom_halvings"] >= 1
-    assert parts["micro_batch"] == 32 >> parts["oom_halvings"]
+    assert parts["micro_batch"] == 128 >> parts["oom_halvings"]
     assert parts["tokens"] == whole["tokens"]
     assert parts["final_loss"] == pytest.approx(whole["final_loss"], rel=1e-5)
     for name, entry in calm["perplexity"].items():
