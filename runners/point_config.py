@@ -104,27 +104,33 @@ class BudgetConfig:
 
 
 @dataclass(frozen=True)
-class PerplexityConfig:
-    """Perplexity of the test documents, each by itself."""
+class WindowConfig:
+    """Windows of a text that pass the model together."""
 
-    documents_limit: Positive | None
-    tokens_per_document: Positive
     context: Positive
     """Tokens that a prediction may look back on."""
     stride: Positive
     batch_size: Positive
     bootstrap_samples: Positive
 
+    def __post_init__(self) -> None:
+        if self.stride > self.context:
+            raise ValueError(f"stride must be at most context={self.context}, not {self.stride}")
+
 
 @dataclass(frozen=True)
-class TokenPerplexityConfig:
+class PerplexityConfig(WindowConfig):
+    """Perplexity of the test documents, each by itself."""
+
+    documents_limit: Positive | None
+    tokens_per_document: Annotated[int, Ge(2)]
+
+
+@dataclass(frozen=True)
+class TokenPerplexityConfig(WindowConfig):
     """Perplexity of a text whose documents are joined."""
 
-    tokens: Positive | None
-    context: Positive
-    stride: Positive
-    batch_size: Positive
-    bootstrap_samples: Positive
+    tokens: Annotated[int, Ge(2)] | None
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from runners.evaluation.perplexity import perplexity
 from runners.evaluation.scores import Items
 from runners.evaluation.tasks import TaskSet, local_task_files
 from runners.evaluation.texts import load_text, present_texts
-from runners.point_config import EvalConfig, PerplexityConfig, TokenPerplexityConfig
+from runners.point_config import EvalConfig, WindowConfig
 from runners.store.files import content_hash
 from runners.store.provenance import code_version
 from runners.store.stage_cache import content_key
@@ -146,25 +146,15 @@ def _texts(
 def _perplexity(
     base: Base,
     documents: Sequence[Document],
-    sizes: PerplexityConfig | TokenPerplexityConfig,
+    sizes: WindowConfig,
     tokens: int | None,
     seed: int,
     *,
     joined: bool = True,
 ) -> tuple[dict[str, Any], Items]:
     """An entry of the record, and its documents apart, so that the record stays small."""
-    entry = perplexity(
-        base.model,
-        base.tokenizer,
-        documents,
-        tokens=tokens,
-        context=sizes.context,
-        stride=sizes.stride,
-        batch_size=sizes.batch_size,
-        bootstrap_samples=sizes.bootstrap_samples,
-        seed=seed,
-        joined=joined,
-    )
+    how: dict[str, Any] = {"tokens": tokens, "seed": seed, "joined": joined}
+    entry = perplexity(base.model, base.tokenizer, documents, sizes, **how)
     found = entry.pop("per_document")
     names, nlls, weights = ([part[key] for part in found] for key in ("name", "nll", "tokens"))
     stated = {"context": sizes.context, "stride": sizes.stride} if joined else {}

@@ -22,6 +22,7 @@ from methods.engine.decoder.placement import device_of, input_device
 from runners.corpus.source import Document
 from runners.errors import UserError
 from runners.evaluation.scores import bootstrap_interval
+from runners.point_config import WindowConfig
 from runners.runtime.memory import Fitting
 from runners.runtime.progress import progress
 
@@ -47,12 +48,9 @@ def perplexity(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     documents: Sequence[Document],
+    sizes: WindowConfig,
     *,
     tokens: int | None = None,
-    context: int = 512,
-    stride: int = 512,
-    batch_size: int = 4,
-    bootstrap_samples: int = 1000,
     seed: int = 0,
     joined: bool = False,
 ) -> dict[str, Any]:
@@ -66,11 +64,10 @@ def perplexity(
 
     Args:
         model: causal LM, routed or not; its mode (eval) is the caller's.
+        sizes: a smaller stride gives each token more left context at more cost; windows of a
+            forward pass are right-padded and masked, fewer where memory does not suffice.
         tokens: first ones of each document, or of the joined text, special tokens that the
             tokenizer adds included; None for all.
-        stride: at most `context`; smaller gives each token more left context at more cost.
-        batch_size: windows per forward pass, right-padded and masked; fewer where memory does not
-            suffice.
 
     Returns:
         `{value, low, high, tokens, documents, oom_halvings, per_document: [{name, nll, tokens}]}`;
@@ -78,17 +75,13 @@ def perplexity(
         `oom_halvings` says how often a pass was too large.
 
     Raises:
-        UserError: no document with at least two tokens, or impossible sizes.
+        UserError: no document with at least two tokens.
     """
-    if not 1 <= stride <= context:
-        raise UserError(f"stride must lie between 1 and context={context}, not {stride}")
-    if batch_size < 1 or bootstrap_samples < 1 or (tokens is not None and tokens < 2):
-        raise UserError("perplexity needs batch_size, bootstrap_samples >= 1 and at least 2 tokens")
     texts = [document.text for document in documents]
     windows: list[Window] = []
     for index, text in enumerate(["\n\n".join(texts)] if joined else texts):
         ids = first_tokens(tokenizer, text, tokens)
-        windows += windows_of(ids, index, context=context, stride=stride)
+        windows += windows_of(ids, index, context=sizes.context, stride=sizes.stride)
     names = [document.name for document in documents]
     if joined:
         windows = [replace(window, document=index) for index, window in enumerate(windows)]
@@ -98,8 +91,8 @@ def perplexity(
 
     nll, scored = np.zeros(len(names)), np.zeros(len(names), dtype=np.int64)
     windows.sort(key=lambda window: -len(window.inputs))  # so that a pass pads little
-    batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
-    fitting = Fitting(model)
+    rows, fitting = sizes.batch_size, Fitting(model)
+    batches = [windows[start : start + rows] for start in range(0, len(windows), rows)]
     for batch in progress(batches, "perplexity"):
         nlls = fitting.run(batch, lambda part: window_nlls(model, part))
         for window, window_nll in zip(batch, nlls, strict=True):
@@ -107,7 +100,7 @@ def perplexity(
             scored[window.document] += len(window.targets)
 
     kept = np.flatnonzero(scored)
-    low, high = bootstrap_interval(nll[kept], scored[kept], bootstrap_samples, seed)
+    low, high = bootstrap_interval(nll[kept], scored[kept], sizes.bootstrap_samples, seed)
     return {
         "value": math.exp(nll.sum() / scored.sum()),
         "low": low,

@@ -12,6 +12,7 @@ from runners.corpus.source import Document
 from runners.evaluation import evaluate as evaluating
 from runners.evaluation.evaluate import evaluate, evaluation_key
 from runners.evaluation.perplexity import perplexity
+from runners.point_config import WindowConfig
 from tests.conftest import base_of, documents, eval_config
 from tests.runners.toy import SITES, toy
 
@@ -28,7 +29,7 @@ def measured(base, texts, method=None, mode="gathered"):
 
 
 def brute(base):
-    return perplexity(base.model, base.tokenizer, TEXT[:4], tokens=48, **SIZES)
+    return perplexity(base.model, base.tokenizer, TEXT[:4], WindowConfig(**SIZES), tokens=48)
 
 
 @pytest.fixture

@@ -15,7 +15,10 @@ from runners.corpus.source import Document
 from runners.errors import UserError
 from runners.evaluation.perplexity import first_tokens, perplexity, windows_of
 from runners.evaluation.scores import bootstrap_interval
-from tests.conftest import documents
+from runners.point_config import PointConfig, WindowConfig
+from tests.conftest import compose_tiny, documents
+
+SIZES = WindowConfig(context=512, stride=512, batch_size=4, bootstrap_samples=10)
 
 
 def brute_force(model, tokenizer, texts, *, tokens, context, stride):
@@ -40,16 +43,8 @@ def brute_force(model, tokenizer, texts, *, tokens, context, stride):
 def test_equals_brute_force(tiny_llama, tokenizer, context, stride, batch_size):
     texts = [Document(f"d{n}", documents(1, first=n)[0].text[: 9 + 11 * n]) for n in range(4)]
     expected = brute_force(tiny_llama, tokenizer, texts, tokens=40, context=context, stride=stride)
-    found = perplexity(
-        tiny_llama,
-        tokenizer,
-        texts,
-        tokens=40,
-        context=context,
-        stride=stride,
-        batch_size=batch_size,
-        bootstrap_samples=10,
-    )
+    sizes = WindowConfig(context, stride, batch_size, bootstrap_samples=10)
+    found = perplexity(tiny_llama, tokenizer, texts, sizes, tokens=40)
     everything = [loss for losses in expected for loss in losses]
     assert found["value"] == pytest.approx(math.exp(np.mean(everything)), rel=1e-4)
     assert found["tokens"] == len(everything)
@@ -103,8 +98,7 @@ def test_windows_score_each_token_once_with_enough_context(length, context, data
 
 def test_limits(tiny_llama, tokenizer):
     texts = [*documents(3), Document("one letter", "a")]
-    options = {"tokens": 10, "bootstrap_samples": 10}
-    found = perplexity(tiny_llama, tokenizer, texts, **options)
+    found = perplexity(tiny_llama, tokenizer, texts, SIZES, tokens=10)
     assert (found["documents"], found["tokens"]) == (3, 27)
     assert [entry["name"] for entry in found["per_document"]] == ["doc-0", "doc-1", "doc-2"]
 
@@ -123,20 +117,20 @@ def test_no_more_of_a_text_is_tokenised_than_its_first_tokens_need(tokenizer):
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("option", "value"),
     [
-        {"stride": 0},
-        {"stride": 9, "context": 8},
-        {"batch_size": 0},
-        {"bootstrap_samples": 0},
-        {"tokens": 1},
+        ("stride", 0),
+        ("stride", 513),
+        ("batch_size", 0),
+        ("bootstrap_samples", 0),
+        ("tokens_per_document", 1),
     ],
 )
-def test_impossible_sizes(tiny_llama, tokenizer, options):
-    with pytest.raises(UserError):
-        perplexity(tiny_llama, tokenizer, documents(2), **options)
+def test_impossible_sizes_are_refused_before_a_model_is_loaded(option, value):
+    with pytest.raises(UserError, match=option):
+        PointConfig.parse(compose_tiny(f"eval.perplexity.{option}={value}"))
 
 
 def test_nothing_to_score(tiny_llama, tokenizer):
     with pytest.raises(UserError, match="no text"):
-        perplexity(tiny_llama, tokenizer, [Document("a", "x")])
+        perplexity(tiny_llama, tokenizer, [Document("a", "x")], SIZES)

@@ -15,6 +15,7 @@ import torch
 from methods.engine.routed import routed
 from runners.evaluation.harness import HarnessModel
 from runners.evaluation.perplexity import perplexity
+from runners.point_config import WindowConfig
 from runners.runtime.memory import free_memory
 from tests.conftest import SHRUNK, documents, token_rows
 from tests.nursery import Step
@@ -152,8 +153,8 @@ def test_generation(model, tokenizer):
 @pytest.mark.slow
 def test_perplexity(tiny_llama, tokenizer):
     def measure():
-        sizes = {"context": 1024, "stride": 1024, "batch_size": 64}
-        return perplexity(tiny_llama, tokenizer, documents(120), joined=True, **sizes)
+        sizes = WindowConfig(1024, 1024, batch_size=64, bootstrap_samples=10)
+        return perplexity(tiny_llama, tokenizer, documents(120), sizes, joined=True)
 
     whole = measure()
     with spare(40):
