@@ -1,7 +1,7 @@
 """The results store as tidy data frames; the only place that knows the record's layout.
 
 Read of `<results_dir>/<fingerprint>/result.json`, where `?` may be missing in older records:
-`schema_version`, `status`, `reason?`, `evaluated?`, `method`, `variant?`, `model`, `data`, `seed`,
+`schema_version`, `status`, `reason?`, `evaluated?`, `method`, `variant?`, `model`, `data?`, `seed`,
 `sparsity_target`, `sparsity_realised`, `flops_ratio`, `kv_bytes_ratio?`, `kv_policy?`,
 `added_parameters?`, `options?`, `seconds?`, `realised?.per_layer[].{layer attention mlp}`,
 `perplexity.*.{value low high dense documents? metric?}`,
@@ -44,7 +44,7 @@ TRUE_ERROR = "true error"
 """Said of a method that decides by what no method can know, in every table and picture."""
 SAME_DENSE = 1e-3
 """Dense perplexities of one text that are further apart (relative) are of two models or texts."""
-HOW = ["decisions", "device", "dtype", "threads", "kernels"]
+HOW = "decisions trained steps device dtype threads kernels graphs".split()
 """How speed was measured; figures that differ in one of these are never mixed."""
 TIMED = "batch dense_tps routed_tps speedup_p20 speedup_p80 bound sparsity".split()
 
@@ -262,7 +262,7 @@ def _point(record: Record) -> dict[str, Any]:
     identity = record["identity"]
     return {
         "model": record["model"],
-        "data": record["data"],
+        "data": record.get("data") or "text",
         "budget": identity["budget"],
         "method": record["method"],
         "variant": record.get("variant") or "",

@@ -23,14 +23,15 @@ from analysis.drawing.style import Looks
 from analysis.frames import HOW
 from analysis.view import Panel, View
 
-CASE = ["phase", "tokens", "batch", "device", "dtype", "threads", "kernels"]
+CASE = ["phase", "tokens", "batch", *HOW[2:]]
 """What a panel holds: cases that were timed alike. Drawn decisions are lines of their own."""
 
 
 def panels(part: pd.DataFrame) -> list[Panel]:
     """Draw each phase, length, batch and way to measure, prefill first."""
     made = []
-    ways = [column for column in CASE[3:] if part[column].nunique() > 1]
+    spread = part.groupby("phase")[CASE[3:]].nunique().max()
+    ways = [column for column in CASE[3:] if spread[column] > 1]
     ordered = part.sort_values(CASE, ascending=[False, *[True] * (len(CASE) - 1)])
     for (phase, tokens, batch, *_), chosen in ordered.groupby(CASE, sort=False):
         said = "".join(f", {column} {chosen[column].iloc[0]}" for column in ways)
@@ -73,7 +74,7 @@ def table(part: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
         "speed-up": ("spread", ""),
         "bound": ("bound", ".3f"),
         "efficiency": ("efficiency", ".3f"),
-        **{column: (column, "") for column in HOW},
+        **{column: (column, "") for column in HOW if (part[column] != "").any()},
     }
     return part, tables.formatted(ordered.assign(spread=spread), columns)
 

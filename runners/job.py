@@ -111,7 +111,9 @@ def _time(config: PointConfig, folder: RunFolder) -> None:
         built = point.build(config)
         stages = point.train(config, built, folder, tracker).stages if speed.trained else []
         for phase, case in measure(speed, config.data, config.seed, built.base, built.method):
-            folder.add_speed(phase, case, unevaluated(config, built.method, stages, case))
+            folder.add_speed(
+                phase, case, unevaluated(config, built.base, built.method, stages, case)
+            )
         mirror_speed(tracker, folder.speed())
 
 

@@ -76,10 +76,22 @@ def measure(
 
 
 def unevaluated(
-    config: PointConfig, method: Method, stages: Sequence[Mapping[str, Any]], case: dict[str, Any]
+    config: PointConfig,
+    base: Base,
+    method: Method,
+    stages: Sequence[Mapping[str, Any]],
+    case: dict[str, Any],
 ) -> Record:
     """The record without quality of a point that is timed before it is evaluated."""
-    identity = {"fingerprint": config.fingerprint, "budget": config.budget.name, **provenance()}
+    identity = {
+        "fingerprint": config.fingerprint,
+        "weights_sha256": base.weights_hash,
+        "dtype": str(base.model.dtype).removeprefix("torch."),
+        "objective": config.objective,
+        "budget": config.budget.name,
+        "upper_bound": method.upper_bound,
+        **provenance(),
+    }
     return Record(
         **config.identity,
         evaluated=False,
