@@ -81,21 +81,20 @@ def remove_partial(path: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def write_json_atomic(path: Path, obj: Any) -> None:
+def write_json_atomic(path: Path, obj: Any, *, checked: bool = False) -> None:
     """Write `obj` as indented JSON, atomically.
+
+    Args:
+        checked: `obj` is a dictionary that `read_checked` is to give back.
 
     Raises:
         ValueError: NaN, infinity or a type without a JSON form; the message names the key.
         UserError: disk full or not writable.
     """
-    text = json.dumps(to_json(obj, path.name), indent=2, allow_nan=False)
-    write_bytes_atomic(path, f"{text}\n".encode())
-
-
-def write_checked(path: Path, obj: Mapping[str, Any]) -> None:
-    """The same for an object that `read_checked` gives back."""
-    text = json.dumps(to_json({**obj, CHECKSUM: BLANK.decode()}, path.name), indent=2)
-    write_bytes_atomic(path, _stamped(f"{text}\n".encode()))
+    if checked:
+        obj = {**obj, CHECKSUM: BLANK.decode()}
+    data = f"{json.dumps(to_json(obj, path.name), indent=2)}\n".encode()
+    write_bytes_atomic(path, _stamped(data) if checked else data)
 
 
 def read_checked(path: Path) -> dict[str, Any]:

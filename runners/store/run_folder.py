@@ -29,7 +29,6 @@ from runners.store.files import (
     sha256_of,
     to_json,
     write_bytes_atomic,
-    write_checked,
     write_json_atomic,
 )
 from runners.store.record import SCHEMA_VERSION, Record
@@ -218,7 +217,7 @@ class RunFolder:
     def _write_result(self, record: Mapping[str, Any]) -> None:
         items = _file_hash(self.items_file)
         kept = {**record, ITEMS_HASH: items} if items else record
-        write_checked(self.result_file, redact(kept))
+        write_json_atomic(self.result_file, redact(kept), checked=True)
 
     def _status(self, state: str, **more: Any) -> None:
         status = {"state": state, "pid": os.getpid(), "unix_time_s": round(time.time(), 3)}

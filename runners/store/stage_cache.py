@@ -21,7 +21,7 @@ from runners.store.files import (
     read_tensors,
     remove_partial,
     to_json,
-    write_checked,
+    write_json_atomic,
     write_tensors,
 )
 
@@ -60,7 +60,7 @@ class StageCache:
             remove_partial(path)
             made = make()
             if is_main_process():
-                write_checked(path, made)
+                write_json_atomic(path, made, checked=True)
             return made, False
 
     def load_or_run(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import PreTrainedModel
 from methods.base import Method, Probe, Stage, StageBudget
 from methods.engine.decoder.placement import input_device
 from methods.engine.lora import attach_lora
+from runners.errors import UserError
 from runners.runtime.distributed import (
     all_reduce,
     all_reduce_max,
@@ -29,8 +31,6 @@ from runners.runtime.distributed import (
 from runners.runtime.memory import PeakMemory, attempt
 from runners.runtime.progress import progress
 from runners.runtime.signals import Stop, deferred
-from runners.training.optimizer import TrainingDiverged as TrainingDiverged
-from runners.training.optimizer import finite, optimizer, set_rate
 from runners.training.passes import Objective, Passes
 from runners.training.state import Batches, Checkpoint, Position, StageState
 
@@ -40,8 +40,15 @@ START_SHARE = 0.125
 """Of the calibration text, for the thresholds at which a gradient stage begins; the point's own is
 calibrated after it, on all of it."""
 
+LEAST_SIZE = 1e-3
+"""Root mean square below which a parameter counts as this large: what starts at zero can move."""
+
 OnStep = Callable[[str, dict[str, float]], None]
 OnStart = Callable[[str, int, list[dict[str, float]]], None]
+
+
+class TrainingDiverged(UserError):
+    """A loss became NaN or infinite."""
 
 
 @dataclass
@@ -282,3 +289,47 @@ class Loop:
         random.seed(value)
         numpy.random.seed(value)
         torch.manual_seed(value)
+
+
+def optimizer(stage: Stage, parameters: Sequence[nn.Parameter]) -> torch.optim.AdamW:
+    """AdamW on the stage's parameters; each group keeps its full rate as `initial_lr`."""
+    groups: list[dict[str, Any]] = [{"params": list(parameters), "lr": stage.lr}]
+    if stage.relative_lr:
+        sizes = [p.detach().float().square().mean().sqrt() for p in parameters]
+        rates = (stage.lr * torch.stack(sizes).clamp_min(LEAST_SIZE)).tolist()
+        groups = [{"params": [p], "lr": lr} for p, lr in zip(parameters, rates, strict=True)]
+    for group in groups:
+        group["initial_lr"] = group["lr"]
+    return torch.optim.AdamW(groups, betas=stage.betas, weight_decay=stage.weight_decay)
+
+
+def set_rate(adamw: torch.optim.AdamW, stage: Stage, step: int, steps: int) -> None:
+    """Linear warm-up, then the stage's schedule.
+
+    Args:
+        step: from 0.
+    """
+    warmup = round(stage.warmup * steps)
+    factor = 1.0
+    if step < warmup:
+        factor = (step + 1) / warmup
+    elif stage.schedule == "cosine":
+        factor = 0.5 * (1.0 + math.cos(math.pi * ((step - warmup) / max(1, steps - warmup))))
+    for group in adamw.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+
+
+def finite(stage: Stage, step: int, steps: int, loss: Tensor, gradient_norm: Tensor) -> float:
+    """The loss as a number; one transfer for both checks.
+
+    Raises:
+        TrainingDiverged: the loss or the gradient norm is not finite.
+    """
+    value, norm = torch.stack([loss.float(), gradient_norm.float()]).tolist()
+    for name, figure in (("loss", value), ("gradient norm", norm)):
+        if not math.isfinite(figure):
+            raise TrainingDiverged(
+                f"stage {stage.name}: {name} is {figure} at step {step + 1} of {steps}; "
+                f"lower its learning rate (now {stage.lr:g})"
+            )
+    return float(value)

@@ -23,13 +23,7 @@ Objective = Literal["lm", "distill"]
 
 
 class Passes:
-    """Losses of a method on a model.
-
-    Args:
-        model: untouched and frozen.
-        method: attached to the model.
-        objective: `lm` cross-entropy, or `distill`, the KL to the dense model's distributions.
-    """
+    """Losses of a method on a model; arguments as those of `loop.Loop`."""
 
     def __init__(self, model: PreTrainedModel, method: Method, objective: Objective) -> None:
         self.model, self.method, self.objective = model, method, objective
