@@ -33,17 +33,8 @@ from methods.engine.ops.triton.types import Sight
 from runners.timing.stopwatch import timed
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SIZES = {
-    "batch": 1,
-    "tokens": 2048,
-    "past": 0,
-    "width": 4096,
-    "mlp-width": 14336,
-    "heads": 32,
-    "kv-heads": 8,
-    "head-dim": 128,
-    "rank": 100,
-}
+SIZES = {"batch": 1, "tokens": 2048, "past": 0, "width": 4096, "mlp-width": 14336, "heads": 32}
+SIZES |= {"kv-heads": 8, "head-dim": 128, "rank": 100}
 SHARES = (0.3, 0.5, 0.7, 1.0)
 TOLERANCE = 2e-2
 SAMPLE = 256
@@ -65,14 +56,12 @@ class Case(NamedTuple):
     """Those rows, where `run` itself would take too long or too much memory."""
 
 
-def normal(*shape: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0) -> Tensor:
-    """Normal numbers on the GPU."""
-    return torch.randn(*shape, device=DEVICE, dtype=dtype) * scale
+normal = partial(torch.randn, device=DEVICE, dtype=torch.bfloat16)
 
 
 def weights(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Normal numbers scaled by the last dimension."""
-    return normal(*shape, dtype=dtype, scale=shape[-1] ** -0.5)
+    return normal(*shape, dtype=dtype) / shape[-1] ** 0.5
 
 
 class Layer:
@@ -82,11 +71,8 @@ class Layer:
         self.s, inner = s, s.heads * s.head_dim
         rows, exact = s.batch * s.tokens, torch.float32
         self.x, self.residual = normal(rows, s.width), normal(rows, s.width)
-        self.mlp = SwiGLU(
-            weights(s.mlp_width, s.width),
-            weights(s.mlp_width, s.width),
-            weights(s.width, s.mlp_width),
-        )
+        gate, up = weights(s.mlp_width, s.width), weights(s.mlp_width, s.width)
+        self.mlp = SwiGLU(gate, up, weights(s.width, s.mlp_width))
         self.q, self.o = weights(inner, s.width), weights(s.width, inner)
         self.query = normal(rows, s.heads, s.head_dim)
         cache = (s.batch, s.kv_heads, s.past + s.tokens, s.head_dim)
@@ -112,41 +98,31 @@ class Layer:
         counts = (index // s.tokens).bincount(minlength=s.batch)
         some = order._replace(index_N=index, counts_B=counts, starts_B=counts.cumsum(0) - counts)
         threshold, valid = self.threshold(share), self.valid.flatten()
-        attention = partial(attend, sight=Sight(s.tokens, s.past), scale=s.head_dim**-0.5)
-        cache = {"key_BKSd": self.key, "value_BKSd": self.value}
+        sight, scale = Sight(s.tokens, s.past), s.head_dim**-0.5
+        cache = (self.key, self.value, sight)
 
-        def route(kernels: Any, out: Tensor) -> Tensor:
-            route_and_forecast(
-                x, out, valid, self.linear, threshold, tokens=s.tokens, kernels=kernels
-            )
-            return out
+        def added(run: Callable[..., object], *arguments: Any, **named: Any) -> Any:
+            def to(kernels: str, out: Tensor) -> Tensor:
+                run(arguments[0], out, *arguments[1:], **named, kernels=kernels)
+                return out
 
-        def o_rows(kernels: Any, out: Tensor) -> Tensor:
-            linear_rows_add(query, out, order, self.o, kernels=kernels)
-            return out
+            return to
 
-        def mlp_rows(kernels: Any, out: Tensor) -> Tensor:
-            swiglu_rows(x, out, order, self.mlp, kernels=kernels)
-            return out
-
+        routing = (x, valid, self.linear, threshold)
+        q, o = partial(functional.linear, x, self.q), partial(functional.linear, query, self.o)
         return [
             Case("partition", lambda k, _: partition(execute, self.valid, kernels=k).index_N),
-            Case("router+forecast+partition", route),
-            Case(
-                "q rows",
-                lambda k, _: linear_rows(x, order, self.q, kernels=k),
-                partial(functional.linear, x, self.q),
-                used,
-            ),
+            Case("router+forecast+partition", added(route_and_forecast, *routing, tokens=s.tokens)),
+            Case("q rows", lambda k, _: linear_rows(x, order, self.q, kernels=k), q, used),
             Case(
                 "attend",
-                lambda k, _: attention(self.query, order, **cache, kernels=k),
+                lambda k, _: attend(self.query, order, *cache, scale=scale, kernels=k),
                 self.dense_attention,
                 sample,
-                lambda: attention(self.query[sample], some, **cache, kernels="torch"),
+                lambda: attend(self.query[sample], some, *cache, scale=scale, kernels="torch"),
             ),
-            Case("o rows", o_rows, partial(functional.linear, query, self.o)),
-            Case("mlp rows", mlp_rows, self.dense_mlp),
+            Case("o rows", added(linear_rows_add, query, order, self.o), o),
+            Case("mlp rows", added(swiglu_rows, x, order, self.mlp), self.dense_mlp),
         ]
 
     def threshold(self, share: float) -> Tensor:
@@ -216,9 +192,7 @@ def report(case: Case, layer: Layer, share: float) -> bool:
 
 def main(words: list[str] | None = None) -> int:
     """0 if every kernel equals its reference, 1 if not."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__)
     for name, default in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     parser.add_argument("--repeats-ms", type=int, default=100, help="time spent on each timing")

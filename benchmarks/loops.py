@@ -1,8 +1,8 @@
 """Time each compiled loop of the CPU path against the PyTorch operations it stands for, in turn.
 
-    python benchmarks/loops.py tokens=2048 sparsity=0.5 repeats=30
+python benchmarks/loops.py --tokens 2048 --sparsity 0.5
 
-Settings are key=value; the defaults are a layer of SmolLM2-135M, rank 64. Ratios are medians.
+The defaults are a layer of SmolLM2-135M, rank 64. Ratios are medians.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from pathlib import Path
 if __name__ == "__main__":  # run the code of this clone, whichever clone's environment it is
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from benchmarks.arguments import settings_of
 from methods.base import LinearUnit, SwiGLU
 from methods.engine.ops.cpu.build import NoCompiler
 from methods.engine.ops.cpu.compiled import CompiledRowOps
@@ -33,22 +33,11 @@ from runners.timing.stopwatch import interleaved, ratio, timed
 CPU = torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Sizes of one layer and of one forward."""
-
-    tokens: int = 2048
-    sparsity: float = 0.5
-    width: int = 576
-    mlp_width: int = 1536
-    heads: int = 9
-    kv_heads: int = 3
-    head_dim: int = 64
-    rank: int = 64
-    repeats: int = 30
+SIZES = {"tokens": 2048, "width": 576, "mlp-width": 1536, "heads": 9, "kv-heads": 3}
+SIZES |= {"head-dim": 64, "rank": 64, "repeats": 30}
 
 
-def cases(s: Settings) -> dict[str, Callable[[RowOps], object]]:
+def cases(s: argparse.Namespace) -> dict[str, Callable[[RowOps], object]]:
     """Name of an operation -> what runs it."""
     index = (torch.rand(s.tokens) >= s.sparsity).nonzero().squeeze(1)
     execute = torch.zeros(1, s.tokens, dtype=torch.bool)
@@ -64,9 +53,8 @@ def cases(s: Settings) -> dict[str, Callable[[RowOps], object]]:
     query = torch.randn(len(index), s.heads, s.head_dim)
     key, value = (torch.randn(s.kv_heads, s.tokens, s.head_dim) for _ in range(2))
     gate, wide = (torch.randn(len(index), s.mlp_width) for _ in range(2))
-    weights = SwiGLU(
-        *(torch.randn(s.mlp_width, s.width) for _ in range(2)), torch.randn(s.width, s.mlp_width)
-    )
+    inner, outer = (s.mlp_width, s.width), (s.width, s.mlp_width)
+    weights = SwiGLU(*map(torch.randn, (inner, inner, outer)))
     return {
         "norm": lambda ops: ops.norm(norm, x),
         "norm, scores": lambda ops: ops.normed_scores(norm, x, score, torch.zeros(())),
@@ -82,34 +70,31 @@ def cases(s: Settings) -> dict[str, Callable[[RowOps], object]]:
     }
 
 
-def attend(ops: RowOps, query_NHd, key_KSd, value_KSd, last_N) -> object:  # type: ignore[no-untyped-def]
+def attend(ops: RowOps, query: Tensor, key: Tensor, value: Tensor, last_N: Tensor) -> object:
     """With one mask for all queries where there is no loop."""
-    scale = query_NHd.shape[-1] ** -0.5
-    done = ops.attend(query_NHd, key_KSd, value_KSd, last_N, scale)
+    done = ops.attend(query, key, value, last_N, query.shape[-1] ** -0.5)
     if done is not None:
         return done
-    mask = torch.arange(key_KSd.shape[1]) <= last_N[:, None]
+    mask = torch.arange(key.shape[1]) <= last_N[:, None]
     return functional.scaled_dot_product_attention(
-        query_NHd.transpose(0, 1)[None],
-        key_KSd[None],
-        value_KSd[None],
-        attn_mask=mask[None, None],
-        scale=scale,
-        enable_gqa=True,
+        query.transpose(0, 1), key, value, attn_mask=mask, enable_gqa=True
     )
 
 
 @torch.no_grad()
-def main(words: list[str]) -> int:
-    """0 after a line for each operation, 2 for a user mistake or no C compiler."""
+def main(words: list[str] | None = None) -> None:
+    """Print a line for each operation."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sparsity", type=float, default=0.5, help="in [0, 1), default 0.5")
+    for name, default in SIZES.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
+    settings = parser.parse_args(words)
+    if not 0 <= settings.sparsity < 1:
+        parser.error("--sparsity must lie in [0, 1)")
     try:
-        settings = settings_of(Settings(), words)
-        if settings.sparsity >= 1:
-            raise ValueError("sparsity must lie in [0, 1)")
         compiled = CompiledRowOps()
-    except (ValueError, NoCompiler) as mistake:
-        print(mistake, file=sys.stderr)
-        return 2
+    except NoCompiler as problem:
+        parser.error(str(problem))
     torch.manual_seed(0)
     plain = RowOps()
     for name, run in cases(settings).items():
@@ -123,8 +108,7 @@ def main(words: list[str]) -> int:
         times = [side.median * 1e6 for side in (slow, fast)]
         gain = ratio(slow, fast)["median"]
         print(f"{name:12} PyTorch {times[0]:8.0f} us   loop {times[1]:8.0f} us   {gain:.2f} x")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main()

@@ -42,7 +42,7 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ("runners/sweep.py", "sparsity=2"),
         ("analysis/pareto.py", "nonsense"),
-        ("benchmarks/parallel.py", "repeats=nonsense"),
+        ("benchmarks/parallel.py", "--repeats=nonsense"),
     ],
     ids=lambda command: command[0].partition("/")[0],
 )
