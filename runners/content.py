@@ -29,8 +29,10 @@ def with_content(config: PointConfig) -> PointConfig:
     }
     cache_dir = cache_root(config.store.cache_dir)
 
-    def hashes(files: Iterable[Path]) -> dict[str, str]:
-        return {f"{f.parent.name}/{f.name}": content_hash(f, cache_dir) for f in sorted(files)}
+    def hashes(part: str, files: Iterable[Path]) -> dict[str, str]:
+        above = 1 if part == "eval" else 0  # a task's files lie in a folder of its name
+        names = {"/".join(f.parts[-1 - above :]): f for f in files}
+        return {name: content_hash(file, cache_dir) for name, file in sorted(names.items())}
 
-    content = {part: hashes(files) for part, files in found.items() if files}
+    content = {part: hashes(part, files) for part, files in found.items() if files}
     return replace(config, resolved={**config.resolved, "content": content}) if content else config

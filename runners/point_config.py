@@ -312,6 +312,8 @@ NOT_IN_FINGERPRINT = frozenset(
     "max_memory hardware plan".split()
 )
 """Top-level keys of the config that say where or how loudly, never what is computed."""
+LOCAL_NAMES = ("name", "path", "dir", "data_dir")
+"""Of a section whose local files are hashed."""
 FINGERPRINT_DIGITS = 16
 
 
@@ -520,6 +522,10 @@ def fingerprint(config: Mapping[str, Any]) -> str:
     do not count.
     """
     kept = {key: value for key, value in config.items() if key not in NOT_IN_FINGERPRINT}
+    for part in config.get("content", ()):  # what is local is named by its files, not by a path
+        kept[part] = {k: v for k, v in kept[part].items() if k not in LOCAL_NAMES}
+        if part == "model":
+            kept.pop("base_model", None)
     text = json.dumps(_same_numbers(redact(kept)), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:FINGERPRINT_DIGITS]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -47,3 +48,14 @@ def test_another_content_under_the_same_path_is_another_point(folders, name):
 def test_a_point_without_local_files_keeps_its_name():
     config = PointConfig.parse(compose_tiny())
     assert with_content(config).fingerprint == config.fingerprint
+
+
+def test_a_folder_under_another_name_is_the_same_point(tmp_path):
+    """A path is no part of what is computed."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "train.jsonl").write_text('{"text": "some text"}\n')
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    dirs = (tmp_path / "a", tmp_path / "b", tmp_path / "b" / ".." / "a")
+    words = [("data=files", f"data.dir={d}", f"cache_dir={tmp_path / 'cache'}") for d in dirs]
+    configs = [PointConfig.parse(compose_tiny(*own)) for own in words]
+    assert len({with_content(config).fingerprint for config in configs}) == 1
