@@ -11,15 +11,12 @@ from pathlib import Path
 if __name__ == "__main__":  # run the code of this clone, whichever clone's environment it is
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from functools import partial
-
 import pandas as pd
-from matplotlib.axes import Axes
 
 from analysis.cli import run
 from analysis.drawing import style, tables
-from analysis.drawing.style import Looks
 from analysis.frames import DENSE, Store
+from analysis.tradeoff import draw, measure_panels
 from analysis.view import Panel, View
 
 
@@ -36,21 +33,8 @@ def rows(store: Store) -> pd.DataFrame:
 
 def panels(part: pd.DataFrame) -> list[Panel]:
     """Draw log perplexity over KV bytes, a panel a text; less memory to the right."""
-    texts = part.groupby("shown")
-    return [Panel(f"{text} over kept KV bytes", partial(draw, own)) for text, own in texts]
-
-
-def draw(chosen: pd.DataFrame, panel: Axes, looks: Looks) -> None:
-    """Draw the curves of one text."""
-    panel.axhline(float(chosen["dense"].mean()), **style.DASHED, label=DENSE)
-    for line, points in chosen.groupby("line"):
-        ordered = points.sort_values("sparsity_target")
-        panel.plot(ordered["kv_bytes_ratio"], ordered["value"], label=str(line), **looks[str(line)])
-    panel.set_yscale("log")
-    if not panel.xaxis_inverted():  # panels above may share the axis
-        panel.invert_xaxis()
-    panel.set_xlabel("KV bytes (routed / dense)")
-    panel.set_ylabel(chosen["shown"].iloc[0])
+    cost = {"kv_bytes_ratio": "KV bytes (routed / dense)"}
+    return measure_panels(part, cost, draw, "{measure} over {cost}")
 
 
 def table(part: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -29,8 +29,6 @@ from analysis.view import View
 
 SEEDS_NEEDED = 3
 """With two, a spread that happens to be small passes for none in 7 % of equal pairs."""
-BOOTSTRAP_SAMPLES = 10_000
-DRAWN_AT_ONCE = 500
 
 
 def compare(items: pd.DataFrame) -> pd.DataFrame:
@@ -114,7 +112,7 @@ def paired(
     Args:
         a, b: [..., items, seeds], sums over an item; NaN for an item that a seed does not have.
             One seed has no spread, as the dense model.
-        weights: [items]; a mean is the sum of the values over that of the weights.
+        weights: [..., items]; a mean is the sum of the values over that of the weights.
         seeds: bool [...], False leaves the spread of seeds out: whether these very models differ.
 
     Returns:
@@ -171,7 +169,7 @@ def holm(p: np.ndarray) -> np.ndarray:
 
 
 def with_bands(averaged: pd.DataFrame, items: pd.DataFrame) -> pd.DataFrame:
-    """Put `band_low` and `band_high` beside each row: 95 % bootstrap intervals over its items.
+    """Put `band_low` and `band_high` beside each row: its 95 % interval over items.
 
     The values of an item are averaged over seeds before; rows without items have no band.
     """
@@ -181,39 +179,14 @@ def with_bands(averaged: pd.DataFrame, items: pd.DataFrame) -> pd.DataFrame:
     for (measure, name), part in items.groupby(["measure", "name"]):
         means = part.groupby([*POINT, "item"])[["value", "weight"]].mean()
         wide: Any = means.unstack("item")
-        ends = pd.DataFrame(index=wide.index, columns=["band_low", "band_high"], dtype=float)
-        values, weights = wide["value"].to_numpy(), wide["weight"].to_numpy()
-        alike: dict[bytes, list[int]] = {}  # rows with the same items are drawn together
-        for place, row in enumerate(weights):
-            alike.setdefault(row.tobytes(), []).append(place)
-        for places in alike.values():
-            answered = ~np.isnan(weights[places[0]])
-            both = intervals(values[places][:, answered].T, weights[places[0]][answered])
-            ends.iloc[places] = np.exp(both) if measure == "perplexity" else both
-        parts.append(ends.reset_index().assign(measure=str(measure), name=str(name)))
+        values, weights = (wide[column].to_numpy() for column in ("value", "weight"))
+        alone = values[..., None], np.zeros_like(values)[..., None], np.nan_to_num(weights)
+        _, mean, _, _, half, _ = paired(*alone, seeds=False)
+        ends = np.column_stack([mean - half, mean + half])
+        ends = np.exp(ends) if measure == "perplexity" else ends
+        band = pd.DataFrame(ends, index=wide.index, columns=["band_low", "band_high"])
+        parts.append(band.reset_index().assign(measure=str(measure), name=str(name)))
     return averaged.merge(pd.concat(parts), on=[*POINT, "measure", "name"], how="left")
-
-
-def intervals(sums: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Ends of the 95 % percentile interval of each column's weighted mean, [columns, 2].
-
-    Items are drawn with replacement, the same for every column. How often each is drawn times the
-    items, a part of the samples at once: one product instead of a gather per column.
-
-    Args:
-        sums: [items, columns]; the mean of a column is its sum over the sum of weights.
-        weights: [items].
-    """
-    n, generator = len(sums), np.random.default_rng(0)
-    together = np.column_stack([weights, sums])
-    offsets = np.arange(DRAWN_AT_ONCE)[:, None] * n
-    means = []
-    for _ in range(0, BOOTSTRAP_SAMPLES, DRAWN_AT_ONCE):
-        draws = generator.integers(0, n, size=(DRAWN_AT_ONCE, n))
-        counts = np.bincount((draws + offsets).ravel(), minlength=DRAWN_AT_ONCE * n)
-        drawn = counts.reshape(DRAWN_AT_ONCE, n).astype(float) @ together
-        means.append(drawn[:, 1:] / drawn[:, :1])
-    return np.percentile(np.concatenate(means), [2.5, 97.5], axis=0).T
 
 
 def table(part: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:

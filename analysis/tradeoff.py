@@ -93,7 +93,9 @@ def draw(chosen: pd.DataFrame, cost: str, panel: Axes, looks: Looks) -> None:
         panel.errorbar(
             ordered[cost], ordered["value"], yerr=error, label=str(line), elinewidth=0.8, **look
         )
-    if cost == "flops_ratio" and not panel.xaxis_inverted():  # panels above may share the axis
+    if (
+        cost != "sparsity_realised" and not panel.xaxis_inverted()
+    ):  # panels above may share the axis
         panel.invert_xaxis()
 
 

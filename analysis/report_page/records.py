@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pandas as pd
@@ -24,6 +23,8 @@ def records_of(store: Store, points: pd.DataFrame) -> dict[str, Any]:
     shared = dict(configs[0]) if configs else {}
     for config in configs[1:]:
         shared = {k: v for k, v in shared.items() if k in config and config[k] == v}
+    rows = store.measures
+    measured = dict(iter(rows.groupby("fingerprint"))) if len(rows) else {}
     entries = []
     for point in cast("Any", ordered.itertuples()):
         record, config = by_name[point.fingerprint], store.configs[point.fingerprint]
@@ -31,7 +32,7 @@ def records_of(store: Store, points: pd.DataFrame) -> dict[str, Any]:
             {
                 "fingerprint": point.fingerprint,
                 "title": title(point),
-                "figures": _figures(record),
+                "figures": _figures(point, measured.get(point.fingerprint)),
                 "commands": commands(record, config, store.results_dir),
                 "differs": [(k, show(v)) for k, v in config.items() if k not in shared],
                 "made_with": _made_with(record),
@@ -45,16 +46,11 @@ def title(point: Any) -> str:
     return f"{point.line}, target {point.sparsity_target:g}, seed {point.seed}"
 
 
-def _figures(record: Record) -> list[str]:
-    figures = [f"realised {record['sparsity_realised']:.3f}", f"FLOPs {record['flops_ratio']:.3f}"]
-    for measure in ("perplexity", "accuracy"):
-        for name, entry in record[measure].items():
-            spread = entry.get("stderr") or float("nan")
-            ends = {"low": entry["value"] - spread, "high": entry["value"] + spread}
-            shown = tables.figure(SimpleNamespace(measure=measure, **{**ends, **entry}))
-            digits = 2 if measure == "perplexity" else 3
-            metric = entry.get("metric") or measure
-            figures.append(f"{name} {metric} {shown} (dense {entry['dense']:.{digits}f})")
+def _figures(point: Any, measured: Any) -> list[str]:
+    figures = [f"realised {point.sparsity_realised:.3f}", f"FLOPs {point.flops_ratio:.3f}"]
+    for row in measured.itertuples() if measured is not None else ():
+        dense = f"{row.dense:.{2 if row.measure == 'perplexity' else 3}f}"
+        figures.append(f"{row.shown} {tables.figure(row)} (dense {dense})")
     return figures
 
 

@@ -13,7 +13,7 @@ from scipy import stats
 
 from analysis.cli import Paths, write
 from analysis.frames import AnalysisError, Store
-from analysis.significance import VIEW, compare, holm, intervals, mcnemar, paired, with_bands
+from analysis.significance import VIEW, compare, holm, mcnemar, paired, with_bands
 from analysis.tradeoff import VIEW as TRADEOFF
 from analysis.tradeoff import rows
 from tests.analysis.store import write_point
@@ -30,13 +30,6 @@ def test_mcnemar_is_the_binomial_tail():
     assert mcnemar(a, b) == pytest.approx(2 * tail)
     assert mcnemar(a, b) == mcnemar(b, a)
     assert mcnemar(a, a) == 1.0
-
-
-def test_bootstrap_agrees_with_the_normal_interval():
-    values = np.random.default_rng(1).normal(0.1, 1.0, (800, 1))
-    half = 1.96 * values.std(ddof=1) / 800**0.5
-    (found,) = intervals(values, np.ones(800))
-    assert found == pytest.approx((values.mean() - half, values.mean() + half), abs=0.01)
 
 
 def test_one_seed_is_the_paired_t_test():
@@ -234,16 +227,16 @@ def test_tables_are_written(store):
     assert "seeds and items" in text and "*" in text
 
 
-def test_bands_are_bootstrap_intervals_of_the_items(store):
+def test_bands_are_intervals_over_the_items(store):
     whole = Store(store)
     found = with_bands(whole.averaged, whole.items).set_index(["method", "measure"])
     assert len(found) == len(whole.averaged)
     items = whole.items
     text = found.loc[("informed", "perplexity")]
     own = items[(items.method == "informed") & (items.name == "sotu")].groupby("item").value.mean()
-    half = 1.96 * own.std() / len(own) ** 0.5
+    half = stats.t.ppf(0.975, len(own) - 1) * own.std() / len(own) ** 0.5
     ends = np.exp([(own.mean() - half) / 100, (own.mean() + half) / 100])
-    assert (text.band_low, text.band_high) == pytest.approx(tuple(ends), abs=0.05)
+    assert (text.band_low, text.band_high) == pytest.approx(tuple(ends))
 
 
 def test_curves_carry_bands(store):
