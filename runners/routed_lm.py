@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from lm_eval.api.registry import register_model
 
-from methods.engine.checkpoint import BadCheckpoint, from_pretrained
+from methods.engine.checkpoint import BadCheckpoint, from_pretrained, hash_model
 from methods.engine.routed import routed
 from runners.base_model import device_map as places
 from runners.base_model.load import Base, load_base
@@ -41,7 +41,6 @@ from runners.point_config import (
     saved_model,
 )
 from runners.runtime.processes import world_size
-from runners.store.provenance import hash_model
 from runners.store.stage_cache import content_key
 from runners.training.probe import ModelProbe
 
@@ -109,7 +108,7 @@ class RoutedLM(HarnessModel):
             raise UserError("a saved routed model is evaluated in one process: start no launcher")
         base, settings = base_of(own), read_saved(Path(pretrained))
         try:
-            method = from_pretrained(pretrained, base.model)
+            method = from_pretrained(pretrained, base.model, check_weights=False)
         except BadCheckpoint as error:
             raise UserError(str(error)) from error
         if own.sparsity is not None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from methods.base import LoraSpec, Method
+from methods.engine.decoder.offload import stored
 from methods.engine.lora import LoraFactors, attach_lora, describe
 from methods.engine.routed import attach
 
@@ -60,15 +62,32 @@ def save_pretrained(
     return folder
 
 
-def from_pretrained(folder: Path | str, model: PreTrainedModel) -> Method:
+def from_pretrained(
+    folder: Path | str,
+    model: PreTrainedModel,
+    *,
+    allow: Sequence[str] = (),
+    check_weights: bool = True,
+) -> Method:
     """Build the saved method for `model` and load its tensors strictly.
 
+    Args:
+        allow: packages beside `methods` whose classes may be built: loading one runs its code.
+        check_weights: False takes a model with other weights, or another dtype, than the method
+            was trained on.
+
     Raises:
-        BadCheckpoint: missing or foreign files, a class outside `methods`, other tensor names
-            or shapes than this model's.
+        BadCheckpoint: missing or foreign files, a class outside `methods` and `allow`, other
+            weights, tensor names or shapes than this model's.
     """
     settings = read_settings(folder)
-    method = _build(settings["target"], settings["options"])
+    trained_on = settings["base"].get("weights_sha256") if check_weights else None
+    if trained_on is not None and trained_on != (found := hash_model(model)):
+        raise BadCheckpoint(
+            f"{folder} was trained on weights {trained_on[:12]} (or another dtype), not on these, "
+            f"{found[:12]}; check_weights=False loads it all the same"
+        )
+    method = _build(settings["target"], settings["options"], allow)
     attach(model, method)
     restore(method, folder, model)
     return method.eval()
@@ -163,23 +182,49 @@ def read_settings(folder: Path | str) -> dict[str, Any]:
     found = settings.get("format") if isinstance(settings, dict) else None
     if found != FORMAT:
         raise BadCheckpoint(f"{path} has format {found}, expected {FORMAT}")
-    if not (isinstance(settings.get("target"), str) and isinstance(settings.get("options"), dict)):
+    kinds = {"target": str, "options": dict, "base": dict}
+    if not all(isinstance(settings.get(name), kind) for name, kind in kinds.items()):
         raise BadCheckpoint(f"{path} does not say which method to build")
     return settings
 
 
-def _build(target: str, options: dict[str, Any]) -> Method:
-    """Only classes of this package are built from a file: a foreign JSON must not import code."""
+def _build(target: str, options: dict[str, Any], allow: Sequence[str]) -> Method:
+    """Build a method of this package or an allowed one: a foreign JSON must not import code."""
     module, _, name = target.rpartition(".")
-    if not module.startswith("methods.") or module.startswith("methods.engine"):
-        raise BadCheckpoint(f"{target!r} is not a method of this package")
+    ours = module.startswith("methods.") and not module.startswith("methods.engine")
+    if not (ours or any(f"{module}.".startswith(f"{package}.") for package in allow)):
+        package = target.partition(".")[0]
+        raise BadCheckpoint(
+            f"{target!r} is not a method of this package; allow={package} loads what you trust"
+        )
     try:
         cls = getattr(importlib.import_module(module), name, None)
-    except ModuleNotFoundError as error:
-        raise BadCheckpoint(f"{target!r} is not a method of this package") from error
-    if not (isinstance(cls, type) and issubclass(cls, Method)):
-        raise BadCheckpoint(f"{target!r} is not a method of this package")
-    try:
+        if not (isinstance(cls, type) and issubclass(cls, Method)):
+            raise BadCheckpoint(f"{target!r} is not a method")
         return cls(**options)
+    except ModuleNotFoundError as error:
+        raise BadCheckpoint(f"{target!r} cannot be imported: {error}") from error
     except (TypeError, ValueError) as error:
+        if isinstance(error, BadCheckpoint):
+            raise
         raise BadCheckpoint(f"{target} cannot be built with the saved options: {error}") from error
+
+
+def hash_model(model: nn.Module) -> str:
+    """sha256 over name, shape, dtype and bytes of every parameter and buffer, in name order.
+
+    Tied weights count once. Tensors are read one at a time, so a model on an accelerator, or one
+    whose weights are offloaded, needs host memory for its largest tensor only. Where the weights
+    lie does not count.
+    """
+    digest = hashlib.sha256()
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, source in getattr(model, "all_tied_weights_keys", {}).items():
+        if source in tensors:  # offloaded, the two are no longer one object
+            tensors.pop(name, None)
+    for name in sorted(tensors):
+        tensor = stored(model, name, tensors[name])
+        digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
+        flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+        digest.update(memoryview(flat.view(torch.uint8).numpy()))  # type: ignore[arg-type]
+    return digest.hexdigest()

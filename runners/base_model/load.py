@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from methods.base import Budget, StageBudget
+from methods.engine.checkpoint import hash_model
 from methods.engine.decoder.families import UnsupportedModel, require_family
 from runners.base_model import device_map
 from runners.base_model import fsdp as sharded
@@ -26,7 +27,6 @@ from runners.base_model.synthetic import random_model, tiny_model
 from runners.errors import UserError
 from runners.point_config import BudgetConfig, ModelConfig, PlacementConfig
 from runners.store.files import cache_root
-from runners.store.provenance import hash_model
 from runners.store.stage_cache import content_key
 
 

@@ -52,9 +52,11 @@ def record_routing(config: PointConfig) -> Path:
     assert saved is not None and asked is not None
     base = load_base(config.model, config.placement, config.seed, config.store.cache_dir)
     try:
-        method = from_pretrained(saved.saved, base.model)
+        method = from_pretrained(saved.saved, base.model, check_weights=False)
     except BadCheckpoint as error:
         raise UserError(str(error)) from error
+    if saved.trained_on_sha256 != base.weights_hash:
+        log.warning("%s was trained on other weights (or another dtype) than these", saved.saved)
     if not method.sites():
         raise UserError(f"saved={saved.saved} routes nowhere: there is nothing to inspect")
     documents = stream_documents(config.data, "test")

@@ -16,9 +16,7 @@ from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from torch import nn
 
-from methods.engine.decoder.offload import stored
 from runners.runtime.processes import world_size
 from runners.store.redact import REDACTED, is_secret, redact_text
 
@@ -110,26 +108,6 @@ def device_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def hash_model(model: nn.Module) -> str:
-    """sha256 over name, shape, dtype and bytes of every parameter and buffer, in name order.
-
-    Tied weights count once. Tensors are read one at a time, so a model on an accelerator, or one
-    whose weights are offloaded, needs host memory for its largest tensor only. Where the weights
-    lie does not count.
-    """
-    digest = hashlib.sha256()
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name, source in getattr(model, "all_tied_weights_keys", {}).items():
-        if source in tensors:  # offloaded, the two are no longer one object
-            tensors.pop(name, None)
-    for name in sorted(tensors):
-        tensor = stored(model, name, tensors[name])
-        digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
-        flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-        digest.update(memoryview(flat.view(torch.uint8).numpy()))  # type: ignore[arg-type]
-    return digest.hexdigest()
 
 
 def stage_version(module: str, file: Path, root: Path = REPOSITORY) -> str:

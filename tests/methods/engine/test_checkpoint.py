@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import types
 
 import pytest
 import torch
@@ -14,11 +16,13 @@ from methods.engine.checkpoint import (
     TENSORS,
     BadCheckpoint,
     from_pretrained,
+    hash_model,
     load_tensors,
     save_pretrained,
 )
 from methods.engine.routed import attach, routed
 from methods.informed import Informed
+from methods.random import Random
 from tests.methods.conftest import small_ids, small_model
 
 OPTIONS = {"sparsity": 0.5, "rank": 4, "router": {"kind": "mlp", "width": 6}}
@@ -157,3 +161,34 @@ def test_a_refused_file_leaves_the_method_alone(saved):
     with pytest.raises(BadCheckpoint):
         load_tensors(method, load_file(folder / TENSORS), folder / TENSORS)
     assert all(torch.equal(method.state_dict()[name], value) for name, value in before.items())
+
+
+def mine(monkeypatch):
+    """A package of somebody else's, with a method."""
+    package = types.ModuleType("mine.router")
+    package.Mine = type("Mine", (Random,), {"__module__": "mine.router"})
+    monkeypatch.setitem(sys.modules, "mine", types.ModuleType("mine"))
+    monkeypatch.setitem(sys.modules, "mine.router", package)
+    return package.Mine(sparsity=0.5)
+
+
+def test_a_method_of_another_package_has_to_be_allowed(tmp_path, monkeypatch):
+    model, method = small_model(), mine(monkeypatch)
+    attach(model, method)
+    options = {"sparsity": 0.5}
+    save_pretrained(method, tmp_path, target="mine.router.Mine", options=options, base={})
+    for allow in ((), ("min",), ("mine.other",)):
+        with pytest.raises(BadCheckpoint, match="allow=mine loads what you trust"):
+            from_pretrained(tmp_path, model, allow=allow)
+    assert type(from_pretrained(tmp_path, model, allow=("mine",))) is type(method)
+
+
+def test_other_weights_are_refused(saved):
+    model, method, folder = saved
+    base = {"weights_sha256": hash_model(model)}
+    save_pretrained(method, folder, target="methods.informed.Informed", options=OPTIONS, base=base)
+    assert from_pretrained(folder, model) is not None
+    other = small_model().bfloat16()
+    with pytest.raises(BadCheckpoint, match="was trained on weights"):
+        from_pretrained(folder, other)
+    assert from_pretrained(folder, other, check_weights=False) is not None

@@ -9,11 +9,11 @@ import subprocess
 import pytest
 import torch
 
+from methods.engine.checkpoint import hash_model
 from runners.base_model.synthetic import tiny_model
 from runners.store.provenance import (
     code_version,
     git_state,
-    hash_model,
     provenance,
     stage_version,
 )

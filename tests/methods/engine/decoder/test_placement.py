@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from methods.base import Method, Site
+from methods.engine.checkpoint import hash_model
 from methods.engine.decoder import swap
 from methods.engine.decoder.families import FAMILIES
 from methods.engine.decoder.offload import OnDemand, offloaded_in, offloading
@@ -20,7 +21,6 @@ from methods.engine.routed import routed
 from methods.engine.routing import routing_of
 from runners.point import build_method
 from runners.point_config import PointConfig
-from runners.store.provenance import hash_model
 from tests.methods.conftest import METHODS, method_config, small_ids, small_model
 from tests.methods.engine.scripted import Scripted, all_sites, random_maps
 
