@@ -15,9 +15,8 @@ from torch.nn import functional
 
 from methods.base import LinearUnit, SwiGLU
 from methods.engine.ops.linear import estimate
-from methods.engine.ops.norm import called, normed
 from methods.engine.ops.rotary import Angles, rotate
-from methods.engine.ops.rows import Rows, bypassed_index, executed_rows, put, take
+from methods.engine.ops.rows import Rows, take
 
 CHUNK_ROWS = 512
 ALIGNED_ROWS = 16
@@ -30,8 +29,21 @@ class RowOps:
     compiled = False
 
     def norm(self, module: Any, x: Tensor) -> Tensor:
-        """The norm of a layer on [..., D]."""
-        return normed(module, x)
+        """The norm of a layer on [..., D], equal to its module to float tolerance.
+
+        In float32 without gradient, root mean square norms (Zhang and Sennrich, arXiv 1910.07467)
+        skip the intermediates of the module: on a CPU it writes the activations five times where
+        two do, and for one token it takes six operations where three do.
+        """
+        if not is_plain_rms(module, x):
+            return MODULES.norm(module, x)
+        if x.device.type == "cpu" and x.numel() == x.shape[-1]:
+            flat = x.reshape(-1)
+            mean_square = float(torch.dot(flat, flat)) / len(flat)
+            return (x * module.weight).mul_((mean_square + module.variance_epsilon) ** -0.5)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = length.square_().div_(x.shape[-1]).add_(module.variance_epsilon).rsqrt_()
+        return (x * scale).mul_(module.weight)
 
     def scores(self, x_BTD: Tensor, score_D: Tensor, offset: Tensor) -> Tensor:
         """x @ score + offset, float32 [B, T]; `offset` is 0-dim."""
@@ -95,11 +107,14 @@ class RowOps:
         return rotated if out is None else out.copy_(rotated)
 
     def split(self, execute_BT: Tensor, valid_BT: Tensor) -> tuple[Rows, Tensor]:
-        """Executed tokens, and the places b * T + t of bypassed ones, int64."""
-        rows = executed_rows(execute_BT)
+        """Executed tokens, and the places b * T + t of real ones that are bypassed, int64."""
+        batch, tokens = execute_BT.shape
+        index_N = execute_BT.flatten().nonzero().squeeze(1)
+        counts = [len(index_N)] if batch == 1 else execute_BT.sum(1).tolist()
+        rows = Rows(index_N, counts, tokens)
         if rows.number == execute_BT.numel():
-            return rows, rows.index_N[:0]
-        return rows, bypassed_index(execute_BT, valid_BT)
+            return rows, index_N[:0]
+        return rows, (valid_BT & ~execute_BT).flatten().nonzero().squeeze(1)
 
     def output_buffer(self, residual_BTD: Tensor, filled: bool) -> Tensor:
         """Where the next residual stream is made, before `add` and `forecast`.
@@ -113,7 +128,8 @@ class RowOps:
         self, residual_BTD: Tensor, into_BTD: Tensor, index_N: Tensor, delta_ND: Tensor
     ) -> None:
         """into[index] = residual[index] + delta; `into` is an `output_buffer` or the residual."""
-        put(into_BTD, index_N, delta_ND)
+        delta_ND = delta_ND.to(into_BTD.dtype)
+        into_BTD.view(-1, into_BTD.shape[-1]).index_add_(0, index_N, delta_ND)
 
     def attend(
         self, query_NHd: Tensor, key_KSd: Tensor, value_KSd: Tensor, last_N: Tensor, scale: float
@@ -138,6 +154,13 @@ class RowOps:
             self.add(residual_BTD, into_BTD, index_N, found)
 
 
+def is_plain_rms(norm: Any, x: Tensor) -> bool:
+    """True for x / rms(x) * weight in float32, by the attributes that the known families use."""
+    if x.dtype != torch.float32 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon")
+
+
 def _aligned(rows: int) -> int:
     return -(-rows // ALIGNED_ROWS) * ALIGNED_ROWS
 
@@ -147,7 +170,8 @@ class ModuleOps(RowOps):
 
     def norm(self, module: Any, x: Tensor) -> Tensor:
         """The module's own output, on [..., D]."""
-        return called(module, x)
+        out: Tensor = module(x)
+        return out
 
 
 MODULES = ModuleOps()

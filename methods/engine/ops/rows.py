@@ -35,31 +35,6 @@ class Rows:
         ]
 
 
-def executed_rows(execute_BT: Tensor) -> Rows:
-    """Rows of a bool mask; one transfer to the host, for the counts."""
-    batch, tokens = execute_BT.shape
-    index = execute_BT.flatten().nonzero().squeeze(1)
-    counts = [len(index)] if batch == 1 else execute_BT.sum(1).tolist()
-    return Rows(index, counts, tokens)
-
-
 def take(values_BTD: Tensor, index_N: Tensor) -> Tensor:
     """[B, T, D] -> [N, D]."""
     return values_BTD.flatten(0, 1).index_select(0, index_N)
-
-
-def put(residual_BTD: Tensor, index_N: Tensor, delta_ND: Tensor) -> None:
-    """Add each row's delta to its token, in place."""
-    residual_BTD.view(-1, residual_BTD.shape[-1]).index_add_(
-        0, index_N, delta_ND.to(residual_BTD.dtype)
-    )
-
-
-def bypassed_index(execute_BT: Tensor, valid_BT: Tensor) -> Tensor:
-    """Places in the flattened batch of real tokens that are not executed, int64 [M]."""
-    return (valid_BT & ~execute_BT).flatten().nonzero().squeeze(1)
-
-
-def rank_BT(execute_BT: Tensor) -> Tensor:
-    """int64: executed tokens of the sequence up to and including each token."""
-    return execute_BT.long().cumsum(1)

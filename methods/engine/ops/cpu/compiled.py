@@ -10,9 +10,8 @@ from torch import Tensor
 
 from methods.base import LinearUnit, SwiGLU
 from methods.engine.ops.cpu.build import MAX_HEAD, MAX_RANK, PANEL, library
-from methods.engine.ops.norm import is_plain_rms
 from methods.engine.ops.rotary import Angles
-from methods.engine.ops.row_ops import RowOps
+from methods.engine.ops.row_ops import RowOps, is_plain_rms
 from methods.engine.ops.rows import Rows
 
 LANES = 16
