@@ -47,17 +47,20 @@ class Passes:
         if soft and len(parts) > 1:
             # a penalty may bend in the execute rate: its gradient is that at the rate of the whole
             # step, which a forward of the same draws finds out first
-            draws = RandomState.take(parts[0].device)
-            with torch.no_grad():
-                views = [self._view(stage, part, anneal, target, rates=True) for part in parts]
+            draws, views = RandomState.take(parts[0].device), []
+            for part in parts:
+                with torch.no_grad():
+                    views.append(self._view(stage, part, anneal, target, rates=True))
+                if not _reads_rates(stage, views[0]):
+                    break
             draws.put(parts[0].device)
-            rates = _step_rates(shares, views)
+            rates = _step_rates(shares, views) if len(views) == len(parts) else None
         for part, share in zip(parts, shares, strict=True):
             if stage.forward == "dense":
                 yield self._dense_loss(stage, part), torch.ones((), device=part.device), share
                 continue
             view = self._view(stage, part, anneal, target)
-            if soft and rates is None and is_distributed():
+            if soft and len(parts) == 1 and is_distributed():
                 rates = _step_rates(shares, [view])
             if rates is not None:
                 view = _with_rates(view, rates)
@@ -138,6 +141,15 @@ def counted_view(routing: Routing, task_loss: Tensor, target: float) -> RoutedVi
     }
     rate = torch.tensor(1.0 - usage.sparsity(), device=task_loss.device)
     return RoutedView(task_loss, rate, rates, torch.zeros_like(rate), target)
+
+
+def _reads_rates(stage: Stage, view: RoutedView) -> bool:
+    """Whether a stage's loss depends on execute rates, seen on a view without gradient."""
+    mark = torch.zeros((), device=view.execute_rate.device, requires_grad=True)
+    sites = {site: rate + mark for site, rate in view.site_rates.items()}
+    marked = replace(view, execute_rate=view.execute_rate + mark, site_rates=sites)
+    with torch.enable_grad():
+        return stage.loss(marked).requires_grad  # type: ignore[misc, arg-type]
 
 
 Rates = dict[Site | None, Tensor]

@@ -109,6 +109,18 @@ def test_accumulation_is_one_big_batch_where_a_penalty_bends(tiny_llama, parts):
     assert not torch.allclose(found[0], start, atol=1e-3)
 
 
+@pytest.mark.parametrize(("penalised", "forwards"), [(False, 1 + 4), (True, 4 + 4)])
+def test_a_loss_without_rates_is_not_paid_for_twice(tiny_llama, penalised, forwards):
+    seen = []
+    tiny_llama.model.register_forward_hook(lambda *_: seen.append(1))
+
+    def loss(view):
+        return view.task_loss + (view.execute_rate - 1).square() if penalised else view.task_loss
+
+    train(tiny_llama, budget=StageBudget(1, 2, 16, accumulate=4), loss=loss, sparsity=0.0)
+    assert len(seen) == forwards
+
+
 def spy_optimiser(monkeypatch):
     """Gradient norm and learning rate as each optimiser step sees them."""
     seen = []
