@@ -23,13 +23,13 @@ from runners.store.summary import drift
 from analysis import frames, speedup
 from analysis.cli import AnalysisError, Paths
 from methods.base import Stage
-from methods.engine.decoder.placement import settle
+from methods.engine.decoder.placement import place_on_devices
 from runners import job, point
 from runners.base_model import device_map
 from runners.base_model.synthetic import tiny_model
 from runners.corpus.source import _hub_split, check_source
 from runners.errors import UserError
-from runners.launching import command_line
+from runners.launching import command_line, points
 from runners.point_config import DataConfig, PlacementConfig, PointConfig
 from runners.runtime import workers
 from runners.runtime.signals import Interrupted
@@ -160,7 +160,7 @@ def shared_module(scene: Scene) -> None:
     devices = [torch.device("cpu"), torch.device("meta")] * 2
     scene.patch.setattr("methods.engine.decoder.placement.placed", lambda model: True)
     scene.patch.setattr("methods.engine.decoder.placement.layer_devices", lambda model: devices)
-    settle(model, method)
+    place_on_devices(model, method)
 
 
 def several_gpus(scene: Scene) -> None:
@@ -184,7 +184,7 @@ def no_key(scene: Scene) -> None:
 
 
 def no_launcher(scene: Scene) -> None:
-    scene.patch.setattr(command_line, "find_spec", lambda name: None)
+    scene.patch.setattr(points, "find_spec", lambda name: None)
     command("hydra/launcher=joblib", "-m")(scene)
 
 
@@ -262,7 +262,7 @@ REALISED = {
 TWO_ROWS = tuple(f"budget.{stage}.batch_size=2" for stage in ("routers", "lora"))
 SMALL = ("budget.seq_len=4", "eval.tasks=[]")
 CASES: dict[str, Provoke] = {
-    "unknown method": command("method=nope"),
+    "unknown method": command("method=informd"),
     "unknown model": command("model=nope"),
     "unknown option": command("+sparcity=0.3"),
     "... must be one of": command("mode=fast"),
