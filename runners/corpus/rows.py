@@ -39,26 +39,19 @@ class ProbeText:
     sensitivity: Tensor
 
 
+@dataclass(frozen=True)
 class Texts:
-    """Cuts documents into rows, deterministically from the seed.
+    """Cuts documents into rows, deterministically from the seed."""
 
-    Args:
-        documents: by split; `train` and `calibration` are read, test text never.
-        seq_len: tokens per row of the training-free fits and the calibration.
-        fit_tokens: of train, read by the fits; stages train on the text after them, because a
-            forecaster errs less on the tokens that it was solved on.
-    """
-
-    def __init__(
-        self,
-        documents: Mapping[str, Sequence[Document]],
-        encode: Encode,
-        seq_len: int,
-        seed: int,
-        fit_tokens: int = 0,
-    ) -> None:
-        self.documents, self.encode = documents, encode
-        self.seq_len, self.seed, self.fit_tokens = seq_len, seed, fit_tokens
+    documents: Mapping[str, Sequence[Document]]
+    """By split; `train` and `calibration` are cut, test text never."""
+    encode: Encode
+    seq_len: int
+    """Tokens per row of the training-free fits and the calibration."""
+    seed: int
+    fit_tokens: int = 0
+    """Of train, read by the fits; stages train on the text after them, because a forecaster errs
+    less on the tokens that it was solved on."""
 
     def for_probe(self, budget: Budget) -> ProbeText:
         """Cut what the probe reads: fits and sensitivity from train, calibration from its own."""

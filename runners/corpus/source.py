@@ -284,8 +284,7 @@ def open_on_hub(path: str, config: str | None, **options: Any) -> Any:
     """Open a data set of the hub; nothing is downloaded that is not read, no script is run."""
     import datasets
 
-    options = {"streaming": True, "trust_remote_code": False, **options}
-    return datasets.load_dataset(path, config, **options)
+    return datasets.load_dataset(path, config, streaming=True, trust_remote_code=False, **options)
 
 
 @contextmanager

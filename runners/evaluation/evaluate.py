@@ -96,16 +96,14 @@ def evaluate(
     scope = contextlib.nullcontext() if method is None else routed(model, method, mode)  # type: ignore[arg-type]
     with scope:
         own = settings.perplexity
-        kept = documents[: own.documents_limit]
-        first = _perplexity(base, kept, own, own.tokens_per_document, seed, joined=False)
-        figures["perplexity"][name], items = first
-        figures["items"][name] = vars(items)
+        kept, tokens = documents[: own.documents_limit], own.tokens_per_document
+        entry, items = _perplexity(base, kept, own, tokens, seed, joined=False)
+        figures["perplexity"][name], figures["items"][name] = entry, vars(items)
         usage = _usage(model)
         for text, (entry, items) in _texts(settings, base, seed):
             figures["perplexity"][text] = entry | _realised_on(_usage(model))
             figures["items"][text] = vars(items)
-        tasks = _tasks(settings, base, documents, seed, cache_dir, samples_dir)
-        for task, scores in tasks:
+        for task, scores in _tasks(settings, base, documents, seed, cache_dir, samples_dir):
             figures[scores.measure][task] = scores.entry | _realised_on(_usage(model))
             figures["items"][task] = vars(scores.items)
     return {

@@ -87,16 +87,19 @@ def fetch(
             raise UserError(f"{wanted.path} has no record in split {wanted.split!r}")
         write_bytes_atomic(path, "".join(lines).encode())
         manifest[wanted.file] = {
-            "path": wanted.path,
-            "config_name": wanted.config_name,
-            "split": wanted.split,
+            **{key: getattr(wanted, key) for key in ("path", "config_name", "split")},
             "requested_revision": wanted.revision,
             "revision": revision,
             "records": len(lines),
             "sha256": sha256_of(path),
         }
         log.info("%s: %d records of %s", wanted.file, len(lines), wanted.path)
-        _write_manifest(folder, manifest)
+        about = {
+            "fetched": datetime.now(UTC).isoformat(timespec="seconds"),
+            "packages": {name: metadata.version(name) for name in ("datasets", "lm_eval")},
+        }
+        files = dict(sorted(manifest.items()))
+        write_json_atomic(folder / MANIFEST, {**about, "files": files})
     return folder / MANIFEST
 
 
@@ -156,11 +159,3 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError):
         return {}
     return files
-
-
-def _write_manifest(folder: Path, files: Mapping[str, Any]) -> None:
-    about = {
-        "fetched": datetime.now(UTC).isoformat(timespec="seconds"),
-        "packages": {name: metadata.version(name) for name in ("datasets", "lm_eval")},
-    }
-    write_json_atomic(folder / MANIFEST, {**about, "files": dict(sorted(files.items()))})

@@ -52,29 +52,23 @@ class Group:
         return separate > PAYS * shared
 
 
+@dataclass
 class SharedContexts:
-    """Scores (context, continuation) pairs, contexts shared where it pays.
+    """Scores (context, continuation) pairs, contexts shared where it pays."""
 
-    Args:
-        rows_per_pass: rows (context and one continuation) of a forward pass, where they are as
-            long as the longest one; of shorter ones as many as have the same number of tokens.
-        max_length: tokens that the model reads at most; a longer context is cut on the left.
-        softmax_dtype: of the log-probabilities; None for the logits' own.
-        apart: scores the pairs of these indices in separate rows.
-    """
+    model: PreTrainedModel
+    rows_per_pass: int
+    """Rows (context and one continuation) of a forward pass, where they are as long as the longest
+    one; of shorter ones as many as have the same number of tokens."""
+    max_length: int
+    """Tokens that the model reads at most; a longer context is cut on the left."""
+    softmax_dtype: torch.dtype | None
+    """Of the log-probabilities; None for the logits' own."""
+    apart: Callable[[list[int]], list[Answer]]
+    """Scores the pairs of these indices in separate rows."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        *,
-        rows_per_pass: int,
-        max_length: int,
-        softmax_dtype: torch.dtype | None,
-        apart: Callable[[list[int]], list[Answer]],
-    ) -> None:
-        self.model, self.rows_per_pass, self.apart = model, rows_per_pass, apart
-        self.max_length, self.softmax_dtype = max_length, softmax_dtype
-        self.fitting = Fitting(model)
+    def __post_init__(self) -> None:
+        self.fitting = Fitting(self.model)
 
     @torch.no_grad()
     def score(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Answer]:

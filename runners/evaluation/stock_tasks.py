@@ -130,9 +130,8 @@ def stock_task(name: str, num_fewshot: int | None) -> StockTask:
     shots = int((own if num_fewshot is None or own == 0 else num_fewshot) or 0)
     in_file = isinstance((config.get("fewshot_config") or {}).get("samples"), list)
     source = splits.get("fewshot_split", splits.get("training_split", evaluated))
-    return StockTask(
-        name, path, config, shots, evaluated, source if shots and not in_file else None
-    )
+    examples = source if shots and not in_file else None
+    return StockTask(name, path, config, shots, evaluated, examples)
 
 
 def missing_files(

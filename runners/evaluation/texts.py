@@ -44,22 +44,19 @@ def text_file(name: str, data_dir: Path) -> Path:
 
 def missing_texts(names: Sequence[str], data_dir: Path) -> list[str]:
     """List files that are needed and absent; an absent optional text is left out of the record."""
-    files = {name: text_file(name, data_dir) for name in names}
-    return [
-        f"{name}/{file.name}"
-        for name, file in files.items()
-        if not file.is_file() and not describe_text(name)["optional"]
-    ]
+    needed = [text_file(name, data_dir) for name in names if not describe_text(name)["optional"]]
+    return [f"{file.parent.name}/{file.name}" for file in needed if not file.is_file()]
 
 
 def present_texts(names: Sequence[str], data_dir: Path | None) -> list[str]:
     """Leave out the optional texts that the data folder lacks, which the log names."""
     if data_dir is None:
         return list(names)
-    kept = [name for name in names if text_file(name, data_dir).is_file()]
-    for name in sorted(set(names) - set(kept)):
-        log.warning("no perplexity on %s: %s is not there", name, text_file(name, data_dir))
-    return kept
+    files = {name: text_file(name, data_dir) for name in names}
+    for name, file in files.items():
+        if not file.is_file():
+            log.warning("no perplexity on %s: %s is not there", name, file)
+    return [name for name, file in files.items() if file.is_file()]
 
 
 def load_text(name: str, data_dir: Path | None) -> list[Document]:
