@@ -27,7 +27,7 @@ def begins(model, *words):
     rows = lambda budget: token_rows(8, budget.seq_len, seed=4)  # noqa: E731
     loop = Loop(model, method, probe, rows, objective="lm", seed=0, on_start=on_start)
     method.fit(probe)
-    for stage in method.stages(build_budget(config)):
+    for stage in method.stages(build_budget(PointConfig.parse(config).budget)):
         loop.run(stage)
     return found
 
