@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.base import Budget, RouteContext, RoutedView, Site, Stage
-from methods.options import Count, LoraSpec, Natural, NonNegative, Positive, Sparsity, lora_spec
-from methods.parts.gates import gumbel_gate
+from methods.options import Count, LoraSpec, Natural, NonNegative, Positive, Sparsity, Training
 from methods.parts.penalties import token_rate_penalty
 from methods.parts.routed_method import RoutedMethod
 from methods.parts.routers import BottleneckRouter, PerSite
@@ -52,10 +51,17 @@ class DLLM(RoutedMethod):
         lora: LoraSpec | None = None,
     ) -> None:
         routers = PerSite(lambda shape: _router(shape.width, router_width or shape.width // 8))
-        super().__init__(sparsity=sparsity, routers=routers)
-        self.first_layer, self.reserved = first_layer, reserved
-        self.train_what, self.train_lr = train, train_lr
-        self.penalty_weight, self.lora = penalty_weight, lora_spec(lora)
+        training = Training(
+            lr=train_lr,
+            schedule="cosine",
+            warmup=0.2,
+            weight_decay=0.02,
+            betas=(0.9, 0.95),
+            tau_start=1.0,
+            penalty_weight=penalty_weight,
+        )
+        super().__init__(sparsity=sparsity, routers=routers, training=training, lora=lora)
+        self.first_layer, self.reserved, self.train_what = first_layer, reserved, train
 
     def sites(self) -> Sequence[Site]:
         assert self.shape is not None, "setup() comes first"
@@ -65,24 +71,9 @@ class DLLM(RoutedMethod):
         reserved_BT = ctx.positions_BT < self.reserved
         return self.routers(site, ctx.residual_BTD).masked_fill(reserved_BT, math.inf)
 
-    def gate(self, logits_BT: Tensor, ctx: RouteContext) -> Tensor:
-        return gumbel_gate(logits_BT, tau=1.0)
-
     def stages(self, budget: Budget) -> Iterable[Stage]:
-        if self.train_what == "none":
-            return
-        yield self.train_stage(
-            "train",
-            self._routed_loss,
-            [self.routers],
-            budget.routers,
-            lora=self.lora,
-            lr=self.train_lr,
-            schedule="cosine",
-            warmup=0.2,
-            weight_decay=0.02,
-            betas=(0.9, 0.95),
-        )
+        if self.train_what == "routers":
+            yield self.train_stage("train", [self.routers], budget.routers, lora=self.lora)
 
     def _routed_loss(self, view: RoutedView) -> Tensor:
         assert self.shape is not None and view.valid_BT is not None
@@ -92,7 +83,7 @@ class DLLM(RoutedMethod):
             view.valid_BT & (positions_BT >= self.reserved),
             view.sparsity,
             units=len(self.shape.units()),
-            weight=self.penalty_weight * math.sin(math.pi / 2 * view.anneal),
+            weight=self.training_options.penalty_weight * math.sin(math.pi / 2 * view.anneal),
         )
         return view.task_loss + penalty
 

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from torch import nn
 
 from methods.base import Budget, Site, Stage
-from methods.options import Count, Ge, NonNegative, Positive, Sparsity
+from methods.options import Count, Ge, NonNegative, Positive, Sparsity, Training
 from methods.parts.narrow_ffn import NarrowFFN
 from methods.parts.routers import BottleneckRouter, PerSite
 from methods.parts.trained_bypass import TrainedBypass
@@ -60,9 +60,11 @@ class FlexiDepth(TrainedBypass):
             ),
             output=output,
             depth_weight=depth_weight,
+            training=Training(
+                lr=train_lr, schedule="cosine", warmup=0.03, betas=(0.9, 0.95), hold=hold
+            ),
         )
         self.first_layer, self.train_what = first_layer, train
-        self.train_lr, self.hold = train_lr, hold
 
     def sites(self) -> Sequence[Site]:
         assert self.shape is not None, "setup() comes first"
@@ -71,20 +73,9 @@ class FlexiDepth(TrainedBypass):
         return [Site(layer, "block") for layer in range(first, layers)]
 
     def stages(self, budget: Budget) -> Iterable[Stage]:
-        if self.train_what == "none":
-            return
-        yield self.train_stage(
-            "train",
-            self._routed_loss,
-            [self.routers, self.adapters],
-            budget.routers,
-            lr=self.train_lr,
-            schedule="cosine",
-            warmup=0.03,
-            betas=(0.9, 0.95),
-            per_target=self.hold > 0,
-            hold=self.hold,
-        )
+        if self.train_what == "end_to_end":
+            parts, aims = [self.routers, self.adapters], self.training_options.hold > 0
+            yield self.train_stage("train", parts, budget.routers, per_target=aims)
 
 
 def _router(width: int, hidden: int) -> BottleneckRouter:

@@ -16,6 +16,7 @@ from methods.options import (
     Positive,
     RouterOptions,
     Sparsity,
+    Training,
     grouped,
 )
 from methods.parts.forecaster import Forecasters
@@ -68,10 +69,11 @@ class Greedy(RoutedMethod):
             sparsity=sparsity,
             routers=Routers(kind=router.kind, hidden=router.width),
             forecasters=Forecasters(rank=rank, options=options) if bypass == "forecast" else None,
+            training=Training(lr=router_lr),
             targets=targets,
         )
         self.router, self.damping, self.train_what = router, damping, train
-        self.router_lr, self.bce_weight = router_lr, bce_weight
+        self.bce_weight = bce_weight
 
     def route(self, site: Site, x_BTD: Tensor, ctx: RouteContext) -> Decision:
         if not ctx.training:
@@ -90,9 +92,7 @@ class Greedy(RoutedMethod):
     def stages(self, budget: Budget) -> Iterable[Stage]:
         yield from self.start_stages(self.router, budget, damping=self.damping, missed_by=None)
         if self.train_what == "routers":
-            yield self.train_stage(
-                "routers", self._routed_loss, [self.routers], budget.routers, lr=self.router_lr
-            )
+            yield self.train_stage("routers", [self.routers], budget.routers)
 
     def _routed_loss(self, view: RoutedView) -> Tensor:
         return view.task_loss + self.bce_weight * view.auxiliary

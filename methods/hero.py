@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from torch import Tensor
 
 from methods.base import Budget, Method, RouteContext, Shape, Site, SiteCost, Stage
-from methods.options import Ge, Gt, Le, Natural, NonNegative, Positive, Sparsity
+from methods.options import Ge, Gt, Le, Natural, NonNegative, Positive, Sparsity, Training
 from methods.parts.history import HistoryEncoder, unit_rms
 from methods.parts.narrow_ffn import NarrowFFN
 from methods.parts.routers import PerSite, Routers
@@ -64,10 +64,11 @@ class HeRo(TrainedBypass):
             ),
             output=output,
             depth_weight=depth_weight,
+            training=Training(lr=train_lr, schedule="cosine", hold=hold),
         )
         self.first_layer, self.share = first_layer, share
         self.history: HistoryEncoder | None = None
-        self.train_what, self.train_lr, self.hold = train, train_lr, hold
+        self.train_what = train
 
     def setup(self, shape: Shape) -> None:
         Method.setup(self, shape)
@@ -92,18 +93,9 @@ class HeRo(TrainedBypass):
         return logit + self.routers(site, unit_rms(ctx.residual_BTD.float()))
 
     def stages(self, budget: Budget) -> Iterable[Stage]:
-        if self.train_what == "none":
-            return
-        assert self.history is not None, "setup() comes first"
-        yield self.train_stage(
-            "train",
-            self._routed_loss,
-            [self.routers, self.adapters, self.history],
-            budget.routers,
-            lr=self.train_lr,
-            schedule="cosine",
-            hold=self.hold,
-        )
+        if self.train_what == "end_to_end":
+            parts = [self.routers, self.adapters, self.history]
+            yield self.train_stage("train", parts, budget.routers)
 
     def cost(self, site: Site) -> SiteCost:
         assert self.history is not None, "setup() comes first"

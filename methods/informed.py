@@ -5,25 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-from torch import Tensor, nn
+from torch import nn
 
-from methods.base import Budget, KVPolicy, LinearUnit, RouteContext, RoutedView, Site, Stage
+from methods.base import Budget, LinearUnit, Site, Stage
 from methods.options import (
     Count,
     ForecasterOptions,
+    KVPolicy,
     LoraSpec,
     Positive,
     RouterOptions,
     Sparsity,
     Training,
     grouped,
-    lora_spec,
 )
 from methods.parts.forecaster import Forecasters
-from methods.parts.gates import anneal, gumbel_gate
-from methods.parts.keys import KeyForecasts
-from methods.parts.penalties import sparsity_penalty
-from methods.parts.routed_method import RoutedMethod, lora_stage
+from methods.parts.routed_method import RoutedMethod
 from methods.parts.routers import PerSite, Routers
 
 FORECASTER, ROUTER, TRAINING = ForecasterOptions(), RouterOptions(), Training()
@@ -75,25 +72,20 @@ class Informed(RoutedMethod):
             sparsity=sparsity,
             routers=Routers(kind=router.kind, hidden=router.width, outputs=2),
             forecasters=forecasters,
+            training=grouped(training, TRAINING),
             targets=targets,
+            lora=lora,
+            lora_lr=lora_lr,
+            kv_policy=kv_policy,
         )
         self.bypass, self.router, self.damping = bypass, router, forecaster.damping
         self.trains_routers = train in ("routers", "end_to_end")
         self.trains_forecasters = bypass == "forecast" and train in ("forecasters", "end_to_end")
-        self.train_what, self.training_options = train, grouped(training, TRAINING)
-        self.lora, self.lora_lr = lora_spec(lora), lora_lr
-        self.kv_policy = kv_policy
-        if kv_policy == "forecast":
-            self.keys = KeyForecasts(forecasters)
+        self.train_what = train
 
     @property
     def bypasses(self) -> PerSite[Any] | None:
         return self.forecasters if self.bypass == "forecast" else None
-
-    def gate(self, logits_BT: Tensor, ctx: RouteContext) -> Tensor:
-        """Straight-through Gumbel sample, its temperature falling linearly (router training)."""
-        options = self.training_options
-        return gumbel_gate(logits_BT, tau=anneal(options.tau_start, options.tau_end, ctx.anneal))
 
     def linear(self, site: Site) -> LinearUnit | None:
         return self.linear_unit(site)
@@ -108,18 +100,10 @@ class Informed(RoutedMethod):
         if trained:
             yield self.train_stage(
                 f"train_{self.train_what}",
-                self._routed_loss,
                 trained,
                 budget.routers,
                 hard=not self.trains_routers,
-                **self.training_options.optimizer(),
             )
         if self.keys is not None and self.trains_forecasters:
             yield self.keys.stage("keys_again", per_target=not self.targets)
-        if self.lora is not None:
-            yield lora_stage(self.lora, budget.lora, lr=self.lora_lr, targets=self.targets)
-
-    def _routed_loss(self, view: RoutedView) -> Tensor:
-        """Task loss + 8 |(1 - s) - mean execute rate| (section on router training)."""
-        weight = self.training_options.penalty_weight
-        return view.task_loss + sparsity_penalty(view.execute_rate, view.sparsity, weight=weight)
+        yield from self.lora_stages(budget)

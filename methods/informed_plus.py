@@ -9,19 +9,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from methods.base import (
-    Budget,
-    KVPolicy,
-    LinearUnit,
-    RouteContext,
-    RoutedView,
-    Site,
-    SiteCost,
-    Stage,
-)
+from methods.base import Budget, LinearUnit, RouteContext, Site, SiteCost, Stage
 from methods.options import (
     Count,
     ForecasterOptions,
+    KVPolicy,
     LoraSpec,
     Natural,
     Positive,
@@ -29,13 +21,10 @@ from methods.options import (
     Sparsity,
     Training,
     grouped,
-    lora_spec,
 )
 from methods.parts.forecaster import Forecasters
-from methods.parts.gates import anneal, sigmoid_gate
-from methods.parts.keys import KeyForecasts
-from methods.parts.penalties import sparsity_penalty
-from methods.parts.routed_method import RoutedMethod, lora_stage
+from methods.parts.gates import sigmoid_gate
+from methods.parts.routed_method import RoutedMethod
 from methods.parts.router_start import EPSILON
 from methods.parts.routers import Routers
 
@@ -117,6 +106,9 @@ class InformedPlus(RoutedMethod):
         kv_policy: KVPolicy = "keep",
     ) -> None:
         parts = frozenset(get_args(Part)) - frozenset(without)
+        training = grouped(training, TRAINING)
+        if "controller" not in parts:
+            training = replace(training, hold=0.0)
         forecasters = Forecasters(
             rank=rank,
             options=ForecasterOptions(damping=damping),
@@ -127,17 +119,14 @@ class InformedPlus(RoutedMethod):
             sparsity=sparsity,
             routers=Routers(more=int("code_norm" in parts)),
             forecasters=forecasters,
+            training=training,
             targets=targets,
+            lora=lora,
+            lora_lr=lora_lr,
+            kv_policy=kv_policy,
         )
         self.parts, self.damping = parts, damping
         self.end_to_end = train == "end_to_end" or "closed_form" not in parts
-        self.training_options = grouped(training, TRAINING)
-        if "controller" not in parts:
-            self.training_options = replace(self.training_options, hold=0.0)
-        self.lora, self.lora_lr = lora_spec(lora), lora_lr
-        self.kv_policy = kv_policy
-        if kv_policy == "forecast":
-            self.keys = KeyForecasts(forecasters)
 
     def adopt(self, shapes: Mapping[str, Sequence[int]]) -> None:
         assert self.forecasters is not None
@@ -154,8 +143,7 @@ class InformedPlus(RoutedMethod):
         return torch.cat([x.float(), (norm + EPSILON).log()], dim=-1)
 
     def gate(self, logits_BT: Tensor, ctx: RouteContext) -> Tensor:
-        options = self.training_options
-        return sigmoid_gate(logits_BT, tau=anneal(options.tau_start, options.tau_end, ctx.anneal))
+        return sigmoid_gate(logits_BT, tau=self.training_options.tau(ctx.anneal))
 
     def linear(self, site: Site) -> LinearUnit | None:
         return None if "code_norm" in self.parts else self.linear_unit(site)
@@ -173,16 +161,13 @@ class InformedPlus(RoutedMethod):
         if "distillation" in self.parts:
             yield self.train_stage(
                 "distill",
-                self._routed_loss,
                 [self.forecasters, self.routers] if self.end_to_end else [self.forecasters],
                 budget.routers,
                 hard=not self.end_to_end,
-                **self.training_options.optimizer(),
             )
             if self.keys is not None:
                 yield self.keys.stage("keys_again", per_target=not self.targets)
-        if self.lora is not None:
-            yield lora_stage(self.lora, budget.lora, lr=self.lora_lr, targets=self.targets)
+        yield from self.lora_stages(budget)
 
     def cost(self, site: Site) -> SiteCost:
         cost = super().cost(site)
@@ -191,7 +176,3 @@ class InformedPlus(RoutedMethod):
         assert self.forecasters is not None
         code = self.forecasters.at(site).down.weight.numel()
         return replace(cost, route=cost.route + 2.0 * code)
-
-    def _routed_loss(self, view: RoutedView) -> Tensor:
-        weight = self.training_options.penalty_weight
-        return view.task_loss + sparsity_penalty(view.execute_rate, view.sparsity, weight=weight)

@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from methods.base import Budget, Method, Probe, Shape, Site, Stage
-from methods.options import Count, LoraSpec, Natural, Positive, Sparsity, lora_spec
-from methods.parts.routed_method import lora_stage
+from methods.base import Budget, Probe, Shape, Site, Stage
+from methods.options import Count, LoraSpec, Natural, Positive, Sparsity
+from methods.parts.routed_method import RoutedMethod
 from methods.parts.static_order import block_influence, greedy_loss, unit_influence
 
 log = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ Policy = Literal[
 ]
 
 
-class LayerSkip(Method):
+class LayerSkip(RoutedMethod):
     """Drops whole layers (or whole sublayers) by a ranking made once, whatever the input.
 
     Each policy gives an order in which sites are dropped; a target drops the first so many that
@@ -53,9 +53,8 @@ class LayerSkip(Method):
         lora: LoraSpec | None = None,
         lora_lr: Positive = 2e-4,
     ) -> None:
-        super().__init__(sparsity=sparsity)
+        super().__init__(sparsity=sparsity, lora=lora, lora_lr=lora_lr)
         self.policy, self.seed, self.tokens = policy, seed, tokens
-        self.lora, self.lora_lr = lora_spec(lora), lora_lr
 
     def setup(self, shape: Shape) -> None:
         super().setup(shape)
@@ -91,8 +90,7 @@ class LayerSkip(Method):
         self.order.copy_(torch.tensor([sites.index(site) for site in order]))
 
     def stages(self, budget: Budget) -> Iterable[Stage]:
-        if self.lora is not None:
-            yield lora_stage(self.lora, budget.lora, lr=self.lora_lr)
+        yield from self.lora_stages(budget)
 
     def calibrate(self, probe: Probe, sparsity: float) -> None:
         """Drop the nearest possible number of sites; one step is 1 / (number of sites)."""

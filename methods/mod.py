@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from methods.base import Budget, Decision, Probe, RouteContext, Site, SiteCost, Stage
-from methods.options import LoraSpec, Natural, NonNegative, Positive, Sparsity, lora_spec
+from methods.base import Budget, Decision, Probe, RouteContext, RoutedView, Site, SiteCost, Stage
+from methods.options import LoraSpec, Natural, NonNegative, Positive, Sparsity, Training
 from methods.parts.gates import membership_loss, straight_through, top_share
 from methods.parts.routed_method import RoutedMethod
 from methods.parts.routers import Routers
@@ -53,7 +53,8 @@ class MoD(RoutedMethod):
         bce_weight: NonNegative = 1.0,
         lora: LoraSpec | None = None,
     ) -> None:
-        super().__init__(sparsity=sparsity, routers=Routers())
+        training = Training(lr=train_lr, schedule="cosine")
+        super().__init__(sparsity=sparsity, routers=Routers(), training=training, lora=lora)
         if decision == "predictor" and output == "scaled":
             raise ValueError(
                 "output=scaled needs decision=score: a predictor tells who, not how much"
@@ -62,8 +63,7 @@ class MoD(RoutedMethod):
         self.predictors: Routers | None = None
         if decision == "predictor":
             self.predictors = Routers(kind="mlp", hidden=predictor_width)
-        self.output, self.train_what = output, train
-        self.train_lr, self.bce_weight, self.lora = train_lr, bce_weight, lora_spec(lora)
+        self.output, self.train_what, self.bce_weight = output, train, bce_weight
 
     def sites(self) -> Sequence[Site]:
         assert self.shape is not None, "setup() comes first"
@@ -85,17 +85,12 @@ class MoD(RoutedMethod):
         return self._scaled(Decision(execute, gate, logits, auxiliary=membership), scores)
 
     def stages(self, budget: Budget) -> Iterable[Stage]:
-        if self.train_what == "none":
-            return
-        yield self.train_stage(
-            "train",
-            lambda view: view.task_loss + self.bce_weight * view.auxiliary,
-            [part for part in (self.routers, self.predictors) if part is not None],
-            budget.routers,
-            lora=self.lora,
-            lr=self.train_lr,
-            schedule="cosine",
-        )
+        if self.train_what == "routers":
+            parts = [self.routers, self.predictors]
+            yield self.train_stage("train", parts, budget.routers, lora=self.lora)
+
+    def _routed_loss(self, view: RoutedView) -> Tensor:
+        return view.task_loss + self.bce_weight * view.auxiliary
 
     def start(self, probe: Probe, sparsity: float) -> None:
         """Begin at 0: the top share executes in training whatever the threshold, and the BCE

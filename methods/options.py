@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
+KVPolicy = Literal["keep", "evict", "forecast"]
 RouterKind = Literal["linear", "mlp"]
 Activation = Literal["silu", "identity"]
 Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
@@ -148,6 +149,10 @@ class Training:
         """Give the fields that are a `Stage`'s."""
         return {name: getattr(self, name) for name in OPTIMIZER}
 
+    def tau(self, progress: float) -> float:
+        """Temperature at this progress, 0 to 1, of the stage."""
+        return self.tau_start + (self.tau_end - self.tau_start) * min(max(progress, 0.0), 1.0)
+
 
 def grouped(options: T | Mapping[str, Any], default: T) -> T:
     """Read the options of a group: `default` with what a mapping says in place of its own.
@@ -160,8 +165,3 @@ def grouped(options: T | Mapping[str, Any], default: T) -> T:
     if not isinstance(options, type(default)):
         raise TypeError(f"{type(default).__name__} has options by name; {options!r} is none")
     return options
-
-
-def lora_spec(options: LoraSpec | Mapping[str, Any] | None) -> LoraSpec | None:
-    """Read a method's `lora` option: None for no stage, `{}` for the published defaults."""
-    return None if options is None else grouped(options, LoraSpec())

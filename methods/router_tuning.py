@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.base import Budget, Kind, Probe, RouteContext, RoutedView, Shape, Site, Stage
-from methods.options import Gt, Le, Natural, NonNegative, Positive, Sparsity
+from methods.options import Gt, Le, Natural, NonNegative, Positive, Sparsity, Training
 from methods.parts.gates import straight_through
 from methods.parts.penalties import capacity_penalty
 from methods.parts.routed_method import RoutedMethod
@@ -48,10 +48,10 @@ class RouterTuning(RoutedMethod):
         router_lr: Positive = 1e-5,
         gradient_scale: NonNegative = 1.0,
     ) -> None:
-        super().__init__(sparsity=sparsity, routers=Routers(bias=False))
+        training = Training(lr=router_lr, schedule="cosine", warmup=0.03)
+        super().__init__(sparsity=sparsity, routers=Routers(bias=False), training=training)
         self.part, self.layers, self.share = part, layers, share
-        self.train_what, self.router_lr = train, router_lr
-        self.gradient_scale = gradient_scale
+        self.train_what, self.gradient_scale = train, gradient_scale
 
     def setup(self, shape: Shape) -> None:
         super().setup(shape)
@@ -72,15 +72,7 @@ class RouterTuning(RoutedMethod):
 
     def stages(self, budget: Budget) -> Iterable[Stage]:
         if self.train_what == "routers":
-            yield self.train_stage(
-                "routers",
-                self._routed_loss,
-                [self.routers],
-                budget.routers,
-                lr=self.router_lr,
-                schedule="cosine",
-                warmup=0.03,
-            )
+            yield self.train_stage("routers", [self.routers], budget.routers)
 
     def start(self, probe: Probe, sparsity: float) -> None:
         """Begin at 0, where all execute: every score of a zero router is the same, so that no

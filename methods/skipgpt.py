@@ -7,19 +7,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from methods.base import Budget, RouteContext, RoutedView, Site, Stage
-from methods.options import (
-    LoraSpec,
-    Natural,
-    NonNegative,
-    Positive,
-    RouterKind,
-    Sparsity,
-    lora_spec,
-)
-from methods.parts.gates import anneal, gumbel_gate
-from methods.parts.penalties import sparsity_penalty
-from methods.parts.routed_method import RoutedMethod, lora_stage
+from methods.base import Budget, RouteContext, Site, Stage
+from methods.options import LoraSpec, Natural, NonNegative, Positive, RouterKind, Sparsity, Training
+from methods.parts.routed_method import RoutedMethod
 from methods.parts.routers import Routers
 
 
@@ -59,11 +49,13 @@ class SkipGPT(RoutedMethod):
         lora_lr: Positive = 2e-4,
     ) -> None:
         routers = Routers(kind=router, hidden=router_width, outputs=2)
-        super().__init__(sparsity=sparsity, routers=routers)
-        self.train_what, self.router_lr = train, router_lr
-        self.tau_start, self.tau_end = tau_start, tau_end
-        self.penalty_weight = penalty_weight
-        self.lora, self.lora_lr = lora_spec(lora), lora_lr
+        training = Training(
+            lr=router_lr, tau_start=tau_start, tau_end=tau_end, penalty_weight=penalty_weight
+        )
+        super().__init__(
+            sparsity=sparsity, routers=routers, training=training, lora=lora, lora_lr=lora_lr
+        )
+        self.train_what = train
 
     def score(self, site: Site, x_BTD: Tensor, ctx: RouteContext) -> Tensor:
         if site.kind == "attention":
@@ -71,17 +63,7 @@ class SkipGPT(RoutedMethod):
         scores: Tensor = self.routers(site, ctx.memory["layer_input"])
         return scores
 
-    def gate(self, logits_BT: Tensor, ctx: RouteContext) -> Tensor:
-        return gumbel_gate(logits_BT, tau=anneal(self.tau_start, self.tau_end, ctx.anneal))
-
     def stages(self, budget: Budget) -> Iterable[Stage]:
         if self.train_what == "routers":
-            yield self.train_stage(
-                "routers", self._routed_loss, [self.routers], budget.routers, lr=self.router_lr
-            )
-        if self.lora is not None:
-            yield lora_stage(self.lora, budget.lora, lr=self.lora_lr)
-
-    def _routed_loss(self, view: RoutedView) -> Tensor:
-        penalty = sparsity_penalty(view.execute_rate, view.sparsity, weight=self.penalty_weight)
-        return view.task_loss + penalty
+            yield self.train_stage("routers", [self.routers], budget.routers)
+        yield from self.lora_stages(budget)

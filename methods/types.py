@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from methods.options import LoraSpec
 
 Kind = Literal["attention", "mlp", "block"]
-KVPolicy = Literal["keep", "evict", "forecast"]
 
 
 class OutOfReach(ValueError):

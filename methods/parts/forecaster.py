@@ -157,10 +157,29 @@ class Forecasters(PerSite[Forecaster]):
             self.at(site).set_linear(*solved[site].take(rank))
 
     def explained_variance(self, probe: Probe) -> dict[str, float]:
-        """1 - residual / total variance on a share of the calibration text, mean of each kind."""
-        tally = ExplainedVariance(self)
-        probe.sample().stream(tally, split="calibration")
-        return tally.by_kind()
+        """Measure 1 - residual / total variance on a share of the calibration text.
+
+        Returns:
+            `explained_variance_<kind>`: the mean over the sites of a kind.
+        """
+        sums: dict[Site, list[Tensor]] = {}
+
+        def visit(view: UnitView) -> None:
+            if view.site not in self:
+                return
+            y = view.y_ND.double()
+            error = y - self(view.site, view.x_ND).double()
+            count = torch.tensor(float(len(y)), device=y.device)
+            new = [count, y.sum(0), y.square().sum(), error.square().sum()]
+            old = sums.get(view.site, [0.0] * len(new))
+            sums[view.site] = [a + b for a, b in zip(old, new, strict=True)]
+
+        probe.sample().stream(visit, split="calibration")
+        kinds: dict[str, list[float]] = {}
+        for site, (count, total, squares, error) in sums.items():
+            deviation = squares - total.square().sum() / count
+            kinds.setdefault(site.kind, []).append(float(1 - error / deviation))
+        return {f"explained_variance_{k}": sum(v) / len(v) for k, v in kinds.items()}
 
     def _put(self, key: str, rank: int) -> None:
         made = Forecaster(
@@ -180,32 +199,3 @@ class Forecasters(PerSite[Forecaster]):
         if view.site not in self:
             return view.x_ND.new_zeros((), dtype=torch.float32)
         return functional.smooth_l1_loss(self(view.site, view.x_ND).float(), view.y_ND.float())
-
-
-class ExplainedVariance:
-    """Streaming 1 - (squared error) / (squared deviation from the mean), per site."""
-
-    def __init__(self, forecasters: Forecasters) -> None:
-        self.forecasters = forecasters
-        self.sums: dict[Site, list[Tensor]] = {}
-
-    def __call__(self, view: UnitView) -> None:
-        """Add the tokens of one unit."""
-        if view.site not in self.forecasters:
-            return
-        y = view.y_ND.double()
-        error = y - self.forecasters(view.site, view.x_ND).double()
-        count = torch.tensor(float(len(y)), device=y.device)
-        new = [count, y.sum(0), y.square().sum(), error.square().sum()]
-        old = self.sums.get(view.site)
-        self.sums[view.site] = (
-            new if old is None else [a + b for a, b in zip(old, new, strict=True)]
-        )
-
-    def by_kind(self) -> dict[str, float]:
-        """Mean over the sites of a kind, as `explained_variance_<kind>`."""
-        kinds: dict[str, list[float]] = {}
-        for site, (count, total, squares, error) in self.sums.items():
-            deviation = squares - total.square().sum() / count
-            kinds.setdefault(site.kind, []).append(float(1 - error / deviation))
-        return {f"explained_variance_{k}": sum(v) / len(v) for k, v in kinds.items()}

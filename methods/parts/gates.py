@@ -32,11 +32,6 @@ def sigmoid_gate(scores: Tensor, *, tau: float) -> Tensor:
     return straight_through(torch.sigmoid(scores / tau), scores > 0)
 
 
-def anneal(start: float, end: float, progress: float) -> float:
-    """Linear from `start` to `end` while progress goes from 0 to 1."""
-    return start + (end - start) * min(max(progress, 0.0), 1.0)
-
-
 def top_share(scores_BT: Tensor, valid_BT: Tensor, share: float) -> Tensor:
     """Bool mask of the highest `share` of each sequence's valid tokens (expert choice).
 

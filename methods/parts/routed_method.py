@@ -14,17 +14,22 @@ from methods.base import (
     Method,
     Probe,
     RouteContext,
+    RoutedView,
     Shape,
     Site,
     SiteCost,
     Stage,
     StageBudget,
 )
-from methods.options import LoraSpec, RouterOptions, Sparsity
+from methods.options import KVPolicy, LoraSpec, RouterOptions, Sparsity, Training, grouped
 from methods.parts.forecaster import Forecasters
+from methods.parts.gates import gumbel_gate
 from methods.parts.keys import KeyForecasts
+from methods.parts.penalties import sparsity_penalty
 from methods.parts.router_start import fit_recoverability, shift_stage
 from methods.parts.routers import PerSite
+
+TRAINING = Training()
 
 
 class RoutedMethod(Method):
@@ -32,13 +37,18 @@ class RoutedMethod(Method):
 
     The level between the contract and a paper. A method hands its routers to the constructor and
     overrides `score` where they read something else than the unit's normalised input, `gate` for
-    what carries the gradient in training, `bypasses` for what a bypassed token gets, and `stages`.
+    what carries the gradient in training, `_routed_loss` for what is minimised, `bypasses` for what
+    a bypassed token gets, and `stages` for the recipe.
 
     Args:
         routers: of each site; None for a method that scores without parameters.
         forecasters: of each site.
+        training: of the gradient stage.
         targets: train one model for these sparsities in turn, shared by all points of a sweep;
             empty trains for the point's own.
+        lora: of the backbone; None for none, `{}` for the published adapters.
+        lora_lr: of a stage of adapters alone.
+        kv_policy: where the method offers more than its class's.
     """
 
     def __init__(
@@ -47,14 +57,21 @@ class RoutedMethod(Method):
         sparsity: Sparsity,
         routers: PerSite[Any] | None = None,
         forecasters: Forecasters | None = None,
+        training: Training = TRAINING,
         targets: Sequence[Sparsity] = (),
+        lora: LoraSpec | None = None,
+        lora_lr: float = 2e-4,
+        kv_policy: KVPolicy | None = None,
     ) -> None:
         super().__init__(sparsity=sparsity)
         self.routers = PerSite[Any]() if routers is None else routers
         self.forecasters = forecasters
         self.keys: KeyForecasts | None = None
-        """K and V of bypassed tokens; of a method that offers `kv_policy=forecast`."""
-        self.targets = tuple(targets)
+        self.kv_policy = kv_policy or self.kv_policy
+        if kv_policy == "forecast" and forecasters is not None:
+            self.keys = KeyForecasts(forecasters)
+        self.training_options, self.targets = training, tuple(targets)
+        self.lora, self.lora_lr = None if lora is None else grouped(lora, LoraSpec()), lora_lr
 
     def setup(self, shape: Shape) -> None:
         super().setup(shape)
@@ -77,8 +94,11 @@ class RoutedMethod(Method):
         return x
 
     def gate(self, logits_BT: Tensor, ctx: RouteContext) -> Tensor:
-        """Turn score - threshold into a gate of 0 and 1 that carries the gradient of training."""
-        raise NotImplementedError(f"{type(self).__name__} must define gate()")
+        """Turn score - threshold into a gate of 0 and 1 that carries the gradient of training.
+
+        By default a Gumbel sample, its temperature falling linearly (informed, SkipGPT, D-LLM).
+        """
+        return gumbel_gate(logits_BT, tau=self.training_options.tau(ctx.anneal))
 
     def route(self, site: Site, x_BTD: Tensor, ctx: RouteContext) -> Decision:
         scores = self.score(site, x_BTD, ctx)
@@ -146,43 +166,48 @@ class RoutedMethod(Method):
             yield self.keys.stage("keys")
 
     def train_stage(
-        self, name: str, loss: Any, parts: Iterable[nn.Module], budget: StageBudget, **how: Any
+        self, name: str, parts: Iterable[nn.Module | None], budget: StageBudget, **how: Any
     ) -> Stage:
-        """A gradient stage for the point's target, or for each of `targets` in turn.
+        """The gradient stage, for the point's target or for each of `targets` in turn.
 
         Args:
             parts: whose parameters it moves.
             how: further fields of `Stage`.
         """
-        parameters = [parameter for part in parts for parameter in part.parameters()]
-        own = {"per_target": not self.targets, "targets": self.targets}
-        return Stage(name, loss=loss, parameters=parameters, budget=budget, **{**own, **how})
+        parameters = [p for part in parts if part is not None for p in part.parameters()]
+        own = self.training_options.optimizer()
+        own |= {"per_target": not self.targets, "targets": self.targets, "loss": self._routed_loss}
+        return Stage(name, parameters=parameters, budget=budget, **{**own, **how})
+
+    def _routed_loss(self, view: RoutedView) -> Tensor:
+        """Task loss + weight |(1 - s) - mean execute rate| (informed routing, SkipGPT)."""
+        weight = self.training_options.penalty_weight
+        return view.task_loss + sparsity_penalty(view.execute_rate, view.sparsity, weight=weight)
+
+    def lora_stages(self, budget: Budget) -> Iterable[Stage]:
+        """Adapters of the backbone alone, on hard decisions at the threshold of each target.
+
+        Published (informed routing and SkipGPT, stage 3): rank 16, alpha 32, dropout 0.1 on q, v
+        and gate, learning rate 2e-4, cosine with a tenth of warm-up. There the routers sample
+        Gumbel noise meanwhile; here they decide as they will at inference.
+        """
+        if self.lora is None:
+            return
+        yield Stage(
+            "lora",
+            loss=lambda view: view.task_loss,
+            lora=self.lora,
+            hard=True,
+            budget=budget.lora,
+            lr=self.lora_lr,
+            schedule="cosine",
+            warmup=0.1,
+            per_target=not self.targets,
+            targets=self.targets,
+        )
 
     def _solve(self, probe: Probe) -> None:
         assert self.forecasters is not None
         self.forecasters.solve(probe)
         if self.keys is not None:
             self.keys.follow()  # ranks may have moved between the units
-
-
-def lora_stage(
-    spec: LoraSpec, budget: StageBudget, *, lr: float, targets: Sequence[float] = ()
-) -> Stage:
-    """Adapters of the backbone alone, on hard decisions at the threshold of each target.
-
-    Published (informed routing and SkipGPT, stage 3): rank 16, alpha 32, dropout 0.1 on q, v and
-    gate, learning rate 2e-4, cosine with a tenth of warm-up. There the routers sample Gumbel noise
-    meanwhile; here they decide as they will at inference.
-    """
-    return Stage(
-        "lora",
-        loss=lambda view: view.task_loss,
-        lora=spec,
-        hard=True,
-        budget=budget,
-        lr=lr,
-        schedule="cosine",
-        warmup=0.1,
-        per_target=not targets,
-        targets=targets,
-    )

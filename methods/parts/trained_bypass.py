@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from methods.base import Decision, RouteContext, RoutedView, Site
-from methods.options import Sparsity
+from methods.options import Sparsity, Training
 from methods.parts.gates import straight_through
 from methods.parts.narrow_ffn import NarrowFFN
 from methods.parts.penalties import depth_penalty
@@ -27,6 +27,7 @@ class TrainedBypass(RoutedMethod):
         output: `scaled` as published; `whole` keeps the branch's value and lets the gate carry
             the gradient.
         depth_weight: of the mean over tokens of the squared sum of gates.
+        training: of the gradient stage.
     """
 
     def __init__(
@@ -37,8 +38,9 @@ class TrainedBypass(RoutedMethod):
         adapters: PerSite[NarrowFFN],
         output: Literal["scaled", "whole"],
         depth_weight: float,
+        training: Training,
     ) -> None:
-        super().__init__(sparsity=sparsity, routers=routers)
+        super().__init__(sparsity=sparsity, routers=routers, training=training)
         self.adapters, self.output, self.depth_weight = adapters, output, depth_weight
 
     @property

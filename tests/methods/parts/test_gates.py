@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from methods.parts.gates import anneal, gumbel_gate, sigmoid_gate, straight_through
+from methods.options import Training
+from methods.parts.gates import gumbel_gate, sigmoid_gate, straight_through
 from methods.parts.penalties import sparsity_penalty
 
 SCORES = torch.tensor([-3.0, -0.7, -0.01, 0.0, 0.01, 0.4, 2.5], dtype=torch.float64)
@@ -84,13 +85,14 @@ def test_gumbel_samples_differ_and_repeat_with_the_seed():
     progress=st.floats(0, 1),
     beyond=st.floats(0, 5),
 )
-def test_anneal_is_a_straight_line_between_its_endpoints(start, end, progress, beyond):
-    assert anneal(start, end, 0.0) == start
-    assert anneal(start, end, 1.0) == pytest.approx(end)
+def test_the_temperature_is_a_straight_line_between_its_endpoints(start, end, progress, beyond):
+    tau = Training(tau_start=start, tau_end=end).tau
+    assert tau(0.0) == start
+    assert tau(1.0) == pytest.approx(end)
     mixed = (1 - progress) * start + progress * end
-    assert anneal(start, end, progress) == pytest.approx(mixed, abs=1e-9)
-    assert anneal(start, end, -beyond) == start
-    assert anneal(start, end, 1 + beyond) == pytest.approx(end)
+    assert tau(progress) == pytest.approx(mixed, abs=1e-9)
+    assert tau(-beyond) == start
+    assert tau(1 + beyond) == pytest.approx(end)
 
 
 @pytest.mark.parametrize(("rate", "value", "sign"), [(0.9, 1.6, 1), (0.7, 0.0, 0), (0.6, 0.8, -1)])
