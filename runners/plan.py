@@ -32,8 +32,7 @@ def main(arguments: list[str]) -> None:
     from runners.runtime.progress import progress
     from runners.store.files import write_json_atomic
 
-    hardware, options = points[0].hardware, points[0].plan
-    assert hardware is not None and options is not None
+    hardware, options = points[0].resolved["hardware"], points[0].resolved["plan"]
     planner = Planner(hardware, options)
     planned = [planner.point(config) for config in progress(points, "plan")]
     sys.stdout.write(table(planned, hardware, options) + "\n")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
-from annotated_types import Ge, Gt, Lt
+from annotated_types import Ge, Gt, Le, Lt
 from omegaconf import DictConfig, OmegaConf
 
 from runners.errors import UserError
@@ -32,6 +32,7 @@ Positive = Annotated[int, Ge(1)]
 Natural = Annotated[int, Ge(0)]
 Share = Annotated[float, Ge(0), Lt(1)]
 Size = Annotated[int, Gt(0)] | Annotated[float, Gt(0)] | bool
+Above0 = Annotated[float, Gt(0)]
 Mode = Literal["masked", "gathered"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -288,6 +289,32 @@ class SavedConfig:
     recalibrate: bool
     """Whether the threshold is moved to another target than the saved one."""
     base_model: str | None = None
+    trust_method: bool = False
+    """Whether a class outside `methods` may be imported because the folder names it."""
+
+
+@dataclass(frozen=True)
+class HardwareConfig:
+    """What the hours of a plan are for: a file of conf/hardware."""
+
+    name: str
+    dtype: Dtype
+    peak_tflops: Mapping[str, Above0]
+    bandwidth_gb_per_s: Above0
+    memory_gb: Above0
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What a plan takes for granted: the group of conf/plan.yaml."""
+
+    utilisation: Annotated[float, Gt(0), Le(1)]
+    json: str | None
+    cached: bool
+    document_tokens: Positive
+    documents: Positive
+    texts: Mapping[str, Natural]
+    tasks: Mapping[str, Mapping[str, Natural]]
 
 
 @dataclass(frozen=True)
@@ -309,7 +336,7 @@ GROUPED: Mapping[str, type] = {
 """Sections whose keys lie at the top of conf/sweep.yaml and its like."""
 NOT_IN_FINGERPRINT = frozenset(
     "results_dir cache_dir saved tracking force retry_failed checkpoint_seconds speed device_map "
-    "max_memory hardware plan".split()
+    "max_memory hardware plan trust_method".split()
 )
 """Top-level keys of the config that say where or how loudly, never what is computed."""
 LOCAL_NAMES = ("name", "path", "dir", "data_dir")
@@ -339,8 +366,8 @@ class PointConfig:
     speed: SpeedConfig | None = None
     saved: SavedConfig | None = None
     inspect: InspectConfig | None = None
-    hardware: Mapping[str, Any] | None = None
-    plan: Mapping[str, Any] | None = None
+    hardware: HardwareConfig | None = None
+    plan: PlanConfig | None = None
 
     @classmethod
     def parse(cls, config: Mapping[str, Any]) -> PointConfig:
@@ -471,12 +498,17 @@ def _from_saved(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     folder = Path(config["saved"]).expanduser()
     settings = read_saved(folder)
-    options, base = settings["options"], settings["base"]
+    options, base, target = settings["options"], settings["base"], settings["target"]
+    if not target.startswith("methods.") and config.get("trust_method") is not True:
+        raise UserError(
+            f"saved={folder} names the class {target}, outside this project: "
+            "trust_method=true imports it, which runs its code"
+        )
     moved = config["sparsity"] is not None
-    name = settings["target"].rsplit(".", 2)[-2]
+    name = target.rsplit(".", 2)[-2]
     own = {key: value for key, value in options.items() if key != "sparsity"}
     return {
-        "method": {"name": name, "_target_": settings["target"], **own},
+        "method": {"name": name, "_target_": target, **own},
         "model": saved_model(settings, config["base_model"]),
         "sparsity": config["sparsity"] if moved else options["sparsity"],
         "recalibrate": moved,
@@ -498,7 +530,7 @@ def read_saved(folder: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads((folder / "routed.json").read_text())
         complete = isinstance(found["target"], str) and "sparsity" in found["options"]
-        if complete and {"source", "path", "seed", "weights_sha256"} <= set(found["base"]):
+        if complete and {"name", "source", "path", "seed", "weights_sha256"} <= set(found["base"]):
             return found
     except (OSError, ValueError, KeyError, TypeError):
         pass

@@ -89,7 +89,7 @@ def test_several_processes_are_refused(monkeypatch):
 
 def test_a_plan_may_be_for_another_machine(monkeypatch):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    check_point(config(device_map={"": 0}, plan={}))
+    check_point({**compose_tiny(config_name="plan"), "device_map": {"": 0}})
 
 
 def test_places_are_no_part_of_what_is_computed():

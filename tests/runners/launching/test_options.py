@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ from runners.launching.points import CommandLine
 from runners.point_config import CONF, PointConfig
 from tests.conftest import compose_tiny
 
-GROUPS = ("method", "model", "data", "budget", "eval", "speed", "tracking")
+GROUPS = ("method", "model", "data", "budget", "eval", "speed", "tracking", "hardware")
 FREE = {
     *("name", "path", "revision", "dir", "text_field", "config_name", "project", "entity", "group"),
     *("data_dir", "results_dir", "cache_dir", "device", "text", "_target_"),
@@ -35,7 +36,7 @@ WRONG: dict[type, tuple[Any, ...]] = {
 """By the type of an option's value in its file."""
 
 Path = tuple[str, ...]
-composed = functools.cache(compose_tiny)
+composed = functools.cache(functools.partial(compose_tiny, config_name="plan"))
 
 
 def leaves(value: dict[str, Any], path: Path = ()) -> Iterator[tuple[Path, Any]]:
@@ -66,7 +67,7 @@ def wrong_values(path: Path, value: Any) -> list[Any]:
     wrong = list(WRONG[type(value)])
     if path[-1] in FREE or path[-2:-1] == ("splits",):
         wrong = [v for v in wrong if v != "no_such_choice"]
-    if path[-1] in REAL or path[:2] == ("model", "config"):
+    if path[-1] in REAL or path[:2] == ("model", "config") or path[0] == "hardware":
         wrong = [v for v in wrong if v not in (1.5, True, None, 7)]
     if path[-1] in ("device_map", "max_memory"):  # places are looked at by base_model.device_map
         wrong = ["abc"] if path[-1] == "max_memory" else [True]
@@ -209,3 +210,21 @@ def test_a_method_outside_the_repository(tmp_path, monkeypatch):
             prepare([*words, wrong], "sweep")
     with pytest.raises(UserError, match=r"unknown method 'mynrm' \(did you mean mynorm"):
         prepare([*words[:-1], "method=mynrm"], "sweep")
+
+
+def test_a_saved_class_outside_the_project_is_not_imported(tmp_path):
+    """Unless the user says so: to import it runs its code."""
+    settings = {"target": "nowhere.Method", "options": {"sparsity": 0.5}}
+    settings["base"] = {
+        "name": "t",
+        "source": "tiny",
+        "path": "llama",
+        "seed": 0,
+        "weights_sha256": "0",
+    }
+    (tmp_path / "routed.json").write_text(json.dumps(settings))
+    (tmp_path / "routed.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match="trust_method=true imports it"):
+        prepare([f"saved={tmp_path}", "tracking=off"], "score")
+    with pytest.raises(UserError, match=r"_target_=nowhere\.Method"):
+        prepare([f"saved={tmp_path}", "tracking=off", "trust_method=true"], "score")
