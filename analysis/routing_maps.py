@@ -13,17 +13,20 @@ from pathlib import Path
 if __name__ == "__main__":  # run the code of this clone, whichever clone's environment it is
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import html
 import logging
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
+from matplotlib import colormaps
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from analysis.cli import Paths, parse, run_main
-from analysis.drawing import coloured_text, style, tables
+from analysis.drawing import style, tables
 from analysis.frames import AnalysisError, Store
 from analysis.report_page.inline_svg import inline
 from analysis.report_page.records import title
@@ -41,6 +44,16 @@ VIEWS = {
     "dense_loss": "loss of the dense model (easy to hard)",
     "token_class": "token class",
 }
+
+PROMPT = "prompt"
+TEXT_ROWS = 3
+TEXT_STYLE = """body{font:15px/2 Georgia,serif;max-width:60em;margin:2em auto;color:#111}
+span{padding:2px 0;border-radius:2px}.d{color:#fff}h2{font:600 14px sans-serif;margin-top:2em}
+.scale span{padding:2px 8px}p.note{font:13px sans-serif;color:#444}"""
+TEXT_NOTE = (
+    "Shade: share of the routed units that executed the token. Point at a token for its shares by "
+    "kind, its dense loss and what routing added to it."
+)
 
 
 def main(paths: Paths) -> None:
@@ -67,7 +80,7 @@ def save(folder: Path, out_dir: Path) -> list[Path]:
     with style.paper():
         written = style.save(draw_maps(tokens, decisions), Path(f"{stem}-maps"))
         written += style.save(draw_errors(decisions, depth), Path(f"{stem}-errors"))
-    text = coloured_text.page(tokens, decisions, title=folder.parent.name)
+    text = coloured_text(tokens, decisions, title=folder.parent.name)
     written.append(tables.write(Path(f"{stem}-text.html"), text))
     shares = by_layer(decisions)
     numbers = shares.assign(fingerprint=folder.parent.name)
@@ -230,27 +243,58 @@ def draw_errors(decisions: pd.DataFrame, depth: pd.DataFrame) -> Figure:
     looks = style.looks(layers["kind"].unique())
     for kind, part in layers.groupby("kind"):
         look = {**looks[str(kind)], "markersize": 3}
-        left.plot(part["layer"], part["error_l2"], label=f"{kind}, all tokens", **look)
         own = {**look, "linestyle": ":", "alpha": 0.7}
-        left.plot(part["layer"], part["error_l2_bypassed"], label=f"{kind}, bypassed", **own)
-        middle.plot(part["layer"], part["error_cosine"], **look)
-        middle.plot(part["layer"], part["error_cosine_bypassed"], **own)
+        for panel, error in ((left, "error_l2"), (middle, "error_cosine")):
+            panel.plot(part["layer"], part[error], label=f"{kind}, all tokens", **look)
+            panel.plot(part["layer"], part[f"{error}_bypassed"], label=f"{kind}, bypassed", **own)
     left.set_ylabel("forecast error |f - y| / |y|")
     left.set_ylim(bottom=0)
     middle.set_ylabel("cosine of forecast and output")
     right.plot(depth["layer"], depth["l2"], color=style.COLOURS[0], label="relative L2")
-    right.plot(
-        depth["layer"], 1 - depth["cosine"], color=style.COLOURS[1], ls="--", label="1 - cos"
-    )
+    apart, colour = 1 - depth["cosine"], style.COLOURS[1]
+    right.plot(depth["layer"], apart, color=colour, ls="--", label="1 - cos")
     right.set_ylabel("residual stream, routed vs dense")
     right.set_ylim(bottom=0)
     right.legend(frameon=False)
     for panel in (left, middle, right):
         panel.set_xlabel("layer")
-    figure.legend(
-        *left.get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False
-    )
+    figure.legend(*left.get_legend_handles_labels(), **style.LEGEND)
     return figure
+
+
+def coloured_text(tokens: pd.DataFrame, decisions: pd.DataFrame, *, title: str) -> str:
+    """A page without scripts: the prompt first, or else the first rows of the text.
+
+    Args:
+        tokens, decisions: as `runners/inspect_routing.py` writes them.
+    """
+    shares = decisions.pivot_table(index="token", columns="kind", values="executed", observed=True)
+    overall = decisions.groupby("token")["executed"].mean()
+    low, high = float(overall.quantile(0.02)), float(overall.quantile(0.98))
+    scale = [low + (high - low) * step / 5 for step in range(6)]
+    cells = [_span(f"{share:.0%}", share, low, high) for share in scale]
+    parts = [f"<h1>{html.escape(title)}</h1><p class=note>{TEXT_NOTE}</p>"]
+    parts.append(f"<p class=scale>{''.join(cells)}</p>")
+    rows = [PROMPT] if (tokens["row"] == PROMPT).any() else list(tokens["row"].unique()[:TEXT_ROWS])
+    for row in rows:
+        spans = []
+        for token in cast("Any", tokens[tokens["row"] == row].itertuples()):
+            hints = [f"{kind} {value:.0%}" for kind, value in shares.loc[token.token].items()]
+            if pd.notna(dense := token.dense_loss):
+                hints.append(f"loss {dense:.2f}, routed {token.routed_loss - dense:+.2f}")
+            text = html.escape(str(token.text)).replace("\n", "&#8629;<br>")
+            spans.append(_span(text, float(overall[token.token]), low, high, "; ".join(hints)))
+        parts.append(f"<h2>{html.escape(str(row))}</h2><div>{''.join(spans)}</div>")
+    head = f"<meta charset=utf-8><title>{html.escape(title)}</title><style>{TEXT_STYLE}</style>"
+    return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(parts)}</body></html>\n"
+
+
+def _span(markup: str, share: float, low: float, high: float, hint: str = "") -> str:
+    place = 0.5 if high <= low else min(1.0, max(0.0, (share - low) / (high - low)))
+    mark = ' class="d"' if place < 0.45 else ""  # light text on a dark ground
+    hint = f' title="{html.escape(hint)}"' if hint else ""
+    colour = to_hex(colormaps["cividis"](place))
+    return f'<span{mark} style="background:{colour}"{hint}>{markup}</span>'
 
 
 if __name__ == "__main__":

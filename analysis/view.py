@@ -122,7 +122,9 @@ class View:
             axes.set_xlabel("")
         for axes in grid[:, 1:].flat:
             axes.set_ylabel("")
-        style.legend(figure, grid[0][0], title)
+        named = dict(zip(*reversed(grid[0][0].get_legend_handles_labels()), strict=True))
+        words = {"title": title, "title_fontsize": 8, **style.LEGEND}
+        figure.legend(named.values(), named.keys(), **words)
         return figure
 
     def section(self, part: pd.DataFrame, prefix: str, looks: Looks, stem: str) -> Section:

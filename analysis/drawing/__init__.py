@@ -1,1 +1,1 @@
-"""Draw and tabulate: style, tables, coloured text."""
+"""Draw and tabulate: style, tables."""

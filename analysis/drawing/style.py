@@ -10,7 +10,6 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 # Okabe and Ito (2008), dark ones first; yellow is too faint on white.
@@ -19,6 +18,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
 LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
 REFERENCE = "#555555"
 DASHED: dict[str, Any] = {"color": REFERENCE, "linestyle": (0, (4, 2)), "linewidth": 1}
+LEGEND: dict[str, Any] = {"loc": "outside upper center", "ncols": 4, "frameon": False}
 Looks = dict[str, dict[str, Any]]
 """Colour, marker and line of each name, as keywords of `Axes.plot`."""
 COLUMN_WIDTH_IN = 3.4
@@ -77,20 +77,6 @@ def _free(choices: tuple[Any, ...], start: int, taken: list[Any]) -> Any:
     """The first choice from `start` on that is used least."""
     ring = [choices[(start + step) % len(choices)] for step in range(len(choices))]
     return min(ring, key=taken.count)
-
-
-def legend(figure: Figure, panel: Axes, title: str) -> None:
-    """One legend above all panels, with one entry for each label of `panel`."""
-    handles = dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
-    figure.legend(
-        handles.values(),
-        handles.keys(),
-        title=title,
-        title_fontsize=8,
-        loc="outside upper center",
-        ncols=4,
-        frameon=False,
-    )
 
 
 def save(figure: Figure, stem: Path) -> list[Path]:

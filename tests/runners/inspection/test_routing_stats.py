@@ -9,9 +9,8 @@ import torch
 from torch.nn import functional
 
 from analysis.cli import Paths
-from analysis.drawing.coloured_text import page
 from analysis.frames import AnalysisError
-from analysis.routing_maps import by_layer, executed_share, main, read
+from analysis.routing_maps import by_layer, coloured_text, executed_share, main, read
 from methods.engine.routed import routed
 from runners.base_model.load import Base
 from runners.inspection.tables import CLASSES, routing_tables, token_classes, token_rows
@@ -149,7 +148,7 @@ def test_text_is_escaped_and_the_prompt_comes_alone():
     decisions = pd.DataFrame(
         {"token": [0, 1, 2], "kind": "mlp", "executed": [True, False, True], "layer": 0}
     )
-    text = page(tokens, decisions, title="<title>")
+    text = coloured_text(tokens, decisions, title="<title>")
     assert "&lt;b&gt;" in text and " &amp; more" in text and "<b>" not in text
     assert "other" not in text and "&lt;title&gt;" in text
     assert "mlp 100%; loss 2.00, routed +0.50" in text
