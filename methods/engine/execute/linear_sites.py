@@ -2,12 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from weakref import WeakKeyDictionary
+
 import torch
 
-from methods.base import Decision, LinearUnit, Site
+from methods.base import Decision, LinearUnit, Method, Site
 from methods.engine.decoder.unit import Unit
 from methods.engine.ops.linear import transposed
 from methods.engine.routing import Routing
+
+Kept = dict[Site, tuple[LinearUnit, list[int], LinearUnit]]
+_KEPT: WeakKeyDictionary[Method, Kept] = WeakKeyDictionary()
+"""The maps of a method's sites, their state, and their copies by columns: as long as the method
+lives, so that no `routed` block but the first copies them; outside of it, so that none is saved."""
+
+
+def by_columns(method: Method, site: Site, linear: LinearUnit) -> LinearUnit:
+    """Give both maps of a site column by column; copied where its weights have changed only."""
+    down, up = linear.down_rD, linear.up_Dr
+    if down is None or up is None or down.is_inference() or up.is_inference():
+        return transposed(linear)  # an inference tensor does not count its changes
+    state = [down.data_ptr(), down._version, up.data_ptr(), up._version]
+    kept = _KEPT.setdefault(method, {})
+    if site not in kept or kept[site][1] != state:
+        # the maps are held too: while they are, no other tensor gets their addresses
+        kept[site] = linear, state, transposed(linear)
+    copies = kept[site][2]
+    return replace(linear, down_rD=copies.down_rD, up_Dr=copies.up_Dr)
 
 
 class LinearSites:
@@ -38,7 +60,7 @@ class LinearSites:
         if not self.routing.ops.compiled:
             return linear
         if site not in self._transposed:
-            self._transposed[site] = transposed(linear)
+            self._transposed[site] = by_columns(self.routing.method, site, linear)
         return self._transposed[site]
 
     def decide(self, unit: Unit) -> Decision:
