@@ -166,17 +166,20 @@ class RunFolder:
         speed = {"prefill": [], "decode": [], **self.speed()}
         others = [c for c in speed[phase] if [c.get(key) for key in SPEED_KEY] != alike]
         speed[phase] = [*others, case]
-        write_json_atomic(self.speed_file, redact({"speed": speed}))
+        write_json_atomic(self.speed_file, redact({"speed": speed}), checked=True)
         record = self.result() or {}
         if record.get("status") != "complete":
             record = timed.to_json()
         self._write_result({**record, "speed": speed})
 
     def speed(self) -> dict[str, Any]:
-        """Timed cases by phase; empty if none was."""
+        """Timed cases by phase; empty if none was, or they are damaged, which is said."""
         try:
-            speed: dict[str, Any] = json.loads(self.speed_file.read_bytes())["speed"]
-        except (OSError, ValueError, KeyError):
+            speed: dict[str, Any] = read_checked(self.speed_file)["speed"]
+        except FileNotFoundError:
+            return {}
+        except Damaged as error:
+            log.warning("%s: its cases are to be timed again", error)
             return {}
         return speed
 

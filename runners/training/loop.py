@@ -240,14 +240,15 @@ class Loop:
         """
         batches = [next(state.batches) for _ in range(budget.accumulate)]
         anneal = state.at.step / max(1, budget.steps - 1)
-        losses, rates = [], []
+        losses: list[Tensor] = []
+        rates: list[Tensor] = []
         parts = self.passes.micro_batches(stage, batches, state.at.micro_batch, anneal, target)
         for loss, rate, share in parts:
+            if losses and stop.number and not is_distributed():
+                return None
             (loss * share).backward()
             losses.append(loss.detach() * share)
             rates.append(rate * share)
-            if stop.number and not is_distributed():
-                return None
         loss, rate = torch.stack(losses).sum(), torch.stack(rates).sum()
         all_reduce([loss, rate, *shared_gradients(state.parameters)])
         return loss, rate

@@ -97,6 +97,16 @@ def test_any_byte_of_a_record_and_its_items(tmp_path):
         assert folder.is_complete()
 
 
+def test_any_byte_of_the_timed_cases(tmp_path, caplog):
+    folder, case = RunFolder(tmp_path), {"seq": 8, "ms": 1.5}
+    timed = Record("m", "", "tiny", "sotu", 0, 0.5, evaluated=False)
+    folder.add_speed("prefill", case, timed)
+    for _ in damages(folder.speed_file):
+        assert folder.speed() == {} and "timed again" in caplog.text
+        caplog.clear()
+    assert folder.speed()["prefill"] == [case]
+
+
 def test_any_byte_of_a_checkpoint(tmp_path, caplog):
     saved, tensors = Checkpoint(tmp_path / "x.checkpoint"), {"a": torch.arange(3.0)}
     saved.save(tensors, {"curve": [0.1]})
