@@ -13,6 +13,8 @@ from methods.types import OutOfReach, Probe, RoutedScores
 
 log = logging.getLogger(__name__)
 
+MOST_PASSES = 16
+
 
 class Found(NamedTuple):
     """A threshold and the sparsity that the routed model realised with it."""
@@ -51,19 +53,15 @@ def between_scores(scores: Tensor, guess: float) -> float:
     return (low + float(above.min())) / 2 if len(above) else low + 1e-3 * max(1.0, abs(low))
 
 
-def calibrate_threshold(
-    probe: Probe, sparsity: float, *, tolerance: float = 0.002, max_passes: int = 16
-) -> Found:
-    """Bisection on the routed model, each guess taken from the scores that the last pass saw.
+def calibrate_threshold(probe: Probe, sparsity: float, *, tolerance: float = 0.002) -> Found:
+    """Find the threshold on a share of the calibration text, then on all of it.
 
-    The search begins on a share of the calibration text and ends on all of it, which seldom
-    needs more than two passes then.
+    The second search seldom needs more than two passes.
 
     Args:
         probe: routes calibration text.
         sparsity: target over all units of the model.
         tolerance: accepted distance between realised and target sparsity.
-        max_passes: the closest threshold seen is returned after this many.
 
     Raises:
         OutOfReach: the routed sites cannot reach the target even if all are bypassed.
@@ -71,21 +69,20 @@ def calibrate_threshold(
     if sparsity == 0.0:
         return Found(-math.inf, 0.0)
     part = probe.sample()
-    found = realising_threshold(part, sparsity, tolerance=4 * tolerance, max_passes=max_passes)
+    found = realising_threshold(part, sparsity, tolerance=4 * tolerance)
     if part is probe:
         return found
-    return _search(probe, sparsity, found.threshold, tolerance=tolerance, max_passes=max_passes)
+    return realising_threshold(probe, sparsity, tolerance=tolerance, near=found.threshold)
 
 
 def realising_threshold(
-    probe: Probe,
-    sparsity: float,
-    *,
-    tolerance: float,
-    near: float | None = None,
-    max_passes: int = 16,
+    probe: Probe, sparsity: float, *, tolerance: float, near: float | None = None
 ) -> Found:
-    """The same search on all of the probe's calibration text from the start.
+    """Bisection on the routed model, each guess taken from the scores that the last pass saw.
+
+    The bracket [low, high] always encloses the answer; the quantile of the observed scores is
+    tried where it falls inside, which needs 2 to 5 passes where plain halving needs about 12. The
+    closest threshold seen is returned after `MOST_PASSES`.
 
     Args:
         near: a threshold that should be close, which saves the passes that find one.
@@ -93,27 +90,19 @@ def realising_threshold(
     Raises:
         OutOfReach: as `calibrate_threshold`.
     """
-    if near is not None:
-        return _search(probe, sparsity, near, tolerance=tolerance, max_passes=max_passes)
-    seen = probe.routed_scores(-math.inf)
-    reachable = float(seen.weights[seen.scores < math.inf].sum()) / seen.total_weight
-    if sparsity > reachable + tolerance:
-        raise OutOfReach(
-            f"sparsity {sparsity} is out of reach: this method routes {reachable:.3f} of all units "
-            "of the calibration text (what it reserves, as first layers or tokens, left out)"
-        )
-    guess = _next_guess(seen, sparsity, -math.inf, math.inf, halve=False)
-    return _search(probe, sparsity, guess, tolerance=tolerance, max_passes=max_passes)
-
-
-def _search(
-    probe: Probe, sparsity: float, guess: float, *, tolerance: float, max_passes: int
-) -> Found:
-    """The bracket [low, high] always encloses the answer; the quantile of the observed scores is
-    tried where it falls inside, which needs 2 to 5 passes where plain halving needs about 12."""
     low, high = -math.inf, math.inf
-    best = Found(guess, math.inf)
-    for passes in range(max_passes):
+    if near is None:
+        seen = probe.routed_scores(-math.inf)
+        reachable = float(seen.weights[seen.scores < math.inf].sum()) / seen.total_weight
+        if sparsity > reachable + tolerance:
+            raise OutOfReach(
+                f"sparsity {sparsity} is out of reach: this method routes {reachable:.3f} of all "
+                "units of the calibration text (what it reserves, as first layers or tokens, left "
+                "out)"
+            )
+        near = _next_guess(seen, sparsity, low, high, halve=False)
+    guess, best = near, Found(near, math.inf)
+    for passes in range(MOST_PASSES):
         seen = probe.routed_scores(guess)
         error = seen.sparsity - sparsity
         log.debug("pass %d: threshold %.6g realised %.4f", passes, guess, seen.sparsity)
