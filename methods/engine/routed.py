@@ -1,20 +1,22 @@
 """Attach a method to an untouched Hugging Face model, and take it off again.
 
 `routed` swaps the `forward` of the decoder and of its layers; weights, classes and everything else
-stay as they are, so `generate`, lm-eval and hooks on layers keep working. Each unit is handed to an
-*executor* as a `Unit`: the residual stream, the normalised input, and how to run the real
-computation.
+stay as they are, so `generate`, lm-eval and hooks keep working (on attention and MLP modules in
+mode `masked` only, where they are called). Each unit is handed to an *executor* as a `Unit`: the
+residual stream, the normalised input, and how to run the real computation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from methods.base import Method, Site
 from methods.engine.cache.forecast_keys import forecast_keys
-from methods.engine.decoder.families import shape_of, windows_of
+from methods.engine.decoder.families import LayerParts, layers_of, shape_of, windows_of
+from methods.engine.decoder.inputs import ForwardCall
 from methods.engine.decoder.placement import place_on_devices, placed, spread
 from methods.engine.decoder.swap import Executor, swapped
 from methods.engine.execute.gathered import GatheredExecutor
@@ -50,12 +52,13 @@ def routed(
 
     Yields:
         The same model object, with `model.routing` (a `Routing`) set. Of several threads that use
-        it, one at a time runs a forward call.
+        it, one at a time runs a forward call. It cannot be copied or pickled inside the block.
 
     Raises:
         UnsupportedModel: no adapter for the family.
         ValueError: unknown mode, a model that is already routed, a site outside the model, fused
-            kernels asked for where `device_map` has placed the model.
+            kernels asked for where `device_map` has placed the model; from a forward call,
+            attention maps, masks, implementations or hooks that the mode cannot follow.
     """
     if mode not in EXECUTORS:
         raise ValueError(f"mode must be one of {', '.join(EXECUTORS)}, not {mode!r}")
@@ -73,6 +76,7 @@ def routed(
         kernels = _without_fused(kernels)
     counters = Counters(shape, dropped, spread(model), windows_of(model.config))
     routing = Routing(method=method, counters=counters, kernels=kernels, ops=ops)
+    routing.check = partial(_check, model, layers_of(model), mode, method.kv_policy, dropped)
     executor = EXECUTORS[mode](routing)
     with (
         # offloaded weights are at hand from here on, for adapters that read them
@@ -85,6 +89,44 @@ def routed(
             yield model
         finally:
             del model.routing
+
+
+def _check(
+    model: PreTrainedModel,
+    parts: Sequence[LayerParts],
+    mode: Mode,
+    kv_policy: str,
+    dropped: frozenset[Site],
+    call: ForwardCall,
+) -> None:
+    """Refuse, in one line, what a forward call asks for and this block would answer wrongly."""
+    gathers = mode == "gathered"
+    if gathers and any(_hooked(part) for part in parts):
+        raise ValueError(
+            "mode=gathered calls no attention or MLP module, so that its forward hooks would not "
+            "run: use mode=masked, or hooks on layers, norms and projections"
+        )
+    away = any(unit.kind == "attention" for site in dropped for unit in site.units)
+    asked = call.attentions or model.config.output_attentions
+    if asked and (gathers or away):
+        raise ValueError("output_attentions=True needs mode=masked and attention in every layer")
+    implementation = model.config._attn_implementation
+    if (gathers or kv_policy == "evict") and implementation not in ("sdpa", "eager"):
+        raise ValueError(
+            "mode=gathered and KV policy evict need attn_implementation sdpa or eager, "
+            f"not {implementation}"
+        )
+    if kv_policy == "evict" and not call.only_padding:
+        raise ValueError("KV policy evict needs an attention_mask of padding, [batch, keys]")
+
+
+def _hooked(part: LayerParts) -> bool:
+    """True if somebody's hooks wait for a call that the gathered path does not make."""
+    modules = (part.attention, part.mlp)
+    tables = (table for m in modules for table in (m._forward_hooks, m._forward_pre_hooks) if table)
+    hooks = (hook for table in tables for hook in table.values())
+    # transformers leaves its own in place once it has recorded outputs; they do nothing
+    return any(getattr(h, "__module__", "") != "transformers.utils.output_capturing" for h in hooks)
 
 
 def _without_fused(kernels: Kernels) -> Kernels:

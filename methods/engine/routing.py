@@ -45,6 +45,8 @@ class Routing(DecoderState):
     """Row-wise work between matrix products."""
     bench: Bench | None = None
     """A benchmark's clock, and decisions of its own to time any sparsity."""
+    check: Callable[[ForwardCall], None] = lambda call: None
+    """Raises before a forward call that the block would answer wrongly."""
     decisions: dict[Site, Decision] = field(default_factory=dict)
     """Decisions of the last training forward, with gradient."""
 
@@ -64,6 +66,7 @@ class Routing(DecoderState):
 
     def started(self, call: ForwardCall) -> None:
         """Open the count of a forward call."""
+        self.check(call)
         self.counters.start_forward(call.valid_BT, call.positions_BT)
 
     def ended(self) -> None:

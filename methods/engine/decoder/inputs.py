@@ -23,6 +23,10 @@ class ForwardCall:
     """Tokens that the cache held before this call; a 0-dim tensor while a graph is captured."""
     mask: Any = None
     """The attention mask that the model was given."""
+    attentions: bool = False
+    """Whether attention maps are asked for."""
+    only_padding: bool = True
+    """False if a token must not see some real token before it: packed rows, a mask of one's own."""
     threshold: float | None = None
     """The method's threshold on the host, read once a call where a path needs it there."""
     attending: dict[int, Tensor] = field(default_factory=dict)
@@ -52,7 +56,10 @@ class ForwardCall:
             cache=cache,
             position_ids=kwargs.get("position_ids"),
         )
-        return cls(valid_BT, positions_BT, past, mask)
+        packed = mask is None and cache is None and _restarts(kwargs.get("position_ids"))
+        asked = bool(kwargs.get("output_attentions"))
+        simple = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
+        return cls(valid_BT, positions_BT, past, mask, asked, simple and not packed)
 
     def move(self, device: torch.device) -> None:
         """Bring what layers read to the device of the next one."""
@@ -140,6 +147,11 @@ def _from_square(
     if position_ids is not None:
         return diagonal, position_ids.to(mask.device).expand(diagonal.shape)
     return diagonal, (allowed.long().sum(-1) - 1).clamp_min(0)
+
+
+def _restarts(position_ids: Tensor | None) -> bool:
+    """True if several sequences lie in one row, as transformers tells from their positions."""
+    return position_ids is not None and bool((position_ids.diff(dim=-1) != 1).any())
 
 
 def _tokens_in(cache: Any) -> int | Tensor:

@@ -34,6 +34,8 @@ class _Known:
     attention: OneQuery | None
     mlp: tuple[nn.Linear, ...] | None
     """Its gate, up and down projection."""
+    hooks: list[Any]
+    """Of its projections, which this path does not call."""
 
 
 class OneToken:
@@ -57,7 +59,7 @@ class OneToken:
         known, mask = self._known[site], inputs.attention_mask
         # a mask of scores, [1, 1, 1, keys], or none
         follows = mask is None or (isinstance(mask, Tensor) and mask.dim() == 4)
-        if known is None or routing.watched or not follows:
+        if known is None or routing.watched or not follows or any(known.hooks):
             return None
         x_D, after_D = unit.x_BTD.view(-1), unit.residual_BTD.view(-1)
         with routing.part("router"):
@@ -94,7 +96,9 @@ class OneToken:
             return None
         one_query = OneQuery(attention, self._rotation) if attends else None
         parts = tuple(getattr(mlp, name) for name in NAMES) if feeds else None
-        return _Known(linear, float(linear.offset), one_query, parts)
+        called = [*(projections if attends else ()), *(parts or ())]
+        hooks = [h for part in called for h in (part._forward_hooks, part._forward_pre_hooks)]
+        return _Known(linear, float(linear.offset), one_query, parts, hooks)
 
     def _decide(self, known: _Known, unit: Unit, x_D: Tensor) -> bool:
         call, bench = unit.inputs.call, self.routing.bench

@@ -158,6 +158,8 @@ def is_plain_rms(norm: Any, x: Tensor) -> bool:
     """True for x / rms(x) * weight in float32, by the attributes that the known families use."""
     if x.dtype != torch.float32 or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
+    if norm._forward_hooks or norm._forward_pre_hooks:
+        return False
     return type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon")
 
 

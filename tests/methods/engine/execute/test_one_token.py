@@ -112,6 +112,20 @@ def test_padding_before_the_prompt_is_not_seen(forecast, taken):
     assert torch.allclose(out[:, 2:], expected[:, 2:], atol=2e-4)
 
 
+@torch.no_grad()
+def test_hooks_on_projections_run(taken):
+    """Also one that comes after the path has read the layer."""
+    model, ids, seen = windowed("llama", None), small_ids(1, 3), []
+    method = Linear(all_sites(model, "unit"), -100.0, forecast=True, silu=False)
+    with routed(model, method, "gathered"):
+        cache = model(input_ids=ids[:, :1], use_cache=True).past_key_values
+        model(input_ids=ids[:, 1:2], past_key_values=cache)
+        part = model.model.layers[0].mlp.up_proj
+        part.register_forward_hook(lambda *_: seen.append(1))
+        model(input_ids=ids[:, 2:], past_key_values=cache)
+    assert taken and seen == [1]
+
+
 def test_other_projections_are_called(taken):
     """Anything but a plain linear layer in a unit's place has to be called."""
 
