@@ -14,7 +14,7 @@ import logging
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -87,16 +87,16 @@ class RoutedOptions:
     chat_template_args: Mapping[str, Any] | None = None
 
 
-PASSED = [f.name for f in fields(RoutedOptions)][-11:]
-"""Options that the harness takes, `batch_size` and what stands behind it."""
+PASSED = (
+    "batch_size max_batch_size share_contexts max_length truncation logits_cache softmax_dtype "
+    "prefix_token_id think_end_token enable_thinking chat_template_args"
+).split()
+"""Options that the harness takes; all but the first two may change an answer."""
 
 
 @register_model("routed")
 class RoutedLM(HarnessModel):
-    """A saved routed model, routed for the life of this object.
-
-    Args:
-        pretrained, options: see `RoutedOptions`.
+    """A saved routed model, routed for the life of this object; for options see `RoutedOptions`.
 
     Raises:
         UserError: a folder, model or value that cannot be used; an option that does nothing.
