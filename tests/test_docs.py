@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import importlib.util
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from runners.launching.command_line import prepare
 from tests.conftest import CONF, ROOT
 
 DOCS = ROOT / "docs"
@@ -59,3 +61,23 @@ def test_the_site_builds_without_a_warning(tmp_path):
         assert all(line in text for line in file.read_text().splitlines()), file.stem
         target = yaml.safe_load(file.read_text())["_target_"]
         assert f'id="{target}"' in page and "fonts.googleapis" not in page
+
+
+LINE = re.compile(r"^python runners/(sweep|train|speed)\.py (.*?)(?:\s+#.*)?$", re.MULTILINE)
+COMMANDS = sorted(
+    {
+        (script, words)
+        for page in TEXTS
+        for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+        for script, words in LINE.findall(re.sub(r" \\\n\s*", " ", block))
+        if re.search(r"\w\.\w+=|experiment=", words)
+        and not re.search(r"[<$]|=\./|=/|launcher|device_map|=compare|=tradeoff", words)
+    }
+)
+"""Those with options; none that names the reader's folders, or of dozens of points."""
+
+
+@pytest.mark.parametrize(("script", "words"), COMMANDS, ids=lambda value: str(value)[:60])
+def test_a_command_of_the_docs_is_accepted(script, words):
+    """Every option exists and may have that value."""
+    assert prepare([*shlex.split(words), "tracking=off"], "sweep")

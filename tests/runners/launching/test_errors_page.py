@@ -18,10 +18,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from pyarrow import parquet
-from runners.store.summary import drift
 
-from analysis import frames, speedup
-from analysis.cli import AnalysisError, Paths
+from analysis import cli, frames, speedup
+from analysis.frames import AnalysisError
 from methods.base import Stage
 from methods.engine.decoder.placement import place_on_devices
 from runners import job, point
@@ -34,6 +33,7 @@ from runners.point_config import DataConfig, PlacementConfig, PointConfig
 from runners.runtime import workers
 from runners.runtime.signals import Interrupted
 from runners.store.files import disk_error
+from runners.store.record import Record
 from runners.store.run_folder import RunFolder
 from runners.store.stage_cache import StageCache
 from runners.tracking.base import Safe
@@ -222,7 +222,7 @@ def no_row_fits(scene: Scene) -> None:
 def failed_before(scene: Scene) -> None:
     config = PointConfig.parse(scene.config("retry_failed=false"))
     folder = RunFolder(scene.folder)
-    folder.fail("no reason")
+    folder.fail(Record(**config.identity, status="failed", reason="of disk"))
     job._to_skip(config, folder)
 
 
@@ -231,7 +231,7 @@ def complete(scene: Scene) -> None:
     config = PointConfig.parse(job.resolve(cfg))
     folder = RunFolder(scene.folder / "results" / config.fingerprint)
     folder.begin(config.redacted)
-    folder.complete({})
+    folder.complete(Record(**config.identity))
     job.run_point(cfg)
 
 
@@ -242,23 +242,32 @@ def speed_of_two(scene: Scene) -> None:
         job.measure_speed(OmegaConf.create(scene.config("method=random")))
 
 
-def analysis_of(look: Callable[[Path], Any], point: bool = True) -> Provoke:
-    def run(scene: Scene) -> None:
-        if point:
-            write_point(scene.folder, "informed", 0.3, perplexity=30.0)
-        look(scene.folder)
+def no_record(scene: Scene) -> None:
+    frames.Store(scene.folder)
 
-    return run
+
+def nothing_timed(scene: Scene) -> None:
+    write_point(scene.folder, "informed", 0.3, perplexity=30.0)
+    cli.write(speedup.VIEW, cli.Paths(scene.folder, scene.folder))
+
+
+def two_dense_models(scene: Scene) -> None:
+    for target in (0.3, 0.5):
+        write_point(scene.folder, "informed", target, perplexity=30.0)
+    file = next(scene.folder.glob("*0.5*/result.json"))
+    file.write_text(file.read_text().replace('"dense": 20.0', '"dense": 21.0'))
+    frames.Store(scene.folder)
 
 
 def tracker_that_fails(scene: Scene) -> None:
     Safe(object()).log({"a": 1.0})  # type: ignore[arg-type]
 
 
-REALISED = {
-    "sparsity_realised": 0.33,
-    "realised": {"achievable": 0.4, "calibration": 0.4},
-}
+DRIFTED = Record(
+    *("random", "", "tiny", "sotu", 0, 0.4),
+    sparsity_realised=0.33,
+    realised={"achievable": 0.4, "calibration": 0.4},
+)
 TWO_ROWS = tuple(f"budget.{stage}.batch_size=2" for stage in ("routers", "lora"))
 SMALL = ("budget.seq_len=4", "eval.tasks=[]")
 CASES: dict[str, Provoke] = {
@@ -321,11 +330,11 @@ CASES: dict[str, Provoke] = {
     "budget.routers.batch_size": command("budget.routers.batch_size=2", processes=3),
     "hydra/launcher=...: processes": command("hydra/launcher=joblib", "-m", processes=2),
     "speed is measured": speed_of_two,
-    "no complete result": analysis_of(frames.read_store, point=False),
-    "no speed in": analysis_of(lambda folder: speedup.main(Paths(folder, folder))),
-    "no point of": analysis_of(frames.items),
+    "no complete result": no_record,
+    "nothing to show": nothing_timed,
+    "the dense perplexity": two_dense_models,
     "saved=...": command("saved=FOLDER", entry="score"),
-    "realised": lambda scene: print(drift(REALISED)),
+    "realised": lambda scene: print(DRIFTED.drift),
     "complete in": complete,
     "tracking stopped": tracker_that_fails,
 }
