@@ -217,7 +217,7 @@ def draw_maps(tokens: pd.DataFrame, decisions: pd.DataFrame) -> Figure:
             if column == 0:
                 panel.set_ylabel(f"{kind}: layer")
             if row == 0:
-                panel.set_title(said)
+                panel.set_title(said.replace(" (", "\n("))  # else neighbours overlap
     figure.colorbar(shown, ax=grid, label="share of tokens executed", fraction=0.03, pad=0.01)
     return figure
 
