@@ -100,11 +100,15 @@ class CommandLine:
 
     def _compose(self, overrides: Sequence[Override], with_hydra: bool = False) -> DictConfig:
         words = [str(override.input_line) for override in overrides]
-        if self.folders[1:]:
-            places = ",".join(f"'file://{folder}'" for folder in self.folders[1:])
+        # the primary config may lie in a user's folder, as a record's own does; Hydra finds groups
+        # along the search path, but no primary config
+        primary = f"{self.config_name}.yaml"
+        home = next((path for path in self.folders if (path / primary).is_file()), CONF)
+        if others := [path for path in self.folders if path != home]:
+            places = ",".join(f"'file://{path}'" for path in others)
             words.append(f"hydra.searchpath=[{places}]")
         try:
-            with initialize_config_dir(str(CONF), version_base="1.3"):
+            with initialize_config_dir(str(home), version_base="1.3"):
                 return compose(self.config_name, words, return_hydra_config=with_hydra)
         except (HydraException, OmegaConfBaseException) as error:
             key = re.search(r"Could not (?:override|delete from config\.) '([^']+)'", str(error))

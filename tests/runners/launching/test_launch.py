@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from runners.errors import UserError
 from runners.launching.command_line import launch, prepare
@@ -127,3 +128,12 @@ def test_checks_load_neither_torch_nor_transformers():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert not {"torch", "transformers", "lm_eval", "datasets", "wandb"} & set(done.stdout.split())
+
+
+def test_a_stored_configuration_is_a_primary_config(tmp_path):
+    """The report's command for a point again: `--config-dir <point> --config-name config`."""
+    (stored,) = CommandLine(["model=tiny", "method=dense", "tracking=off"], "sweep").points()
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(stored))
+    words = ["--config-dir", str(tmp_path), "--config-name", "config", "results_dir=reproduced"]
+    (again,) = CommandLine(words, "sweep").points()
+    assert again == {**stored, "results_dir": "reproduced"}
