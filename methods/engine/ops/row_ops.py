@@ -95,14 +95,12 @@ class RowOps:
         Args:
             out: written to and returned, of the same shape and laid out in any way.
         """
-        if angles.place_N is None:
-            rows = x.view(-1, len(angles.cos_Pd), *x.shape[-2:])
-            cos, sin = angles.cos_Pd, angles.sin_Pd
+        cos, sin, place_N = angles.cos_Pd, angles.sin_Pd, angles.place_N
+        if place_N is None:
+            rows = x.view(-1, len(cos), *x.shape[-2:])
         else:
             rows = x.view(-1, *x.shape[-2:])
-            cos, sin = (
-                angle.index_select(0, angles.place_N) for angle in (angles.cos_Pd, angles.sin_Pd)
-            )
+            cos, sin = cos.index_select(0, place_N), sin.index_select(0, place_N)
         rotated = rotate(rows, cos.unsqueeze(1), sin.unsqueeze(1)).view_as(x)
         return rotated if out is None else out.copy_(rotated)
 

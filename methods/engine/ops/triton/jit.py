@@ -6,6 +6,7 @@ Without Triton the files with kernels still import; `choose.use_triton` keeps th
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -108,10 +109,8 @@ class Tuner:
     @staticmethod
     def _time(launch: Callable[[Tiles], None], tiles: Tiles) -> float:
         """Median milliseconds; infinite where the tile does not fit the device."""
+        run = partial(launch, tiles)
         try:
-            measured = triton.testing.do_bench(
-                lambda: launch(tiles), warmup=5, rep=20, return_mode="median"
-            )
+            return float(triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median"))
         except triton.runtime.errors.OutOfResources:
             return float("inf")
-        return float(measured)
