@@ -112,7 +112,7 @@ def unknown(
 
 def nearest(word: str, known: Collection[str]) -> str:
     """`, did you mean ...?`; nothing where no known word is like it."""
-    found = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    found = difflib.get_close_matches(word, known, n=1)
     return f" (did you mean {found[0]}?)" if found else ""
 
 

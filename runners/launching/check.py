@@ -18,7 +18,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from methods.engine.decoder.families import UnsupportedModel, require_family
-from methods.engine.ops.cpu.build import reason_without
 from runners.base_model import device_map
 from runners.corpus.rows import check_documents
 from runners.corpus.source import check_source
@@ -164,8 +163,11 @@ def _check_device(name: str) -> None:
 
 
 def _check_speed(speed: SpeedConfig) -> None:
-    if speed.kernels == "compiled" and (reason := reason_without()):
-        raise UserError(f"speed.kernels=compiled: {reason}; speed.kernels=auto runs without")
+    if speed.kernels == "compiled":
+        from methods.engine.ops.cpu.build import reason_without  # needs torch
+
+        if reason := reason_without():
+            raise UserError(f"speed.kernels=compiled: {reason}; speed.kernels=auto runs without")
     if not speed.trained and speed.decisions != "random":
         raise UserError("speed.trained=false needs speed.decisions=random: nothing is calibrated")
 

@@ -58,12 +58,13 @@ class CommandLine:
         self.overrides = parse([w for o in parse(words) for w in self._model_words(o)])
         for override in self.overrides:
             self._check_choice(override)
-        # the groups' choices are enough to see whether an experiment is a sweep by itself
-        hydra = self._compose([o for o in self.overrides if self._is_choice(o)], True).hydra
-        self.presets = dict(hydra.sweeper.params or {})
-        self.sweeping = bool({"-m", "--multirun"} & set(self.flags)) or (
-            str(hydra.mode).rpartition(".")[2] == "MULTIRUN"
-        )
+        self.presets: dict[str, Any] = {}
+        self.sweeping = bool({"-m", "--multirun"} & set(self.flags))
+        if any(o.key_or_group.startswith(("experiment", "hydra")) for o in self.overrides):
+            # the groups' choices are enough to see whether an experiment is a sweep by itself
+            hydra = self._compose([o for o in self.overrides if self._is_choice(o)], True).hydra
+            self.presets = dict(hydra.sweeper.params or {})
+            self.sweeping |= str(hydra.mode).rpartition(".")[2] == "MULTIRUN"
         if not self.sweeping and any(o.is_sweep_override() for o in self.overrides):
             raise UserError("several values in one override need -m (a sweep)")
 
