@@ -59,11 +59,8 @@ def attend_rows(
         x_BTD: normalised input.
 
     Raises:
-        ValueError: a mask or cache that this path cannot follow.
+        ValueError: a cache that this path cannot follow.
     """
-    mask = inputs.attention_mask
-    if mask is not None and mask.dim() != 4:
-        raise ValueError("mode=gathered needs attn_implementation sdpa or eager")
     x_ND = take(x_BTD, rows.index_N)
     angles_BT = angles_of(inputs.position_embeddings)
     angles = angles_BT.at(rows.index_N)
@@ -192,17 +189,13 @@ def _attend(
         return
     ends = sequence.last_N.tolist()
     mask_of = _mask_of(query_NHd, sequence, ends[-1] + 1)
-    for part in _blocks(len(ends)):
+    # blocks of about the same number of queries: a rest of a few would cost a call of its own
+    size = -(-len(ends) // -(-len(ends) // BLOCK_QUERIES))
+    for start in range(0, len(ends), size):
+        part = slice(start, min(start + size, len(ends)))
         seen = ends[part.stop - 1] + 1
         mask_NS = mask_of(part, seen)
         yield _dot(query_NHd[part], key[:, :seen], value[:, :seen], mask_NS, scale, False)
-
-
-def _blocks(queries: int) -> Iterator[slice]:
-    """Blocks of about the same number of queries: a rest of a few would cost a call of its own."""
-    size = -(-queries // -(-queries // BLOCK_QUERIES))
-    for start in range(0, queries, size):
-        yield slice(start, min(start + size, queries))
 
 
 def _mask_of(

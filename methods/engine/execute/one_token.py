@@ -56,10 +56,8 @@ class OneToken:
         routing, site, inputs = self.routing, unit.site, unit.inputs
         if site not in self._known:
             self._known[site] = self._read(unit)
-        known, mask = self._known[site], inputs.attention_mask
-        # a mask of scores, [1, 1, 1, keys], or none
-        follows = mask is None or (isinstance(mask, Tensor) and mask.dim() == 4)
-        if known is None or routing.watched or not follows or any(known.hooks):
+        known = self._known[site]
+        if known is None or routing.watched or any(known.hooks):
             return None
         x_D, after_D = unit.x_BTD.view(-1), unit.residual_BTD.view(-1)
         with routing.part("router"):
