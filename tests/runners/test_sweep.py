@@ -152,6 +152,16 @@ def test_force_computes_again(tiny_config, failed):
     assert not failed
 
 
+def test_a_route_that_returns_scores_is_one_line(tiny_config, failed):
+    from omegaconf import OmegaConf
+
+    config = tiny_config("sparsity=0.1")
+    config["method"] = {"name": "bare", "_target_": "tests.runners.toy.Bare"}
+    job.run_point(OmegaConf.create(config), "sweep")
+    (said,) = failed
+    assert said.endswith("Bare at 1_mlp: route() gave a Tensor: return self.decide(scores_BT)")
+
+
 def wait_for(condition, process, seconds=90):
     deadline = time.monotonic() + seconds
     while not condition():

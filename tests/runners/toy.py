@@ -44,6 +44,13 @@ class Toy(Method):
         return self.vectors[site.key].expand_as(x_BTD)
 
 
+class Bare(Toy):
+    """Breaks the contract: scores instead of a decision."""
+
+    def route(self, site: Site, x_BTD: Tensor, ctx: RouteContext) -> Any:
+        return x_BTD.float() @ self.weights[site.key]
+
+
 def toy(model: PreTrainedModel, *, sparsity: float = 0.1) -> Toy:
     """Attached to the model."""
     method = Toy(sparsity=sparsity)
