@@ -165,22 +165,21 @@ def test_a_download_that_hangs(tmp_path, number, code):
     assert "Traceback" not in said
 
 
-def states(folder: Path) -> dict[int, tuple[str, str | None]]:
+def states(folder: Path) -> dict[float, tuple[str, str | None]]:
     found = {}
     for file in folder.glob("results/*/result.json"):
         record = json.loads(file.read_bytes())
-        rank = int(record["variant"].rpartition("rank=")[2].partition(",")[0])
-        found[rank] = (record["status"], record.get("reason"))
+        found[record["sparsity_target"]] = (record["status"], record.get("reason"))
     return found
 
 
 def test_a_failed_point_is_retried_or_not(nursery, tmp_path):
-    """A forecaster of rank 0 is refused; the sweep goes on to the point after it."""
-    own = ("method=random", "method.bypass=forecast", "method.rank=4,0,3", "-m")
+    """A target out of the method's reach is refused; the sweep goes on to the point after it."""
+    own = ("method=mod", "sparsity=0.3,0.7,0.2", "-m")
     first = nursery.run(Step(words(tmp_path, *own)))
     assert first.code() == 1, first.said
     assert [state for state, _ in states(tmp_path).values()].count("complete") == 2
-    status, reason = states(tmp_path)[0]
+    status, reason = states(tmp_path)[0.7]
     assert status == "failed" and reason
     assert len(first.errors) == 1 and reason in first.errors[0]
 
@@ -188,7 +187,7 @@ def test_a_failed_point_is_retried_or_not(nursery, tmp_path):
     assert left.code() == 1, left.said
     assert left.said.count(": starting in ") == 0
     assert f"it did before ({reason})" in left.errors[0]
-    assert states(tmp_path)[0] == ("failed", reason)
+    assert states(tmp_path)[0.7] == ("failed", reason)
 
     again = nursery.run(Step(words(tmp_path, *own)))
     assert again.code() == 1
