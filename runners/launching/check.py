@@ -12,6 +12,7 @@ import json
 import netrc
 import os
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -144,8 +145,10 @@ def _check_writable(key: str, folder: str | None) -> None:
     there = Path(folder).absolute()
     while not there.exists():
         there = there.parent
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"cannot write {key}={folder}: choose another folder")
+    try:  # permissions alone do not tell: root may write everywhere but where nobody can
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise UserError(f"cannot write {key}={folder}: choose another folder") from error
 
 
 def _check_device(name: str) -> None:

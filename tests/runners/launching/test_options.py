@@ -136,6 +136,7 @@ MISTAKES = [
     ("device=gpu", "device=gpu is not available"),
     ("data.dir=/a(b)", "quoted within quotes"),
     ("results_dir=/dev/null/x", "cannot write results_dir=/dev/null/x"),
+    ("results_dir=/proc/x", "cannot write results_dir=/proc/x"),  # also for root
     ("cache_dir=/dev/null/x", "cannot write cache_dir=/dev/null/x"),
 ]
 
