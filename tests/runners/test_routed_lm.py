@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from dataclasses import fields
 
 import lm_eval
 import pytest
@@ -18,7 +20,8 @@ from methods.random import Random
 from runners.base_model.synthetic import byte_tokenizer, tiny_model
 from runners.errors import UserError
 from runners.evaluation.tasks import TaskSet
-from runners.routed_lm import RoutedLM
+from runners.routed_lm import RoutedLM, RoutedOptions
+from tests.conftest import ROOT
 from tests.runners.evaluation.test_harness import settings, write_data
 
 OPTIONS = {"bypass": "skip"}
@@ -76,6 +79,14 @@ def test_command_line_equals_the_stock_class(saved, tmp_path, commands):
 
 
 @pytest.mark.slow  # lm-eval reads all of its task files first
+def test_the_page_of_options_has_each_one():
+    page = (ROOT / "docs/options.md").read_text()
+    section = page.partition("## A saved model in lm-eval")[2].partition("\n## ")[0]
+    keys = re.findall(r"^\| (`.*?`) \|", section, re.MULTILINE)
+    listed = [name for key in keys for name in re.findall(r"\w+", key)]
+    assert sorted(listed) == sorted(field.name for field in fields(RoutedOptions))
+
+
 def test_a_mistake_is_one_line(tmp_path, commands):
     command = [sys.executable, "-m", "runners.routed_lm", "--model", "routed", "--tasks", "piqa"]
     command += ["--model_args", f"pretrained={tmp_path / 'absent'}"]
