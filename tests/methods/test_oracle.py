@@ -56,7 +56,7 @@ def test_looking_runs_each_unit_once(model, mode):
     method = attach(model, Oracle(sparsity=0.5, bypass="skip")).eval()
     method.threshold.fill_(0.0)
     runs = []
-    model.model.layers[1].mlp.register_forward_hook(lambda *_: runs.append(1))
+    model.model.layers[1].mlp.down_proj.register_forward_hook(lambda *_: runs.append(1))
     with torch.no_grad(), routed(model, method, mode):
         cache = model(input_ids=small_ids(2, 8), use_cache=True).past_key_values
     assert len(runs) == 1

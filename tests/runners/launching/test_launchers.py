@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from runners.launching import points
 from runners.launching.command_line import launch
 from runners.launching.points import LAUNCHERS
 from tests.conftest import Commands, documents
@@ -149,7 +150,7 @@ def test_an_unknown_launcher_is_one_line(commands, word):
 def test_a_launcher_that_is_not_installed_is_one_line(monkeypatch, capsys, launcher, package):
     """Exit code 2, before Hydra begins."""
     module, _ = LAUNCHERS[launcher]
-    monkeypatch.setattr(launch, "find_spec", lambda name: None if name == module else name)
+    monkeypatch.setattr(points, "find_spec", lambda name: None if name == module else name)
     words = ["sweep.py", "method=random", f"hydra/launcher={launcher}", "tracking=off", "-m"]
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as ended:

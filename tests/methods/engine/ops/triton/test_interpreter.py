@@ -26,7 +26,7 @@ FOLDER = Path(__file__).parent / "interpreted"
 def test_under_the_interpreter():
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(FOLDER)],
-        cwd=FOLDER.parents[4],
+        cwd=FOLDER.parents[5],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
