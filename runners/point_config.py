@@ -500,13 +500,8 @@ def _from_saved(config: Mapping[str, Any]) -> dict[str, Any]:
         UserError: no saved routed model there.
     """
     folder = Path(config["saved"]).expanduser()
-    settings = read_saved(folder)
+    settings = read_saved(folder, trust_method=config.get("trust_method") is True)
     options, base, target = settings["options"], settings["base"], settings["target"]
-    if not target.startswith("methods.") and config.get("trust_method") is not True:
-        raise UserError(
-            f"saved={folder} names the class {target}, outside this project: "
-            "trust_method=true imports it, which runs its code"
-        )
     moved = config["sparsity"] is not None
     name = target.rsplit(".", 2)[-2]
     own = {key: value for key, value in options.items() if key != "sparsity"}
@@ -521,11 +516,14 @@ def _from_saved(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def read_saved(folder: Path) -> dict[str, Any]:
+def read_saved(folder: Path, *, trust_method: bool) -> dict[str, Any]:
     """Read routed.json of a saved routed model.
 
+    Args:
+        trust_method: whether the class that it names may lie outside this project.
+
     Raises:
-        UserError: it is not there, or lacks what it should hold.
+        UserError: it is not there, lacks what it should hold, or names a foreign class.
     """
     missing = [n for n in ("routed.json", "routed.safetensors") if not (folder / n).is_file()]
     if missing:
@@ -533,11 +531,17 @@ def read_saved(folder: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads((folder / "routed.json").read_text())
         complete = isinstance(found["target"], str) and "sparsity" in found["options"]
-        if complete and {"name", "source", "path", "seed", "weights_sha256"} <= set(found["base"]):
-            return found
+        complete &= {"name", "source", "path", "seed", "weights_sha256"} <= set(found["base"])
     except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise UserError(f"saved={folder} {NOT_SAVED} (routed.json)")
+        complete = False
+    if not complete:
+        raise UserError(f"saved={folder} {NOT_SAVED} (routed.json)")
+    if not trust_method and not found["target"].startswith("methods."):
+        raise UserError(
+            f"saved={folder} names the class {found['target']}, outside this project: "
+            "trust_method=true imports it, which runs its code"
+        )
+    return found
 
 
 def saved_model(settings: Mapping[str, Any], base_model: str | None) -> dict[str, Any]:

@@ -73,6 +73,8 @@ class RoutedOptions:
     """For a base model larger than one device, as in `conf/score.yaml`."""
     cache_dir: str | None = None
     trust_remote_code: bool = False
+    trust_method: bool = False
+    """True imports a class outside this project that the folder names."""
     batch_size: int | str = 1
     # the following as in `HarnessModel` and lm-eval's `hf`
     max_batch_size: Positive | None = 64
@@ -106,9 +108,10 @@ class RoutedLM(HarnessModel):
         own = parse_section(RoutedOptions, {"pretrained": pretrained, **options})
         if world_size() > 1:
             raise UserError("a saved routed model is evaluated in one process: start no launcher")
-        base, settings = base_of(own), read_saved(Path(pretrained))
+        settings = read_saved(Path(pretrained), trust_method=own.trust_method)
+        base, package = base_of(own), settings["target"].partition(".")[0]
         try:
-            method = from_pretrained(pretrained, base.model, check_weights=False)
+            method = from_pretrained(pretrained, base.model, allow=[package], check_weights=False)
         except BadCheckpoint as error:
             raise UserError(str(error)) from error
         if own.sparsity is not None:
@@ -151,7 +154,8 @@ def base_of(options: RoutedOptions) -> Base:
     Raises:
         UserError: a folder without a saved routed model, or a base that cannot be loaded.
     """
-    settings, device = read_saved(Path(options.pretrained)), options.device or "auto"
+    settings = read_saved(Path(options.pretrained), trust_method=options.trust_method)
+    device = options.device or "auto"
     if device.startswith("cuda") and not torch.cuda.is_available():
         log.warning("device=%s is not there: the CPU is used", device)
         device = "cpu"

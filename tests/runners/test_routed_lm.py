@@ -87,6 +87,22 @@ def test_the_page_of_options_has_each_one():
     assert sorted(listed) == sorted(field.name for field in fields(RoutedOptions))
 
 
+def test_a_class_outside_the_project_is_imported_where_the_user_says_so(
+    saved, tmp_path, monkeypatch
+):
+    code = "from methods.random import Random\nclass Mine(Random):\n    pass\n"
+    (tmp_path / "minemethod.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = json.loads((saved / "routed.json").read_text())
+    settings["target"] = "minemethod.Mine"
+    (saved / "routed.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="trust_method=true imports it"):
+        RoutedLM(str(saved), device="cpu")
+    assert "minemethod" not in sys.modules
+    RoutedLM(str(saved), device="cpu", trust_method=True)
+    assert "minemethod" in sys.modules
+
+
 def test_a_mistake_is_one_line(tmp_path, commands):
     command = [sys.executable, "-m", "runners.routed_lm", "--model", "routed", "--tasks", "piqa"]
     command += ["--model_args", f"pretrained={tmp_path / 'absent'}"]
