@@ -74,7 +74,6 @@ def check_point(config: Mapping[str, Any]) -> PointConfig:
         _check_speed(point.speed)
     check_evaluation(point.eval)
     return point
-    return point
 
 
 @functools.lru_cache(maxsize=8)
