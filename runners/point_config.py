@@ -499,7 +499,7 @@ def _from_saved(config: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: no saved routed model there.
     """
-    folder = Path(config["saved"]).expanduser()
+    folder = Path(str(config["saved"])).expanduser()
     settings = read_saved(folder, trust_method=config.get("trust_method") is True)
     options, base, target = settings["options"], settings["base"], settings["target"]
     moved = config["sparsity"] is not None
