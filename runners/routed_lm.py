@@ -110,9 +110,8 @@ class RoutedLM(HarnessModel):
             raise UserError("a saved routed model is evaluated in one process: start no launcher")
         settings = read_saved(Path(pretrained), trust_method=own.trust_method)
         base, package = base_of(own), settings["target"].partition(".")[0]
-        allow = [package] if own.trust_method and package != "methods" else []
         try:
-            method = from_pretrained(pretrained, base.model, allow=allow, check_weights=False)
+            method = from_pretrained(pretrained, base.model, allow=[package], check_weights=False)
         except BadCheckpoint as error:
             raise UserError(str(error)) from error
         if own.sparsity is not None:

@@ -191,8 +191,11 @@ def read_settings(folder: Path | str) -> dict[str, Any]:
 def _build(target: str, options: dict[str, Any], allow: Sequence[str]) -> Method:
     """Build a method of this package or an allowed one: a foreign JSON must not import code."""
     module, _, name = target.rpartition(".")
-    ours = module.startswith("methods.") and not module.startswith("methods.engine")
-    if not (ours or any(f"{module}.".startswith(f"{package}.") for package in allow)):
+    if module.startswith("methods."):  # whatever is allowed: the engine's classes are no methods
+        known = not module.startswith("methods.engine")
+    else:
+        known = any(f"{module}.".startswith(f"{package}.") for package in allow)
+    if not known:
         package = target.partition(".")[0]
         raise BadCheckpoint(
             f"{target!r} is not a method of this package; allow={package} loads what you trust"

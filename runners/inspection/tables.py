@@ -51,10 +51,9 @@ def record_routing(config: PointConfig) -> Path:
     saved, asked = config.saved, config.inspect
     assert saved is not None and asked is not None
     base = load_base(config.model, config.placement, config.seed, config.store.cache_dir)
-    package = config.method.target.partition(".")[0]
-    allow = [] if package == "methods" else [package]  # the config was refused unless trusted
+    package = config.method.target.partition(".")[0]  # the config was refused unless trusted
     try:
-        method = from_pretrained(saved.saved, base.model, allow=allow, check_weights=False)
+        method = from_pretrained(saved.saved, base.model, allow=[package], check_weights=False)
     except BadCheckpoint as error:
         raise UserError(str(error)) from error
     if saved.trained_on_sha256 != base.weights_hash:
