@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from methods.base import Budget, Method, Probe, Stage
+from methods.base import Budget, Method, Stage
 from methods.engine import checkpoint
 from methods.engine.decoder.placement import input_device, spread
 from methods.engine.lora import LoraFactors, attach_lora, describe
@@ -35,7 +35,7 @@ from runners.store.record import Record
 from runners.store.run_folder import RunFolder
 from runners.store.stage_cache import StageCache, content_key
 from runners.tracking.base import Safe
-from runners.training.loop import Loop
+from runners.training.loop import Loop, recipe
 from runners.training.probe import ModelProbe
 from runners.training.state import Checkpoint
 
@@ -251,21 +251,6 @@ def build_method(config: PointConfig, model: PreTrainedModel) -> Method:
         return attach(model, method).eval()
     except (TypeError, ValueError) as error:
         raise UserError(f"method {config.method.name}: {error}") from error
-
-
-def recipe(method: Method, budget: Budget) -> Iterator[Stage]:
-    """`fit`, the method's own recipe, and the calibration as its last step."""
-    if type(method).fit is not Method.fit:
-        yield Stage("fit", fit=method.fit)
-    yield from method.stages(budget)
-    figures: dict[str, float] = {}
-
-    def calibrate(probe: Probe) -> None:
-        found = method.calibrate(probe, method.sparsity)
-        if found is not None:
-            figures["realised"] = found
-
-    yield Stage("calibrate", fit=calibrate, report=lambda probe: figures, per_target=True)
 
 
 def check_reach(method: Method, name: str) -> None:

@@ -17,12 +17,12 @@ import numpy as np
 
 from runners.corpus.source import SPLITS, Document, digest, load_documents
 from runners.errors import UserError
-from runners.point_config import BudgetConfig, DataConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from methods.base import Budget, StageBudget
+    from runners.point_config import BudgetConfig, DataConfig
 
 TASK_DOCUMENTS = 200
 """Test documents that are read at least, for the tasks that are made of them."""

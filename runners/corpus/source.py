@@ -20,10 +20,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from runners.errors import UserError
-from runners.point_config import DataConfig
+
+if TYPE_CHECKING:
+    from runners.point_config import DataConfig
 
 log = logging.getLogger(__name__)
 

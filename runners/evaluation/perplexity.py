@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,9 +22,11 @@ from methods.engine.decoder.placement import device_of, input_device
 from runners.corpus.source import Document
 from runners.errors import UserError
 from runners.evaluation.scores import bootstrap_interval
-from runners.point_config import WindowConfig
 from runners.runtime.memory import Fitting
 from runners.runtime.progress import progress
+
+if TYPE_CHECKING:
+    from runners.point_config import WindowConfig
 
 CHARACTERS, BESIDE_CUT = 16, 64
 """Of a text that are tokenised for a token of it at first, and tokens that a cut may change."""

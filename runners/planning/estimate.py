@@ -27,12 +27,12 @@ from runners.content import with_content
 from runners.corpus.rows import ProbeText
 from runners.corpus.source import stream_documents
 from runners.errors import UserError
-from runners.point import build, build_method, check_reach, recipe, stage_keys
+from runners.point import build, build_method, check_reach, stage_keys
 from runners.point_config import PointConfig
 from runners.store.files import cache_root
 from runners.store.run_folder import RunFolder
 from runners.store.stage_cache import StageCache, content_key
-from runners.training.loop import Loop
+from runners.training.loop import Loop, recipe
 from runners.training.probe import ModelProbe
 
 PASS = 2048

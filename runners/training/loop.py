@@ -7,7 +7,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, distributed, nn
 from transformers import PreTrainedModel
 
-from methods.base import Method, Probe, Stage, StageBudget
+from methods.base import Budget, Method, Probe, Stage, StageBudget
 from methods.engine.decoder.placement import input_device
 from methods.engine.lora import attach_lora
 from runners.errors import UserError
@@ -71,6 +71,21 @@ class StageReport:
     def to_dict(self) -> dict[str, Any]:
         """JSON form, as in the result record."""
         return asdict(self)
+
+
+def recipe(method: Method, budget: Budget) -> Iterator[Stage]:
+    """`fit`, the method's own recipe, and the calibration as its last step."""
+    if type(method).fit is not Method.fit:
+        yield Stage("fit", fit=method.fit)
+    yield from method.stages(budget)
+    figures: dict[str, float] = {}
+
+    def calibrate(probe: Probe) -> None:
+        found = method.calibrate(probe, method.sparsity)
+        if found is not None:
+            figures["realised"] = found
+
+    yield Stage("calibrate", fit=calibrate, report=lambda probe: figures, per_target=True)
 
 
 class Cost:
