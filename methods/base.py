@@ -8,7 +8,7 @@ Shapes: B batch, T tokens, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import ClassVar, get_args
 
 import torch
@@ -71,9 +71,27 @@ class Method(nn.Module):
         """Sites whose decision is the same for every token: True executes, False bypasses.
 
         The engine asks no router there, and a unit that all bypass costs nothing: neither its
-        norm nor its keys and values are computed.
+        norm nor its keys and values are computed. Its tokens get nothing, unless the site is one
+        of `estimated` (static bypass).
         """
         return {}
+
+    def estimated(self) -> Collection[Site]:
+        """Which of the sites that `fixed` bypasses give every token an estimate; by default none.
+
+        Such a site has no router, gathers nothing, and has no keys and values either.
+        """
+        return ()
+
+    def estimate(self, site: Site, x_BTD: Tensor, ctx: RouteContext) -> Tensor | None:
+        """What every token gets at a site of `estimated`, [B, T, D]; by default `approximate`.
+
+        Args:
+            site: where.
+            x_BTD: the unit's normalised input, in the model's dtype.
+            ctx: with the residual stream, for an estimate that reads it without the norm.
+        """
+        return self.approximate(site, x_BTD)
 
     def route(self, site: Site, x_BTD: Tensor, ctx: RouteContext) -> Decision:
         """Decide for each token whether to execute the unit.
@@ -100,7 +118,8 @@ class Method(nn.Module):
     def linear(self, site: Site) -> LinearUnit | None:
         """What `route` and `approximate` do at evaluation, if it is this simple.
 
-        Fused execution then calls neither of the two; None (the default) keeps to them.
+        Fused execution then calls neither of the two, nor `estimate` at a site of `estimated`,
+        where the score is not read; None (the default) keeps to them.
         """
         return None
 

@@ -198,6 +198,8 @@ class RoutedScores:
     """float32, same length: units that each score decides for (a block's count 2)."""
     total_weight: float
     """Pairs over all units, never routed ones included."""
+    fixed_weight: float = 0.0
+    """Those of them that every token bypasses without a score."""
 
 
 class Probe(Protocol):

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from methods.base import Method, Site
+from methods.base import BrokenContract, Method, Site
 from methods.engine.cache.forecast_keys import forecast_keys
 from methods.engine.decoder.families import LayerParts, layers_of, shape_of, windows_of
 from methods.engine.decoder.inputs import ForwardCall
@@ -56,6 +56,7 @@ def routed(
 
     Raises:
         UnsupportedModel: no adapter for the family.
+        BrokenContract: `estimated` is not among what `fixed` bypasses.
         ValueError: unknown mode, a model that is already routed, a site outside the model, fused
             kernels asked for where `device_map` has placed the model; from a forward call,
             attention maps, masks, implementations or hooks that the mode cannot follow.
@@ -71,16 +72,24 @@ def routed(
         raise ValueError(f"sites outside the model: {sorted(sites - known)}")
     fixed = method.fixed()
     dropped = frozenset(site for site, runs in fixed.items() if not runs)
+    estimated = frozenset(method.estimated())
+    if estimated - dropped:
+        wrong = ", ".join(site.key for site in sorted(estimated - dropped))
+        raise BrokenContract(
+            f"{type(method).__name__}: estimated() names {wrong}, which fixed() does not bypass"
+        )
     ops = row_ops(kernels, model) if mode == "gathered" else MODULES
     if placed(model):
         kernels = _without_fused(kernels)
-    counters = Counters(shape, dropped, spread(model), windows_of(model.config))
+    counters = Counters(shape, dropped, estimated, spread(model), windows_of(model.config))
     routing = Routing(method=method, counters=counters, kernels=kernels, ops=ops)
     routing.check = partial(_check, model, layers_of(model), mode, method.kv_policy, dropped)
     executor = EXECUTORS[mode](routing)
     with (
         # offloaded weights are at hand from here on, for adapters that read them
-        swapped(model, sites - fixed.keys(), executor, routing, dropped=dropped, ops=ops),
+        swapped(
+            model, (sites - fixed.keys()) | estimated, executor, routing, dropped=dropped, ops=ops
+        ),
         applied(method.adapter),
         forecast_keys(model, method, routing.attending),
     ):

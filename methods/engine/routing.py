@@ -77,17 +77,7 @@ class Routing(DecoderState):
     def decide(self, unit: Unit) -> Decision:
         """Ask the method; padding is bypassed. The executor counts what it executes."""
         call = unit.inputs.call
-        context = RouteContext(
-            unit.residual_BTD,
-            call.positions_BT,
-            call.valid_BT,
-            self.training,
-            self.anneal,
-            self.target,
-            output=lambda: unit.run() - unit.residual_BTD,
-            memory=call.memory,
-        )
-        decision = self.method.route(unit.site, unit.x_BTD, context)
+        decision = self.method.route(unit.site, unit.x_BTD, self._context(unit))
         self._check(unit.site, decision, call.valid_BT)
         decision.execute_BT = self.apply_mask(unit, decision.execute_BT)
         if self.training:
@@ -109,9 +99,31 @@ class Routing(DecoderState):
 
     def approximate(self, site: Site, x: Tensor) -> Tensor | None:
         """Ask the method for what bypassed tokens get, in the shape of `x` [B, T, D]."""
-        estimate = self.method.approximate(site, x)
+        return self._shaped(site, "approximate", self.method.approximate(site, x), x)
+
+    def estimated(self, unit: Unit) -> Tensor:
+        """Residual stream after a site of `Method.estimated`, [B, T, D]."""
+        given = self.method.estimate(unit.site, unit.x_BTD, self._context(unit))
+        estimate = self._shaped(unit.site, "estimate", given, unit.x_BTD)
+        return unit.residual_BTD if estimate is None else unit.residual_BTD + estimate
+
+    def _context(self, unit: Unit) -> RouteContext:
+        call = unit.inputs.call
+        return RouteContext(
+            unit.residual_BTD,
+            call.positions_BT,
+            call.valid_BT,
+            self.training,
+            self.anneal,
+            self.target,
+            output=lambda: unit.run() - unit.residual_BTD,
+            memory=call.memory,
+        )
+
+    def _shaped(self, site: Site, asked: str, estimate: Tensor | None, x: Tensor) -> Tensor | None:
+        """Refuse an estimate that would be broadcast over tokens."""
         if estimate is not None and estimate.shape != x.shape:
-            self._refuse(site, f"approximate() gave {list(estimate.shape)}, not {list(x.shape)}")
+            self._refuse(site, f"{asked}() gave {list(estimate.shape)}, not {list(x.shape)}")
         return estimate
 
     def _check(self, site: Site, decision: Decision, valid_BT: Tensor) -> None:

@@ -93,7 +93,8 @@ def realising_threshold(
     low, high = -math.inf, math.inf
     if near is None:
         seen = probe.routed_scores(-math.inf)
-        reachable = float(seen.weights[seen.scores < math.inf].sum()) / seen.total_weight
+        routed = float(seen.weights[seen.scores < math.inf].sum())
+        reachable = (routed + seen.fixed_weight) / seen.total_weight
         if sparsity > reachable + tolerance:
             raise OutOfReach(
                 f"sparsity {sparsity} is out of reach: this method routes {reachable:.3f} of all "
@@ -119,7 +120,8 @@ def _next_guess(
     seen: RoutedScores, sparsity: float, low: float, high: float, *, halve: bool
 ) -> float:
     bounded = math.isfinite(low) and math.isfinite(high)
-    guess = weighted_quantile(seen.scores, seen.weights, sparsity * seen.total_weight)
+    mass = sparsity * seen.total_weight - seen.fixed_weight
+    guess = weighted_quantile(seen.scores, seen.weights, mass)
     if low < guess < high and not (halve and bounded):
         return guess
     if bounded:

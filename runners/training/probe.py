@@ -141,6 +141,7 @@ class ModelProbe:
             scores=joined(scores),
             weights=joined(weights),
             total_weight=float(usage.tokens * len(self.shape.units())),
+            fixed_weight=float(usage.tokens * len(usage.dropped)),
         )
 
     @torch.no_grad()

@@ -104,7 +104,8 @@ def swapped(
     """Send the units of `sites` through `executor` inside the block.
 
     Args:
-        dropped: units that do not run at all.
+        dropped: units that do not run, and leave no keys and values; those that are in `sites` too
+            go through the executor nevertheless.
         ops: row-wise work; the default calls the modules of the layers.
     """
     parts, stack = layers_of(model), decoder(model)
@@ -164,7 +165,7 @@ class _LayerForward(SwappedForward):
         self.units = [
             (Site(index, kind), norms.get(kind, part.attention_norm))
             for kind in kinds
-            if Site(index, kind) not in dropped
+            if Site(index, kind) in sites or Site(index, kind) not in dropped
         ]
         away = bool({Site(index, "block"), Site(index, "attention")} & dropped)
         self.holds = away and part.first_of_kind

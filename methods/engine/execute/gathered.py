@@ -49,15 +49,20 @@ class GatheredExecutor:
             # weights that were read once a block may have changed since
             self.linear.forget()
             self.one_token.forget()
-        # 1. masked: gates carry gradient to the output of every token, bypassed or not
+        # 1. masked, in training: gates carry gradient to the output of every token, bypassed or not
         if routing.training:
             return self.masked(unit)
-        # 2. fused: on a GPU nothing may wait for the device, so not even the counts are read;
+        # 2. static: nobody decides, and no token is unlike another
+        if unit.site in routing.counters.estimated:
+            with routing.part("forecast"):
+                after = self.linear.estimated(unit)
+                return routing.estimated(unit) if after is None else after
+        # 3. fused: on a GPU nothing may wait for the device, so not even the counts are read;
         # before the others, which bring the decision to the host
         if use_triton(routing.kernels, unit.residual_BTD) and self.fused.covers(unit):
             return self.fused(unit)
         evicts = policy == "evict" and unit.attends
-        # 3. one token: a number decides, and there is nothing to gather; `evict` and `forecast`
+        # 4. one token: a number decides, and there is nothing to gather; `evict` and `forecast`
         # treat keys in a way that this path does not know
         alone = unit.residual_BTD.numel() == unit.residual_BTD.shape[-1]
         if alone and (policy == "keep" or not unit.attends):
@@ -72,15 +77,15 @@ class GatheredExecutor:
             routing.counters.add(unit.site, execute, keys_BT)
         with routing.part("rows"):
             rows, bypassed = routing.ops.split(execute, unit.inputs.call.valid_BT)
-        # 4. all executed: the library's own attention, on the batch as it is; not under `evict`,
+        # 5. all executed: the library's own attention, on the batch as it is; not under `evict`,
         # whose cache is the engine's
         if rows.number == execute.numel() and not evicts:
             with routing.part(unit.site.kind):
                 return executed(unit, decision)
-        # 5. blend: an oracle has already computed the unit for every token
+        # 6. blend: an oracle has already computed the unit for every token
         if unit.after_BTD is not None:
             return self.masked.blend(unit, decision, unit.after_BTD)
-        # 6. gather, execute, scatter
+        # 7. gather, execute, scatter
         return self._add(unit, rows, bypassed, decision, linear)
 
     def _add(

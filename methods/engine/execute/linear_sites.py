@@ -6,10 +6,11 @@ from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
 from methods.base import Decision, LinearUnit, Method, Site
 from methods.engine.decoder.unit import Unit
-from methods.engine.ops.linear import transposed
+from methods.engine.ops.linear import estimate, transposed
 from methods.engine.routing import Routing
 
 Kept = dict[Site, tuple[LinearUnit, list[int], LinearUnit]]
@@ -62,6 +63,23 @@ class LinearSites:
         if site not in self._transposed:
             self._transposed[site] = by_columns(self.routing.method, site, linear)
         return self._transposed[site]
+
+    def estimated(self, unit: Unit) -> Tensor | None:
+        """Residual stream after a site of `Method.estimated`; None where the method is called.
+
+        All tokens take the two products at once: nothing is gathered or scattered.
+        """
+        linear = self.at(unit.site)
+        if linear is None:
+            return None
+        x_BTD, residual_BTD = unit.x_BTD, unit.residual_BTD
+        alone = x_BTD.numel() == x_BTD.shape[-1]
+        given = estimate(linear, x_BTD.view(-1) if alone else x_BTD)
+        if given is None:
+            return residual_BTD
+        if given.dtype == residual_BTD.dtype:
+            return given.view_as(residual_BTD).add_(residual_BTD)
+        return residual_BTD + given.view_as(residual_BTD).to(residual_BTD.dtype)
 
     def decide(self, unit: Unit) -> Decision:
         """What `Routing.decide` gives outside training, to float tolerance of the scores.

@@ -21,6 +21,8 @@ class MaskedExecutor:
 
     def __call__(self, unit: Unit) -> Tensor:
         """Residual stream after the unit, [B, T, D]."""
+        if unit.site in self.routing.counters.estimated:
+            return self.routing.estimated(unit)
         decision = self.routing.decide(unit)
         executed = self._execute(unit, decision)
         if self.routing.unit_observer is not None:

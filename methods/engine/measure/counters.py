@@ -18,6 +18,7 @@ class Counters:
 
     Args:
         dropped: sites that every token bypasses and that are never asked.
+        estimated: those of them that give every token an estimate.
         spread: layers are on several devices; what is noted is brought to that of the inputs.
 
     A decision costs a forward nothing but a list entry: the sums of all sites are formed together
@@ -28,10 +29,12 @@ class Counters:
         self,
         shape: Shape,
         dropped: frozenset[Site] = frozenset(),
+        estimated: frozenset[Site] = frozenset(),
         spread: bool = False,
         windows: Sequence[int | None] = (),
     ) -> None:
-        self.shape, self.dropped, self.spread = shape, dropped, spread
+        self.shape, self.dropped, self.estimated = shape, dropped, estimated
+        self.spread = spread
         self.windows = tuple(windows) or (None,) * shape.layers
         self.window = next((window for window in self.windows if window is not None), None)
         self._tokens: Tensor | None = None
@@ -47,7 +50,7 @@ class Counters:
 
     def anew(self) -> Counters:
         """Counters of the same model that have counted nothing."""
-        return Counters(self.shape, self.dropped, self.spread, self.windows)
+        return Counters(self.shape, self.dropped, self.estimated, self.spread, self.windows)
 
     def copy(self) -> Counters:
         """As they are now; what is counted later does not change the copy."""
@@ -119,6 +122,7 @@ class Counters:
         usage.layers = [(tokens, context) if w is None else (kept, near) for w in self.windows]
         rows = [flat[start : start + 4] for start in range(5, len(flat), 4)]
         usage.dropped = frozenset(unit for site in self.dropped for unit in site.units)
+        usage.estimated = self.estimated
         for sums in (usage.executed, usage.executed_context, usage.active):
             sums |= dict.fromkeys(usage.dropped, 0)
         order = [site for sites in self._sums for site in sites]
@@ -170,6 +174,8 @@ class Usage:
     """Per routed site (blocks not split): tokens executed."""
     dropped: frozenset[Site] = frozenset()
     """Units that every token bypasses: without a decision, and without keys and values."""
+    estimated: frozenset[Site] = frozenset()
+    """Sites among those (blocks not split) that give every token an estimate."""
     active: dict[Site, int] = field(default_factory=dict)
     """Per unit: forwards in which any token executed it."""
     bypassing: dict[Site, int] = field(default_factory=dict)

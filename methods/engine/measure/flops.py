@@ -27,7 +27,8 @@ def dense_flops(
 def routed_flops(method: Method, usage: Usage, *, head_tokens: int | None = None) -> float:
     """The same for what `usage` says was executed, routers and forecasters included.
 
-    Under KV policy `keep` keys and values are computed for every token.
+    Under KV policy `keep` keys and values are computed for every token, but where attention is
+    bypassed by all.
     """
     shape, total = usage.shape, 0.0
     for unit in shape.units():
@@ -43,6 +44,7 @@ def routed_flops(method: Method, usage: Usage, *, head_tokens: int | None = None
     for site, done in usage.decided.items():
         cost = method.cost(site)
         total += usage.tokens * cost.route + (usage.tokens - done) * cost.approximate
+    total += usage.tokens * sum(method.cost(site).approximate for site in usage.estimated)
     return total + _head(shape, usage.tokens if head_tokens is None else head_tokens)
 
 

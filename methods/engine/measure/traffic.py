@@ -35,11 +35,13 @@ def routed_bytes(model: PreTrainedModel, method: Method, usage: Usage) -> float:
     """
     total = float(usage.forwards * _ends(model) + usage.tokens * _embedding_row(model))
     parts = layers_of(model)
+    # an estimate reads the input that the norm of its unit, a block's first, gives
+    unread = usage.dropped - {site.units[0] for site in usage.estimated}
     for unit in usage.shape.units():
         part, active = parts[unit.layer], usage.active.get(unit, usage.forwards)
         module = part.attention if unit.kind == "attention" else part.mlp
         norm = part.attention_norm if unit.kind == "attention" else part.mlp_norm
-        normed = 0 if unit in usage.dropped else usage.forwards
+        normed = 0 if unit in unread else usage.forwards
         total += normed * weight_bytes(norm) + active * weight_bytes(module)
         if unit.kind == "attention":
             context = usage.executed_context.get(unit, usage.context_of(unit.layer))
@@ -49,6 +51,8 @@ def routed_bytes(model: PreTrainedModel, method: Method, usage: Usage) -> float:
                 total += idle * _key_value_weights(module)
     for site in usage.decided:
         total += _added(method, site, usage)
+    for site in usage.estimated:
+        total += 4.0 * usage.forwards * method.cost(site).approximate / 2.0
     return total
 
 
