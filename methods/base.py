@@ -76,6 +76,11 @@ class Method(nn.Module):
         """
         return {}
 
+    def static(self) -> bool:
+        """Whether each site treats all tokens alike: a control of token-level routing."""
+        sites = self.sites()
+        return bool(sites) and set(sites) <= set(self.fixed())
+
     def estimated(self) -> Collection[Site]:
         """Which of the sites that `fixed` bypasses give every token an estimate; by default none.
 

@@ -19,7 +19,7 @@ from omegaconf import DictConfig
 
 from runners.content import with_content
 from runners.errors import UserError
-from runners.point_config import PointConfig, TrackingConfig, resolve
+from runners.point_config import Phase, PointConfig, TrackingConfig, resolve
 from runners.runtime.processes import is_main_process, world_size
 from runners.runtime.signals import Interrupted, listening
 from runners.runtime.workers import at_work, note_failure
@@ -28,6 +28,8 @@ from runners.store.record import Record
 from runners.store.run_folder import RunFolder
 
 if TYPE_CHECKING:
+    from runners.point import Built
+    from runners.timing.measure import Cases
     from runners.tracking.base import Safe
 
 log = logging.getLogger(__name__)
@@ -47,20 +49,25 @@ def run_point(cfg: DictConfig, job: Job = "sweep") -> None:
     config = _of_this_process(with_content(PointConfig.parse(resolve(cfg))))
     folder = RunFolder(Path(config.store.results_dir) / config.fingerprint)
     with _caught(config.label), listening(), at_work(), folder.lock():
+        built = None
         if _agreed(config, partial(_to_skip, config, folder)):
             log.info(
                 "%s: complete in %s, skipped (force=true computes it again)",
                 config.label,
                 folder.path,
             )
-            return
-        log.info("%s: starting in %s", config.label, folder.path)
-        folder.begin(config.redacted)
-        with _failure_recorded(config, folder):
-            _work(config, folder, job)
+        else:
+            log.info("%s: starting in %s", config.label, folder.path)
+            folder.begin(config.redacted)
+            with _failure_recorded(config, folder):
+                built = _work(config, folder, job)
+        # a failure from here on leaves the record of the quality as it is
+        if job == "sweep" and (cases := _untimed(config, folder, again=built is not None)):
+            log.info("%s: timing it", config.label)
+            _time(config, folder, cases, built)
 
 
-def _work(config: PointConfig, folder: RunFolder, job: Job) -> None:
+def _work(config: PointConfig, folder: RunFolder, job: Job) -> Built:
     """Build, train and calibrate, save, evaluate, record."""
     from runners import point
     from runners.tracking.mirror import mirror
@@ -76,7 +83,7 @@ def _work(config: PointConfig, folder: RunFolder, job: Job) -> None:
         if job == "train":
             folder.saved()
             log.info("saved %s", folder.path / "routed")
-            return
+            return built
         scores = point.evaluate(config, built, folder)
         record = point.record(config, built, trained, scores, time.perf_counter() - began)
         folder.complete(record)
@@ -84,6 +91,22 @@ def _work(config: PointConfig, folder: RunFolder, job: Job) -> None:
     log.info("%s: %s", config.label, record.headline)
     if record.drift:
         log.warning("%s: %s", config.label, record.drift)
+    return built
+
+
+def _untimed(
+    config: PointConfig, folder: RunFolder, *, again: bool
+) -> list[tuple[Phase, dict[str, int]]]:
+    """The cases that a point of a sweep is still to be timed in; all of them if `again`."""
+    speed = config.speed
+    if speed is None or not speed.in_sweep:
+        return []
+    how = {key: getattr(speed, key) for key in ("decisions", "trained", "kernels")}
+    return [
+        (phase, size)
+        for phase, size in speed.cases()
+        if again or not folder.is_timed(phase, {**size, **how})
+    ]
 
 
 def measure_speed(cfg: DictConfig) -> None:
@@ -97,10 +120,16 @@ def measure_speed(cfg: DictConfig) -> None:
         if not folder.config_file.exists():
             folder.begin(config.redacted)
         log.info("%s: starting in %s", label, folder.path)
-        _time(config, folder)
+        assert config.speed is not None
+        _time(config, folder, config.speed.cases())
 
 
-def _time(config: PointConfig, folder: RunFolder) -> None:
+def _time(config: PointConfig, folder: RunFolder, cases: Cases, ready: Built | None = None) -> None:
+    """Time cases and keep them in the record.
+
+    Args:
+        ready: trained; None builds the point, with what it saved or with the stages' products.
+    """
     from runners import point
     from runners.timing.measure import measure, unevaluated
     from runners.tracking.mirror import mirror_speed
@@ -108,12 +137,12 @@ def _time(config: PointConfig, folder: RunFolder) -> None:
     speed = config.speed
     assert speed is not None
     with _tracked(config, folder, "speed") as tracker:
-        built = point.build(config)
-        stages = point.train(config, built, folder, tracker).stages if speed.trained else []
-        for phase, case in measure(speed, config.data, config.seed, built.base, built.method):
-            folder.add_speed(
-                phase, case, unevaluated(config, built.base, built.method, stages, case)
-            )
+        built, stages = ready or point.build(config), []
+        if speed.trained and ready is None:
+            stages = point.train_again(config, built, folder, tracker).stages
+        base, method = built.base, built.method
+        for phase, case in measure(speed, cases, config.data, config.seed, base, method):
+            folder.add_speed(phase, case, unevaluated(config, base, method, stages, case))
         mirror_speed(tracker, folder.speed())
 
 

@@ -150,6 +150,19 @@ def restore(saved: SavedConfig, built: Built) -> Trained:
     return Trained(realised=method.calibrate(built.probe, method.sparsity))
 
 
+def train_again(config: PointConfig, built: Built, folder: RunFolder, tracker: Safe) -> Trained:
+    """Bring the method to where a complete point left it, from what it saved; else train it."""
+    saved = folder.path / "routed"
+    if folder.is_complete() and saved.is_dir():
+        try:
+            checkpoint.restore(built.method, saved, built.base.model)
+        except checkpoint.BadCheckpoint as error:
+            log.warning("%s: its stages are loaded or run again", error)
+        else:
+            return Trained()
+    return train(config, built, folder, tracker)
+
+
 def evaluate(config: PointConfig, built: Built, folder: RunFolder) -> dict[str, Any]:
     """Evaluate the routed model and, once for all that share it, the dense one.
 
@@ -204,6 +217,7 @@ def record(
             "objective": config.objective,
             "budget": built.budget.name,
             "upper_bound": method.upper_bound,
+            "static": method.static(),
             **provenance(),
         },
         seconds=seconds,

@@ -12,8 +12,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
@@ -37,6 +38,7 @@ Share = Annotated[float, Ge(0), Lt(1)]
 Size = Annotated[int, Gt(0)] | Annotated[float, Gt(0)] | bool
 Above0 = Annotated[float, Gt(0)]
 Mode = Literal["masked", "gathered"]
+Phase = Literal["prefill", "decode"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -196,9 +198,11 @@ class DecodeConfig:
 
 @dataclass(frozen=True)
 class SpeedConfig:
-    """What `runners/speed.py` times: a file of conf/speed."""
+    """What `runners/speed.py` times, and a sweep that is asked to: a file of conf/speed."""
 
     name: str
+    in_sweep: bool
+    """Whether a point of a sweep times itself after its evaluation, at its own decisions."""
     decisions: Literal["real", "random"]
     trained: bool
     kernels: Literal["auto", "compiled", "triton", "torch"]
@@ -207,6 +211,14 @@ class SpeedConfig:
     repeats: Positive | None
     prefill: PrefillConfig
     decode: DecodeConfig
+
+    def cases(self) -> Iterator[tuple[Phase, dict[str, int]]]:
+        """Phase and sizes of each case, as they are in its record."""
+        pre, de = self.prefill, self.decode
+        for tokens, batch in itertools.product(pre.tokens, pre.batch_sizes):
+            yield "prefill", {"seq": tokens, "batch": batch}
+        for context, batch in itertools.product(de.context, de.batch_sizes):
+            yield "decode", {"context": context, "batch": batch, "steps": de.steps}
 
 
 @dataclass(frozen=True)

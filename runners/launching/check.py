@@ -36,7 +36,7 @@ from runners.point_config import (
     SpeedConfig,
     TrackingConfig,
 )
-from runners.runtime.processes import check_batch_sizes
+from runners.runtime.processes import check_batch_sizes, world_size
 
 ELSEWHERE = ("hydra/launcher=ray", "hydra/launcher=submitit_slurm")
 """Words of a command whose points run on other machines."""
@@ -165,6 +165,8 @@ def _check_device(name: str) -> None:
 
 
 def _check_speed(speed: SpeedConfig) -> None:
+    if speed.in_sweep and world_size() > 1:
+        raise UserError("speed is measured in one process: leave speed=sweep out, or the launcher")
     if speed.kernels == "compiled":
         from methods.engine.ops.cpu.build import reason_without  # needs torch
 

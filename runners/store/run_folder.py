@@ -172,6 +172,11 @@ class RunFolder:
             record = timed.to_json()
         self._write_result({**record, "speed": speed})
 
+    def is_timed(self, phase: str, case: Mapping[str, Any]) -> bool:
+        """Whether a case with these figures was timed, on whatever machine."""
+        done = self.speed().get(phase, [])
+        return any(all(d.get(key) == value for key, value in case.items()) for d in done)
+
     def speed(self) -> dict[str, Any]:
         """Timed cases by phase; empty if none was, or they are damaged, which is said."""
         try:

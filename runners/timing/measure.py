@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,26 +11,31 @@ from torch import Tensor
 
 from methods.base import Method
 from methods.engine.decoder.placement import input_device, placed
+from methods.engine.lora import LoraFactors
 from runners.base_model.load import Base
 from runners.corpus.rows import encoder, load_rows
 from runners.errors import UserError
-from runners.point_config import DataConfig, PointConfig, SpeedConfig
+from runners.point_config import DataConfig, Phase, PointConfig, SpeedConfig
 from runners.store.provenance import provenance
 from runners.store.record import Record
 from runners.timing.bench import Bench, RandomDraw
 
 log = logging.getLogger(__name__)
 
+Cases = Iterable[tuple[Phase, dict[str, int]]]
 ROUNDS = {"cuda": (10, 50), "cpu": (1, 5)}
 """(warm-up, timed) rounds where the config leaves them open."""
 
 
 def measure(
-    speed: SpeedConfig, data: DataConfig, seed: int, base: Base, method: Method
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Time every case, one after the other.
+    speed: SpeedConfig, cases: Cases, data: DataConfig, seed: int, base: Base, method: Method
+) -> Iterator[tuple[Phase, dict[str, Any]]]:
+    """Time cases, one after the other.
+
+    Adapters are timed as they are used: added to the weights, where these are in one place.
 
     Args:
+        cases: those of `speed`, or some of them.
         method: attached; trained and calibrated unless its decisions are drawn.
 
     Yields:
@@ -42,6 +46,8 @@ def measure(
     """
     model, device = base.model, input_device(base.model)
     warmup, repeats = ROUNDS["cuda" if device.type == "cuda" else "cpu"]
+    if isinstance(method.adapter, LoraFactors):
+        method.adapter.merged = not placed(model)
     bench = Bench(
         model,
         method,
@@ -68,11 +74,12 @@ def measure(
         "threads": torch.get_num_threads(),
         **{key: provenance()[key] for key in ("device", "git", "packages")},
     }
-    for tokens, batch in itertools.product(speed.prefill.tokens, speed.prefill.batch_sizes):
-        yield "prefill", _logged("prefill", bench.prefill(tokens, batch)) | how
-    for context, batch in itertools.product(speed.decode.context, speed.decode.batch_sizes):
-        case = bench.decode(context, batch, speed.decode.steps)
-        yield "decode", _logged("decode", case) | how
+    for phase, size in cases:
+        if phase == "prefill":
+            case = bench.prefill(size["seq"], size["batch"])
+        else:
+            case = bench.decode(size["context"], size["batch"], size["steps"])
+        yield phase, _logged(phase, case) | how
 
 
 def unevaluated(
@@ -90,6 +97,7 @@ def unevaluated(
         "objective": config.objective,
         "budget": config.budget.name,
         "upper_bound": method.upper_bound,
+        "static": method.static(),
         **provenance(),
     }
     return Record(

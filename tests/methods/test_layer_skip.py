@@ -181,6 +181,16 @@ def test_the_target_is_the_nearest_whole_number_of_layers_and_it_says_so(
     assert ("dropping" in caplog.text) == (nearest != sparsity)
 
 
+def test_it_is_static_and_a_method_that_asks_a_router_anywhere_is_not(model):
+    assert fitted(model).static() and fitted(model, policy="attention_first").static()
+
+    class HalfStatic(LayerSkip):
+        def fixed(self):
+            return dict(list(super().fixed().items())[1:])
+
+    assert not attach(model, HalfStatic(sparsity=0.4)).static()
+
+
 def test_healing_trains_adapters_on_the_shortened_model(model):
     method = attach(model, LayerSkip(sparsity=0.4, policy="early_exit", lora={"rank": 2}))
     losses, rates = [], []

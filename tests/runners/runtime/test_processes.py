@@ -145,3 +145,10 @@ def test_points_are_not_spread_by_two_launchers_at_once(monkeypatch):
 def test_speed_is_measured_in_one_process(commands):
     done = commands.run("speed", "method=random", WORLD_SIZE="2", RANK="0")
     assert done.code == 1 and "speed is measured in one process" in done.stderr + done.stdout
+
+
+def test_a_sweep_that_times_itself_runs_in_one_process(monkeypatch):
+    monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="speed is measured in one process: leave speed=sweep out"):
+        batches = [f"budget.{stage}.batch_size=2" for stage in ("routers", "lora", "forecasters")]
+        prepare(["model=tiny", "tracking=off", "speed=sweep", *batches], "sweep")

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import math
+import shutil
 from typing import get_args, get_type_hints
 
 import pytest
 import torch
 
 from methods.base import Site
+from methods.engine.lora import attach_lora
 from methods.engine.measure.flops import dense_flops
 from methods.engine.ops import choose
 from methods.engine.ops.cpu.build import reason_without
 from methods.engine.routed import attach, routed
 from methods.engine.routing import routing_of
 from methods.informed import Informed
-from runners.point_config import SpeedConfig
+from runners.point_config import PointConfig, SpeedConfig
 from runners.store.files import read_checked
 from runners.timing import bench
 from runners.timing.bench import Bench, RandomDraw
+from runners.timing.measure import measure
 from runners.timing.stopwatch import Timing, interleaved, ratio
+from tests.conftest import base_of
 from tests.methods.conftest import small_ids, small_model
 
 TIMED = (
@@ -84,6 +88,53 @@ def test_a_point_that_was_only_timed_is_still_to_be_evaluated(commands):
     assert commands.run("sweep", *point).code == 0
     record = written(commands)
     assert record["perplexity"] and "speed" in record and record.get("evaluated", True)
+
+
+def test_a_sweep_times_its_points_once_and_touches_no_quality(commands):
+    """A point that has its record gets its timing alone, from what it saved, without the cache."""
+    point = ("method=informed", "method.rank=4", "sparsity=0.3")
+    assert commands.run("sweep", *point).code == 0
+    before = written(commands)
+    assert "speed" not in before
+    shutil.rmtree(commands.cache / "stages")
+    timed = (*point, "speed=sweep", *TIMED)
+    done = commands.run("sweep", *timed)
+    assert done.code == 0, done.stderr
+    assert "skipped" in done.stderr and "stage " not in done.stderr
+    after = written(commands)
+    speed = after.pop("speed")
+    assert after == before
+    assert [(e["seq"], e["batch"]) for e in speed["prefill"]] == [(24, 1), (24, 2)]
+    assert [(e["context"], e["batch"]) for e in speed["decode"]] == [(16, 1), (16, 2)]
+    for case in [*speed["prefill"], *speed["decode"]]:
+        assert (case["decisions"], case["trained"]) == ("real", True)
+        assert case["speedup"] == pytest.approx(case["routed_tps"] / case["dense_tps"])
+        assert case["sparsity"] == pytest.approx(before["sparsity_realised"], abs=0.2)
+    assert commands.run("sweep", *timed).code == 0
+    assert written(commands)["speed"] == speed, "a timed case is not timed again"
+    longer = "speed.decode={context:[16,20],batch_sizes:[1],steps:3}"
+    assert commands.run("sweep", *timed, longer).code == 0
+    both = written(commands)["speed"]
+    assert both["prefill"] == speed["prefill"]
+    assert both["decode"][:2] == speed["decode"] and len(both["decode"]) == 3
+
+
+def test_a_sweep_that_cannot_time_keeps_the_quality(commands):
+    point = ("method=greedy", "sparsity=0.3", "speed=sweep", *TIMED)
+    done = commands.run("sweep", *point, "speed.prefill={tokens:[24],batch_sizes:[9999999]}")
+    assert done.code == 1 and "fewer than" in done.stdout + done.stderr
+    record = written(commands)
+    assert record["status"] == "complete" and record["perplexity"]
+
+
+def test_adapters_are_timed_in_the_weights(tiny_config):
+    config = PointConfig.parse(tiny_config("method=skipgpt", "speed=sweep"))
+    base = base_of(tiny_config())
+    method = attach(base.model, config.method.make(0.3))
+    adapter = attach_lora(base.model, method, method.lora)
+    assert not adapter.merged and config.speed is not None
+    assert list(measure(config.speed, [], config.data, 0, base, method)) == []
+    assert adapter.merged
 
 
 @pytest.mark.parametrize(
