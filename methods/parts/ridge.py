@@ -14,18 +14,21 @@ Pair = tuple[Tensor, Tensor]
 
 
 class Moments:
-    """Streaming sums for a linear regression of Y on X; float64 totals, float32 products.
+    """Streaming sums for a linear regression of Y on X; float32 products, solved in float64.
 
     Args:
         inputs: D, outputs: P.
+        dtype: of the totals.
     """
 
-    def __init__(self, *, inputs: int, outputs: int, device: torch.device) -> None:
+    def __init__(
+        self, *, inputs: int, outputs: int, device: torch.device, dtype: torch.dtype = torch.float64
+    ) -> None:
         self.count = 0
-        self.x = torch.zeros(inputs, dtype=torch.float64, device=device)
-        self.y = torch.zeros(outputs, dtype=torch.float64, device=device)
-        self.xx = torch.zeros(inputs, inputs, dtype=torch.float64, device=device)
-        self.xy = torch.zeros(inputs, outputs, dtype=torch.float64, device=device)
+        self.x = torch.zeros(inputs, dtype=dtype, device=device)
+        self.y = torch.zeros(outputs, dtype=dtype, device=device)
+        self.xx = torch.zeros(inputs, inputs, dtype=dtype, device=device)
+        self.xy = torch.zeros(inputs, outputs, dtype=dtype, device=device)
 
     def add(self, x_ND: Tensor, y_NP: Tensor) -> None:
         """Add N observations, any float dtype."""
@@ -47,9 +50,9 @@ class Moments:
             covariance sum, L Lᵀ = XᵀX + lambda I.
         """
         n = max(self.count, 1)
-        mean_x, mean_y = self.x / n, self.y / n
-        cov = self.xx - n * torch.outer(mean_x, mean_x)
-        cross = self.xy - n * torch.outer(mean_x, mean_y)
+        mean_x, mean_y = self.x.double() / n, self.y.double() / n
+        cov = self.xx.double() - n * torch.outer(mean_x, mean_x)
+        cross = self.xy.double() - n * torch.outer(mean_x, mean_y)
         penalty = damping * cov.diagonal().mean().clamp_min(1e-12)
         cov.diagonal().add_(penalty)
         factor = torch.linalg.cholesky(cov)
@@ -67,7 +70,8 @@ class Moments:
         fitted = factor.T @ weight
         values, vectors = torch.linalg.eigh(fitted.T @ fitted)
         n = max(self.count, 1)
-        return Components(weight, vectors, values / n, self.x / n, self.y / n)
+        means = self.x.double() / n, self.y.double() / n
+        return Components(weight, vectors, values / n, *means)
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,9 @@ class Components:
         return down, top.T.contiguous(), self.mean_y - self.mean_x @ down @ top.T
 
 
-def site_moments(probe: Probe, pair: Callable[[UnitView], Pair | None]) -> dict[Site, Moments]:
+def site_moments(
+    probe: Probe, pair: Callable[[UnitView], Pair | None], *, dtype: torch.dtype = torch.float64
+) -> dict[Site, Moments]:
     """Sum (input [N, D], output [N, P]) of every unit that has such a pair, in one dense pass."""
     moments: dict[Site, Moments] = {}
 
@@ -100,7 +106,8 @@ def site_moments(probe: Probe, pair: Callable[[UnitView], Pair | None]) -> dict[
             return
         x, y = found
         if view.site not in moments:
-            moments[view.site] = Moments(inputs=x.shape[-1], outputs=y.shape[-1], device=x.device)
+            sizes = {"inputs": x.shape[-1], "outputs": y.shape[-1]}
+            moments[view.site] = Moments(**sizes, device=x.device, dtype=dtype)
         moments[view.site].add(x, y)
 
     probe.stream(visit)

@@ -159,7 +159,9 @@ class RoutedMethod(Method):
                     probe, self.routers, missed_by, damping=damping, sensitivity=weighted, read=read
                 )
 
-            yield Stage("router_start", fit=fit)
+            features = [self.routers.at(site).head.in_features for site in self.sites()]
+            held = 8 * sum(number**2 for number in features)  # a square matrix of doubles a site
+            yield Stage("router_start", fit=fit, fit_bytes=held)
             if options.kind_shift:
                 yield shift_stage(self.routers, self.threshold, self.targets, self.sparsity)
         if self.keys is not None:

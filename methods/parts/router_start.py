@@ -55,8 +55,8 @@ def fit_recoverability(
             target = target - (view.residual_ND.float().norm(dim=-1) + EPSILON).log()
         return features, target[:, None]
 
+    slopes = probe.sensitivity() if sensitivity else {}  # its backward passes before the sums
     moments = site_moments(probe.sample(ROUTER_SHARE), pair)
-    slopes = probe.sensitivity() if sensitivity else {}
     for site, sums in moments.items():
         weight, bias, _ = sums.ridge(damping)
         shift = math.log(max(slopes[site], 1e-30)) if sensitivity else 0.0

@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -89,6 +89,14 @@ class PlannedPoint:
         return max((sum(part.bytes.values()) for part in self.parts), default=0)
 
 
+class Read(NamedTuple):
+    """What a stage's fits and calibrations read."""
+
+    tokens: float
+    backward: bool
+    """True if some of it was differentiated."""
+
+
 class Planner:
     """Estimates points on one device.
 
@@ -137,7 +145,7 @@ class Planner:
         key: str,
         method: Method,
         held: Mapping[str, int],
-        read: float,
+        read: Read,
         config: PointConfig,
         dtype: torch.dtype,
     ) -> Part:
@@ -145,9 +153,12 @@ class Planner:
         assert method.shape is not None
         shape, size = method.shape, dtype.itemsize
         memory = {"activations": int(PASS * _alive(shape) * size)}
-        tokens, flops = read, read * _flops_per_token(shape, config.budget.seq_len)
+        tokens, flops = read.tokens, read.tokens * _flops_per_token(shape, config.budget.seq_len)
         if stage.fit is not None:
             memory["statistics"] = stage.fit_bytes
+        if read.backward:  # of the sensitivities, before anything is summed
+            backward = int(PASS * shape.layers * _kept(shape) * size) - stage.fit_bytes
+            memory["activations"] = max(memory["activations"], backward)
         if stage.loss is not None and stage.budget is not None:
             spent, batch = stage.budget.tokens, stage.budget.batch_size * stage.budget.seq_len
             once = _flops_per_token(shape, stage.budget.seq_len)
@@ -270,8 +281,8 @@ def _least(number: float, limit: float | None) -> float:
     return number if limit is None else min(number, limit)
 
 
-def _rehearse(config: PointConfig, sizes: PretrainedConfig) -> dict[str, float]:
-    """Tokens that each stage's fits and calibrations read, from a run on a tiny model.
+def _rehearse(config: PointConfig, sizes: PretrainedConfig) -> dict[str, Read]:
+    """What each stage's fits and calibrations read, from a run on a tiny model.
 
     Returns:
         By the stage's name, without the steps of a gradient.
@@ -288,9 +299,11 @@ def _rehearse(config: PointConfig, sizes: PretrainedConfig) -> dict[str, float]:
     step = StageBudget(steps=1, batch_size=1, seq_len=ROW)
     read = {}
     for stage in recipe(method, budget):
+        before = probe.differentiated
         report = loop.run(stage if stage.loss is None else replace(stage, budget=step))
         own = 0 if stage.loss is None else step.tokens
-        read[stage.name] = scale * float(report.tokens - own)
+        backward = probe.differentiated and not before
+        read[stage.name] = Read(scale * float(report.tokens - own), backward)
     return read
 
 

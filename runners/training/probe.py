@@ -47,6 +47,11 @@ class ModelProbe:
         """Tokens that passed the model, those of samples included."""
         return self._read[0]
 
+    @property
+    def differentiated(self) -> bool:
+        """True once backward passes were made."""
+        return self._sensitivity is not None
+
     @torch.no_grad()
     def stream(self, visit: Callable[[UnitView], None], split: str = "train") -> None:
         """Dense forward over a split; `visit` sees every unit of every batch."""
