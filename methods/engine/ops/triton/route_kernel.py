@@ -172,12 +172,16 @@ def decide_kernel(
         tl.store(tile, acc.to(residual_ptr.dtype.element_ty), mask=inside)
 
 
-def tile_sizes(rows: int, width: int, rank: int) -> tuple[int, int, int]:
-    """Rows of a tile, slices of D, and columns of a forecast tile."""
+def tile_sizes(rows: int, width: int, rank: int, exact: bool) -> tuple[int, int, int]:
+    """Rows of a tile, slices of D, and columns of a forecast tile.
+
+    Args:
+        exact: products in float32 without tensor cores, whose operands all lie in registers.
+    """
     tall = 64 if rank <= 128 else 32 if rank <= 256 else 16
     tile = min(tall, lane_width(rows))
     slices = max(min(PROGRAMS // -(-rows // tile), width // 128, 32), 1)
-    return tile, floor_power(slices), 128 if rows > 64 else 64
+    return tile, floor_power(slices), 128 if rows > 64 and not exact else 64
 
 
 @torch.compiler.disable
@@ -200,7 +204,8 @@ def launch_route(
     number, width = x_ND.shape
     rank = 0 if down is None else len(down)
     lanes = lane_width(rank)
-    tile, slices, cols = tile_sizes(number, width, lanes)
+    exact = x_ND.dtype == torch.float32
+    tile, slices, cols = tile_sizes(number, width, lanes, exact)
     row_tiles = -(-number // tile)
     inner = 64 if lanes <= 256 else 32
     floats = torch.empty(slices * number * (1 + lanes * (down is not None)), device=x_ND.device)
@@ -210,7 +215,7 @@ def launch_route(
     rows = new_partition(number, number // tokens, x_ND.device)
     order = tokens == 1 and row_tiles == 1
     shared = {
-        "PRECISION": "ieee" if x_ND.dtype == torch.float32 else "tf32",
+        "PRECISION": "ieee" if exact else "tf32",
         "ROWS": tile,
         "RANK": lanes,
         "num_warps": 8 if tile >= 64 else 4,

@@ -8,6 +8,9 @@ on an H100 would specialise it, with meta tensors of any size.
 from __future__ import annotations
 
 import inspect
+import re
+import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
@@ -42,6 +45,10 @@ class Compiled(NamedTuple):
     name: str
     ptx: str
     shared: int
+    registers: int
+    """Of a thread."""
+    spilled: int
+    """Bytes of a thread that did not fit its registers."""
     grid: tuple[int, ...]
     options: dict[str, int]
 
@@ -101,7 +108,21 @@ def compile_launch(
     options = {k: named.pop(k) for k in ("num_warps", "num_stages") if k in named}
     binary = triton.compile(specialise(kernel, args, named), target=H100, options=options)
     name = kernel.fn.__name__
-    return Compiled(name, binary.asm["ptx"], binary.metadata.shared, grid, options)
+    usage = resource_usage(binary.asm["cubin"])
+    shared = binary.metadata.shared
+    return Compiled(name, binary.asm["ptx"], shared, *usage, grid, options)
+
+
+def resource_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and stack bytes of a thread, as the binary of the kernel says."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = triton.knobs.nvidia.cuobjdump.path
+        said = subprocess.check_output([tool, "-res-usage", file.name], text=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", said)
+    assert found, said
+    return int(found[1]), int(found[2])
 
 
 def compiling(choice: int = 0) -> AbstractContextManager[list[Compiled]]:

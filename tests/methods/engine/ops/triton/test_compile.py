@@ -10,6 +10,12 @@ from tests.methods.engine.ops.triton.launches import LLAMA_8B, SMOLLM2, launch_a
 pytest.importorskip("triton")
 from tests.methods.engine.ops.triton.compiler import SHARED_BYTES, compiling
 
+REGISTERS = 65536
+"""Of a multiprocessor; a program that asks for more does not start."""
+SPILLED = 16
+"""Bytes of a thread, where there is one choice of tiles; of several the tuner takes the fastest."""
+TIMED = {"rows_kernel", "attend_kernel"}
+
 KERNELS = {
     "attend_kernel",
     "decide_kernel",
@@ -25,6 +31,10 @@ def compiled(model, dtype, choice=0, variants=True):
     assert {kernel.name for kernel in done} >= KERNELS
     for kernel in done:
         assert kernel.shared <= SHARED_BYTES, (kernel.name, kernel.shared)
+        threads = 32 * kernel.options.get("num_warps", 4)
+        assert kernel.registers * threads <= REGISTERS, (kernel.name, kernel.registers, threads)
+        spilled = 0 if kernel.name in TIMED else kernel.spilled
+        assert spilled <= SPILLED, (kernel.name, kernel.options, spilled)
         assert max(kernel.grid[1:], default=1) < 2**16, kernel.name
     return done
 
