@@ -25,7 +25,6 @@ from scipy import stats
 
 from analysis.cli import run
 from analysis.frames import DENSE, MEASURE, POINT, joined
-from analysis.intervals import mcnemar
 from analysis.view import View
 
 SEEDS_NEEDED = 3
@@ -146,6 +145,17 @@ def paired(
     p = share * 2 * stats.t.sf(t, of_one) + (1 - share) * 2 * stats.t.sf(t, degrees)
     quantile = share * stats.t.ppf(0.975, of_one) + (1 - share) * stats.t.ppf(0.975, degrees)
     return items, mean_a, mean_b, difference, quantile * np.sqrt(variance), p
+
+
+def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
+    """Two-sided exact p-value: are the items that only one of two got right split evenly?
+
+    Args:
+        a, b: 0 or 1 for each item.
+    """
+    only_a, only_b = int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())
+    both = only_a + only_b
+    return float(stats.binomtest(only_a, both, 0.5).pvalue) if both else 1.0
 
 
 def holm(p: np.ndarray) -> np.ndarray:

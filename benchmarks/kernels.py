@@ -36,6 +36,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES = {"batch": 1, "tokens": 2048, "past": 0, "width": 4096, "mlp-width": 14336, "heads": 32}
 SIZES |= {"kv-heads": 8, "head-dim": 128, "rank": 100}
 SHARES = (0.3, 0.5, 0.7, 1.0)
+NAMES = ("partition", "router+forecast+partition", "q rows", "attend", "o rows", "mlp rows")
 TOLERANCE = 2e-2
 SAMPLE = 256
 """Queries of an attention that are compared with the reference."""
@@ -111,18 +112,18 @@ class Layer:
         routing = (x, valid, self.linear, threshold)
         q, o = partial(functional.linear, x, self.q), partial(functional.linear, query, self.o)
         return [
-            Case("partition", lambda k, _: partition(execute, self.valid, kernels=k).index_N),
-            Case("router+forecast+partition", added(route_and_forecast, *routing, tokens=s.tokens)),
-            Case("q rows", lambda k, _: linear_rows(x, order, self.q, kernels=k), q, used),
+            Case(NAMES[0], lambda k, _: partition(execute, self.valid, kernels=k).index_N),
+            Case(NAMES[1], added(route_and_forecast, *routing, tokens=s.tokens)),
+            Case(NAMES[2], lambda k, _: linear_rows(x, order, self.q, kernels=k), q, used),
             Case(
-                "attend",
+                NAMES[3],
                 lambda k, _: attend(self.query, order, *cache, scale=scale, kernels=k),
                 self.dense_attention,
                 sample,
                 lambda: attend(self.query[sample], some, *cache, scale=scale, kernels="torch"),
             ),
-            Case("o rows", added(linear_rows_add, query, order, self.o), o),
-            Case("mlp rows", added(swiglu_rows, x, order, self.mlp), self.dense_mlp),
+            Case(NAMES[4], added(linear_rows_add, query, order, self.o), o),
+            Case(NAMES[5], added(swiglu_rows, x, order, self.mlp), self.dense_mlp),
         ]
 
     def threshold(self, share: float) -> Tensor:
@@ -175,27 +176,52 @@ def error(case: Case, residual: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max().clamp(min=1e-9))
 
 
-def report(case: Case, layer: Layer, share: float) -> bool:
-    """Print one line; True if the kernel equals its reference."""
+def measure(case: Case, layer: Layer) -> dict[str, Any]:
+    """Compare one kernel with its reference, then time it and the dense work that it replaces."""
     decodes, repeats = layer.s.tokens == 1, layer.s.repeats_ms
     worst, scratch = error(case, layer.residual), layer.residual.clone()
     low, median, high = milliseconds(partial(case.run, "triton", scratch), decodes, repeats)
-    line = f"{share:4.1f}  {case.name:26s} error {worst:.1e}"
-    line += f"  {median:8.4f} ms [{low:.4f}, {high:.4f}]"
+    found: dict[str, Any] = {"error": worst, "correct": worst < TOLERANCE}
+    found |= {"ms": median, "ms_p20": low, "ms_p80": high}
     if case.dense is not None:
         _, dense, _ = milliseconds(case.dense, decodes, repeats)
-        line += f"  dense {dense:8.4f} ms  speed-up {dense / median:5.2f}"
-        line += "" if decodes else f"  of bound {dense / median * share:4.2f}"
-    print(line if worst < TOLERANCE else f"{line}  WRONG", flush=True)
-    return worst < TOLERANCE
+        found |= {"dense_ms": dense, "speedup": dense / median}
+    return found
 
 
-def main(words: list[str] | None = None) -> int:
-    """0 if every kernel equals its reference, 1 if not."""
+def report(case: Case, layer: Layer, share: float) -> bool:
+    """Print one line; True if the kernel equals its reference."""
+    found = measure(case, layer)
+    line = f"{share:4.1f}  {case.name:26s} error {found['error']:.1e}"
+    line += f"  {found['ms']:8.4f} ms [{found['ms_p20']:.4f}, {found['ms_p80']:.4f}]"
+    if case.dense is not None:
+        line += f"  dense {found['dense_ms']:8.4f} ms  speed-up {found['speedup']:5.2f}"
+        line += "" if layer.s.tokens == 1 else f"  of bound {found['speedup'] * share:4.2f}"
+    print(line if found["correct"] else f"{line}  WRONG", flush=True)
+    return bool(found["correct"])
+
+
+def tuned() -> dict[str, dict[str, int]]:
+    """Tiles that were found fastest on this device, by what each choice depends on."""
+    from methods.engine.ops.triton import attend_rows_kernel, linear_rows_kernel
+
+    tuners = {"attend": attend_rows_kernel.tuner, "rows": linear_rows_kernel.tuner}
+    best = [(n, key, tiles) for n, tuner in tuners.items() for key, tiles in tuner.best.items()]
+    return {f"{name} {key}": tiles._asdict() for name, key, tiles in best}
+
+
+def sizes_parser() -> argparse.ArgumentParser:
+    """A layer's sizes, and how long it is timed."""
     parser = argparse.ArgumentParser(description=__doc__)
     for name, default in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     parser.add_argument("--repeats-ms", type=int, default=100, help="time spent on each timing")
+    return parser
+
+
+def main(words: list[str] | None = None) -> int:
+    """0 if every kernel equals its reference, 1 if not."""
+    parser = sizes_parser()
     s = parser.parse_args(words)
     if s.past and s.tokens > 1:
         parser.error("--past is for decode: give --tokens 1 too")

@@ -76,7 +76,7 @@ class Bench:
             )
 
         def run_routed() -> float:
-            with self._routed() as routing:
+            with self.entered() as routing:
                 taken = timed(forward, self.device)
                 usage.append(routing.counters.read())
             return taken
@@ -97,7 +97,7 @@ class Bench:
         """
         ids = self._rows(batch, context + steps)
         dense_steps = Decoder(self.model, ids, context, graphs=self.graphs)
-        with self._routed() as routing:
+        with self.entered() as routing:
             routed_steps = Decoder(self.model, ids, context, graphs=self.graphs)
             routing.reset_counters()
             routed_steps.run(steps, graph=False)
@@ -106,7 +106,7 @@ class Bench:
             whole = timed(lambda: routed_steps.run(steps, graph=False), self.device)
 
         def run_routed() -> float:
-            with self._routed():
+            with self.entered():
                 return timed(lambda: routed_steps.run(steps), self.device)
 
         dense, sparse = self._interleave(
@@ -154,7 +154,7 @@ class Bench:
 
     def _parts(self, forward: Callable[[], None]) -> dict[str, float]:
         """Seconds by kind of work, of one further routed pass under a clock."""
-        with self._routed() as routing:
+        with self.entered() as routing:
             clock = self._clock(routing)
             return _with_rest(clock, timed(forward, self.device))
 
@@ -164,8 +164,8 @@ class Bench:
         return row_ops(self.kernels, self.model).compiled
 
     @contextmanager
-    def _routed(self) -> Iterator[Routing]:
-        """Routed, after passes that read what is read once a block: users enter one, not many."""
+    def entered(self) -> Iterator[Routing]:
+        """Route the model; what a block reads once, since users enter one, is read before."""
         with routed(self.model, self.method, "gathered", kernels=self.kernels):
             routing = routing_of(self.model)
             routing.bench = RoutingBench(self.device, self.draw)

@@ -13,8 +13,7 @@ from scipy import stats
 
 from analysis.cli import Paths, write
 from analysis.frames import AnalysisError, Store
-from analysis.intervals import mcnemar
-from analysis.significance import VIEW, compare, holm, paired, with_bands
+from analysis.significance import VIEW, compare, holm, mcnemar, paired, with_bands
 from analysis.tradeoff import VIEW as TRADEOFF
 from analysis.tradeoff import rows
 from tests.analysis.store import write_point

@@ -184,8 +184,12 @@ def test_analysis_reads_the_store_only(path):
 
 @pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
 def test_benchmarks_name_no_method_and_no_other_benchmark(path):
+    """`gpu` is the others in one command, and what it trains a file of its own."""
     libraries = {"torch", "transformers", "triton", "lm_eval", "yaml"}
-    own = ("methods.base", "methods.types", "methods.engine", "runners", "analysis")
+    own = ("methods.base", "methods.types", "methods.parts", "methods.engine", "runners")
+    own += (
+        ("benchmarks.kernels", "benchmarks.gpu_training") if path.stem == "gpu" else ("analysis",)
+    )
     assert outside(path, own, libraries) == []
 
 
