@@ -81,7 +81,8 @@ class LayerSkip(RoutedMethod):
             order = sorted(sites, key=lambda site: (site.kind == "mlp", influence[site]))
         elif self.policy == "greedy_ppl":
             inner = sites[1:-1]
-            order = [*greedy_loss(probe, inner, tokens=self.tokens), sites[-1], sites[0]]
+            found = greedy_loss(inner, lambda dropped: probe.loss(dropped, tokens=self.tokens))
+            order = [*found, sites[-1], sites[0]]
         elif self.policy == "random":
             shuffle = torch.Generator().manual_seed(self.seed)
             order = [sites[i] for i in torch.randperm(len(sites), generator=shuffle).tolist()]

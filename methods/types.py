@@ -232,8 +232,8 @@ class Probe(Protocol):
     def routed_scores(self, threshold: float) -> RoutedScores:
         """Route calibration text with this threshold and report what it realised."""
 
-    def routed_loss(self) -> float:
-        """LM loss of the routed model at the method's threshold, nats per calibration token."""
+    def routed_loss(self, tokens: int | None = None) -> float:
+        """LM loss of the routed model at the method's threshold, nats per token; as `loss`."""
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from methods.base import (
@@ -116,9 +118,11 @@ class RoutedMethod(Method):
     def linear_unit(self, site: Site) -> LinearUnit | None:
         """`linear` of a router that reads the unit's normalised input and a forecaster, or skip.
 
-        None if either is more than a linear score and two maps.
+        None if either is more than a linear score and two maps. Without a router no token executes.
         """
-        score: tuple[Tensor, Tensor] | None = self.routers.at(site).linear()
+        score: tuple[Tensor, Tensor] | None = self._never
+        if site in self.routers:
+            score = self.routers.at(site).linear()
         forecaster = None if self.bypasses is None else self.bypasses.at(site)
         if score is None or forecaster is None:
             return None if score is None else LinearUnit(*score)
@@ -127,6 +131,13 @@ class RoutedMethod(Method):
         down, up = forecaster.down, forecaster.up
         silu = isinstance(forecaster.activation, nn.SiLU)
         return LinearUnit(*score, down.weight, down.bias, up.weight, up.bias, silu)
+
+    @property
+    def _never(self) -> tuple[Tensor, Tensor]:
+        """A linear score below every threshold."""
+        assert self.shape is not None, "setup() comes first"
+        never = torch.full_like(self.threshold, -math.inf)
+        return never.new_zeros(self.shape.width), never
 
     def cost(self, site: Site) -> SiteCost:
         estimate = 0.0 if self.bypasses is None else self.bypasses.flops_per_token(site)

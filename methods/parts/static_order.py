@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from methods.parts.forecaster import Forecasters
+from methods.parts.router_start import ROUTER_SHARE, log_error
 from methods.types import Probe, Site, UnitView
 
 
@@ -41,20 +44,89 @@ def unit_influence(probe: Probe) -> dict[Site, float]:
     return means.influence()
 
 
-def greedy_loss(probe: Probe, sites: Sequence[Site], *, tokens: int) -> Iterator[Site]:
-    """Sites in the order in which dropping one more hurts the LM loss least (SLEB, algorithm 1).
+def greedy_loss(
+    sites: Sequence[Site],
+    loss: Callable[[list[Site]], float],
+    *,
+    group: int = 1,
+    candidates: int | None = None,
+) -> list[Site]:
+    """Order sites so that bypassing one more hurts the loss least (SLEB, algorithm 1).
 
-    n sites need n (n + 1) / 2 - 1 passes over `tokens` tokens of training text.
+    n sites need n (n + 1) / 2 - 1 losses if each round takes one, about n / `group` times
+    `candidates` of them otherwise.
+
+    Args:
+        loss: of a model that bypasses these sites.
+        group: sites that a round takes, the best ones if each were taken alone.
+        candidates: that a round tries, the first of `sites` that are left; None is all.
     """
-    dropped: list[Site] = []
-    left = list(sites)
+    order, left = list[Site](), list(sites)
     while left:
-        best = left[0]
-        if len(left) > 1:
-            best = min(left, key=lambda site: probe.loss([*dropped, site], tokens=tokens))
-        left.remove(best)
-        dropped.append(best)
-        yield best
+        tried = left[: candidates or len(left)]
+        if len(tried) > group:
+            losses = {site: loss([*order, site]) for site in tried}
+            tried.sort(key=losses.__getitem__)
+        order += tried[:group]
+        left = [site for site in left if site not in order]
+    return order
+
+
+def expected_harm(probe: Probe, forecasters: Forecasters) -> dict[Site, float]:
+    """Mean over tokens of log ||unit output - forecast||, plus log sensitivity of the unit.
+
+    A first-order estimate, in logarithms, of what the LM loss gains by a bypass of all tokens; the
+    score that `fit_recoverability` regresses for each token, averaged.
+    """
+    sums: dict[Site, Tensor] = {}
+    counts: dict[Site, int] = {}
+
+    def visit(view: UnitView) -> None:
+        total = log_error(view, forecasters).sum(dtype=torch.float64)
+        sums[view.site] = sums[view.site] + total if view.site in sums else total
+        counts[view.site] = counts.get(view.site, 0) + len(view.y_ND)
+
+    probe.sample(ROUTER_SHARE).stream(visit)
+    slopes = probe.sensitivity()
+    return {s: float(sums[s]) / counts[s] + math.log(max(slopes[s], 1e-30)) for s in sums}
+
+
+def best_cuts(probe: Probe) -> list[int]:
+    """First layer of the best cut of n contiguous layers, n = 0 .. layers - 1.
+
+    Best is the smallest mean over *all* calibration tokens of the angular distance
+    arccos(cos(h_i, h_{i + n})) / pi between the stream that enters the cut and the one that leaves
+    it (Gromov et al., arXiv 2403.17887, which looks at the last token of each text). A cut leaves
+    the first layer: what is estimated there reads it.
+    """
+    layers = probe.shape.layers
+    streams: list[Tensor] = []
+    total = torch.zeros(layers + 1, layers + 1, dtype=torch.float64)
+
+    def visit(view: UnitView) -> None:
+        if view.site.kind == "attention":
+            streams.append(functional.normalize(view.residual_ND.float(), dim=-1))
+            return
+        if view.site.layer < layers - 1:
+            return
+        streams.append(functional.normalize((view.residual_ND + view.y_ND).float(), dim=-1))
+        for i, entering in enumerate(streams):
+            for j, leaving in enumerate(streams[i + 1 :], i + 1):
+                cosines = (entering * leaving.to(entering.device)).sum(-1).clamp(-1.0, 1.0)
+                total[i, j] += cosines.arccos().sum(dtype=torch.float64).cpu()
+        streams.clear()
+
+    probe.stream(visit, split="calibration")
+    found = [0]
+    for n in range(1, layers):
+        found.append(min(range(1, layers - n + 1), key=lambda i: float(total[i, i + n])))
+    return found
+
+
+def count_below(threshold: Tensor, most: int) -> int:
+    """How many of the places 0 .. `most` - 1 lie below a threshold."""
+    value = float(threshold)
+    return sum(place < value for place in range(most))
 
 
 class MeanCosines:

@@ -62,11 +62,8 @@ class ModelProbe:
     @torch.no_grad()
     def loss(self, bypassed_sites: Collection[Site], tokens: int | None = None) -> float:
         """LM loss, nats per token, with some sites skipped by every token."""
-        rows = self.text.calibration
-        if tokens is not None:
-            rows = self.text.train[: max(1, round(tokens / self.text.train.shape[1]))]
         with bypassed(self.model, frozenset(bypassed_sites)):
-            return self._mean_loss(rows)
+            return self._mean_loss(self._scored(tokens))
 
     def sensitivity(self) -> dict[Site, float]:
         """Root mean square of d(mean LM loss)/d(unit output), from backward passes; made once."""
@@ -150,10 +147,16 @@ class ModelProbe:
         )
 
     @torch.no_grad()
-    def routed_loss(self) -> float:
-        """LM loss of the routed model on the calibration text, nats per token."""
+    def routed_loss(self, tokens: int | None = None) -> float:
+        """LM loss of the routed model, nats per token, on the same text as `loss`."""
         with routed(self.model, self.method, "gathered"):
-            return self._mean_loss(self.text.calibration)
+            return self._mean_loss(self._scored(tokens))
+
+    def _scored(self, tokens: int | None) -> Tensor:
+        """Rows of calibration text, or about so many tokens of training text."""
+        if tokens is None:
+            return self.text.calibration
+        return self.text.train[: max(1, round(tokens / self.text.train.shape[1]))]
 
     def _mean_loss(self, rows: Tensor) -> float:
         total = 0.0
