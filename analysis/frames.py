@@ -28,6 +28,7 @@ from pyarrow import parquet
 
 from analysis import groups
 from analysis.groups import Record
+from analysis.intervals import Interval, accuracy_difference, perplexity_ratio
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,10 @@ POINT = [*SERIES, "sparsity_target"]
 MEASURE = ["measure", "name", "metric", "shown"]
 VALUES = ["value", "low", "high"]
 """A measure and its interval; of a perplexity, averaged as losses."""
+RATIO = ["ratio", "ratio_low", "ratio_high"]
+"""A perplexity over the dense model's on the same documents, with its 95 % interval."""
+DIFFERENCE = ["difference", "difference_low", "difference_high"]
+"""An accuracy less the dense model's on the same items, with its 95 % interval."""
 TRUE_ERROR = "true error"
 """Said of a method that decides by what no method can know, in every table and picture."""
 SAME_DENSE = 1e-3
@@ -114,15 +119,22 @@ class Store:
 
         `measure` (perplexity | accuracy), `name`, `metric`, `shown` (both for a reader), `value`,
         `low`, `high` (the 95 % bootstrap interval of a perplexity, one standard error of an
-        accuracy), `dense`, `chance`, `n`.
+        accuracy), `dense`, `chance`, `n`, and what the same documents and items say against the
+        dense model: `RATIO` of perplexities, `DIFFERENCE` of accuracies, whose intervals are
+        missing where no items were saved.
         """
-        return self._frame(_measures)
+        return _beside_dense(self._frame(_measures), self.items, ["fingerprint"])
 
     @cached_property
     def averaged(self) -> pd.DataFrame:
-        """Measures averaged over seeds; with several seeds `low` and `high` are mean -/+ std."""
+        """Measures averaged over seeds; with several seeds `low` and `high` are mean -/+ std.
+
+        `RATIO` and `DIFFERENCE` are of the mean of the seeds; their intervals are over documents
+        and items alone, of these trained models.
+        """
         columns = ["sparsity_realised", "flops_ratio", "kv_bytes_ratio", "training_s", "chance"]
-        return self.over_seeds(self.measures, MEASURE, [*columns, *VALUES, "dense"])
+        means = self.over_seeds(self.measures, MEASURE, [*columns, *VALUES, "dense"])
+        return _beside_dense(means, self.items, POINT)
 
     def over_seeds(
         self, frame: pd.DataFrame, by: Sequence[str], columns: Sequence[str]
@@ -299,6 +311,47 @@ def _measure(measure: str, name: str, entry: Record) -> dict[str, Any]:
         "dense": entry["dense"],
         "chance": entry.get("chance", np.nan),
     }
+
+
+def _beside_dense(measures: pd.DataFrame, items: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """Add `RATIO` and `DIFFERENCE`; of each group the items' values are averaged over seeds."""
+    if measures.empty:
+        return measures
+    found = [
+        dict(zip([*by, "measure", "name"], [*key], strict=True)) | _interval(key[-2], own)
+        for key, own in _item_means(items, [*by, "measure", "name"])
+    ]
+    ends = [*RATIO[1:], *DIFFERENCE[1:]]
+    beside = pd.DataFrame(found, columns=[*by, "measure", "name", *ends])
+    beside = beside.astype(dict.fromkeys(ends, float))
+    own = measures.merge(beside, on=[*by, "measure", "name"], how="left")
+    perplexity = own["measure"] == "perplexity"
+    own["ratio"] = (own["value"] / own["dense"]).where(perplexity)
+    own["difference"] = (own["value"] - own["dense"]).where(~perplexity)
+    return own
+
+
+def _item_means(items: pd.DataFrame, by: list[str]) -> Iterator[tuple[Any, pd.DataFrame]]:
+    """Give the key of each group, and its items averaged over seeds."""
+    if items.empty:
+        return iter(())
+    group = items.groupby(by, dropna=False, sort=False).ngroup().rename("group")
+    means = items.groupby([group, "item"])[["value", "dense", "weight"]].mean().dropna()
+    names = items[by].itertuples(index=False, name=None)
+    keys: dict[Any, Any] = dict(zip(group, names, strict=True))
+    return ((keys[place], own) for place, own in means.groupby("group", sort=False))
+
+
+def _interval(measure: str, items: pd.DataFrame) -> dict[str, float]:
+    """Compare the items of one task or text with the dense model's."""
+    value, dense, weight = items[["value", "dense", "weight"]].to_numpy().T
+    if measure == "perplexity":
+        return _ends(RATIO, perplexity_ratio(value, dense, weight))
+    return _ends(DIFFERENCE, accuracy_difference(value, dense))
+
+
+def _ends(names: list[str], found: Interval) -> dict[str, float]:
+    return {names[1]: found.low, names[2]: found.high}
 
 
 def _stages(record: Record) -> Iterator[dict[str, Any]]:

@@ -46,9 +46,10 @@ def table(part: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
         "KV bytes": ("kv_bytes_ratio", ".3f"),
         "on": ("name", ""),
         "perplexity": ("value", ".2f"),
-        "x dense": ("ratio", ".2f"),
+        "x dense": ("against", ""),
     }
-    return part, tables.formatted(part.assign(ratio=part["value"] / part["dense"]), columns)
+    against = [tables.against_dense(row) for row in part.itertuples()]
+    return part, tables.formatted(part.assign(against=against), columns)
 
 
 VIEW = View(

@@ -22,8 +22,8 @@ from matplotlib.axes import Axes
 from analysis.cli import run
 from analysis.drawing import style, tables
 from analysis.drawing.style import Looks
-from analysis.frames import DENSE, MEASURE, Store, joined
-from analysis.tradeoff import measure_panels
+from analysis.frames import DENSE, DIFFERENCE, MEASURE, RATIO, Store, joined
+from analysis.tradeoff import heights, measure_panels
 from analysis.view import STAR, Panel, View
 
 COSTS = {"flops_ratio": "FLOPs (routed / dense)", "executed": "executed share (1 - sparsity)"}
@@ -53,7 +53,10 @@ def _dense(measured: pd.DataFrame) -> pd.DataFrame:
     found = pd.concat([measured[measured["line"] == DENSE], beside], ignore_index=True)
     at_one = {"flops_ratio": 1.0, "sparsity_realised": 0.0, "sparsity_target": 0.0}
     found = found.drop_duplicates(["setting", *MEASURE])
-    return found.assign(**at_one, method=DENSE, variant="", line=DENSE, true_error=False)
+    perplexity = found["measure"] == "perplexity"
+    against = dict.fromkeys(RATIO, np.where(perplexity, 1.0, np.nan))
+    against |= dict.fromkeys(DIFFERENCE, np.where(perplexity, np.nan, 0.0))
+    return found.assign(**at_one, **against, method=DENSE, variant="", line=DENSE, true_error=False)
 
 
 def undominated(cost: pd.Series, loss: pd.Series) -> pd.Series:
@@ -75,28 +78,32 @@ def panels(part: pd.DataFrame) -> list[Panel]:
 
 def draw(chosen: pd.DataFrame, cost: str, panel: Axes, looks: Looks) -> None:
     """Draw every point faint, those on the front full and joined by steps."""
-    front = chosen[chosen[f"front_{cost}"]].sort_values(cost)
-    panel.step(
-        front[cost], front["value"], where="post", color=style.REFERENCE, lw=1, label="front"
-    )
-    for line, points in chosen.groupby("line"):
+    drawn = heights(chosen).sort_values(cost)
+    front = drawn[drawn[f"front_{cost}"]]
+    panel.step(front[cost], front["y"], where="post", color=style.REFERENCE, lw=1, label="front")
+    for line, points in drawn.groupby("line"):
         own = looks[str(line)] | {"linestyle": ""}
-        panel.plot(points[cost], points["value"], **own, alpha=0.3)
+        panel.plot(points[cost], points["y"], **own, alpha=0.3)
         best = points[points[f"front_{cost}"]]
-        panel.plot(best[cost], best["value"], **own, label=str(line))
+        bars = [best["y"] - best["bar_low"], best["bar_high"] - best["y"]]
+        bars = [end.clip(lower=0) for end in bars]
+        panel.errorbar(best[cost], best["y"], yerr=bars, label=str(line), elinewidth=0.8, **own)
 
 
 def table(part: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Tabulate the points on a front, cheapest first: one row per cost, measure and point."""
     columns = [*MEASURE, "line", "sparsity_target", "sparsity_realised", "flops_ratio", "value"]
-    columns += ["low", "high", "dense", "seeds", "fingerprints"]
+    columns += ["low", "high", "dense", *RATIO, *DIFFERENCE, "seeds", "fingerprints"]
     parts = []
     for cost, label in COSTS.items():
         chosen = part[part[f"front_{cost}"]].sort_values(["measure", "name", cost])
         parts.append(chosen[columns].assign(cost=cost, over=label.partition(" (")[0]))
     fronts = pd.concat(parts, ignore_index=True).rename(columns={"line": "method"})
     readable = tables.formatted(
-        fronts.assign(figure=[tables.figure(row) for row in fronts.itertuples()]),
+        fronts.assign(
+            figure=[tables.figure(row) for row in fronts.itertuples()],
+            against=[tables.against_dense(row) for row in fronts.itertuples()],
+        ),
         {
             "front of": ("shown", ""),
             "over": ("over", ""),
@@ -105,6 +112,7 @@ def table(part: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
             "realised": ("sparsity_realised", ".3f"),
             "FLOPs": ("flops_ratio", ".3f"),
             "value": ("figure", ""),
+            "/ or - dense": ("against", ""),
         },
     )
     return fronts.drop(columns="over"), readable
@@ -114,7 +122,8 @@ VIEW = View(
     "pareto",
     "Pareto front",
     "Full: no other point has at most this cost and at least this quality. Faint: some other point "
-    "has. Methods that decide by the true error do not take part.",
+    "has. Methods that decide by the true error do not take part. Points whose intervals against "
+    "dense overlap may change places on other text.",
     "no point was evaluated: run runners/sweep.py",
     rows,
     table,

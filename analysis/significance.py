@@ -24,7 +24,8 @@ import pandas as pd
 from scipy import stats
 
 from analysis.cli import run
-from analysis.frames import DENSE, MEASURE, POINT, joined
+from analysis.frames import DENSE, MEASURE, joined
+from analysis.intervals import mcnemar
 from analysis.view import View
 
 SEEDS_NEEDED = 3
@@ -147,17 +148,6 @@ def paired(
     return items, mean_a, mean_b, difference, quantile * np.sqrt(variance), p
 
 
-def mcnemar(a: np.ndarray, b: np.ndarray) -> float:
-    """Two-sided exact p-value: are the items that only one of two got right split evenly?
-
-    Args:
-        a, b: 0 or 1 for each item.
-    """
-    only_a, only_b = int(((a == 1) & (b == 0)).sum()), int(((a == 0) & (b == 1)).sum())
-    both = only_a + only_b
-    return float(stats.binomtest(only_a, both, 0.5).pvalue) if both else 1.0
-
-
 def holm(p: np.ndarray) -> np.ndarray:
     """Correct p-values step down, in the order given."""
     order = np.argsort(p, kind="stable")
@@ -166,27 +156,6 @@ def holm(p: np.ndarray) -> np.ndarray:
     out = np.empty_like(raised)
     out[order] = raised
     return out
-
-
-def with_bands(averaged: pd.DataFrame, items: pd.DataFrame) -> pd.DataFrame:
-    """Put `band_low` and `band_high` beside each row: its 95 % interval over items.
-
-    The values of an item are averaged over seeds before; rows without items have no band.
-    """
-    if averaged.empty or items.empty:
-        return averaged
-    parts = []
-    for (measure, name), part in items.groupby(["measure", "name"]):
-        means = part.groupby([*POINT, "item"])[["value", "weight"]].mean()
-        wide: Any = means.unstack("item")
-        values, weights = (wide[column].to_numpy() for column in ("value", "weight"))
-        alone = values[..., None], np.zeros_like(values)[..., None], np.nan_to_num(weights)
-        _, mean, _, _, half, _ = paired(*alone, seeds=False)
-        ends = np.column_stack([mean - half, mean + half])
-        ends = np.exp(ends) if measure == "perplexity" else ends
-        band = pd.DataFrame(ends, index=wide.index, columns=["band_low", "band_high"])
-        parts.append(band.reset_index().assign(measure=str(measure), name=str(name)))
-    return averaged.merge(pd.concat(parts), on=[*POINT, "measure", "name"], how="left")
 
 
 def table(part: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:

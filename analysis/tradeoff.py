@@ -22,19 +22,13 @@ from matplotlib.ticker import FuncFormatter, LogFormatterMathtext, LogLocator, N
 from analysis.cli import run
 from analysis.drawing import style, tables
 from analysis.drawing.style import Looks
-from analysis.frames import DENSE, Store
-from analysis.significance import with_bands
+from analysis.frames import DENSE
 from analysis.view import Panel, View
 
 AXES = {"sparsity_realised": "realised sparsity", "flops_ratio": "FLOPs (routed / dense)"}
 Draw = Callable[[pd.DataFrame, str, Axes, Looks], None]
 LONGEST_TICK = 1e7
 """Perplexities beyond are labelled by their power of ten."""
-
-
-def rows(store: Store) -> pd.DataFrame:
-    """Take the measures averaged over seeds, with a band where items were saved."""
-    return with_bands(store.averaged, store.items)
 
 
 def panels(part: pd.DataFrame) -> list[Panel]:
@@ -70,7 +64,8 @@ def _draw(
 
 def draw(chosen: pd.DataFrame, cost: str, panel: Axes, looks: Looks) -> None:
     """Draw one measure of one task or text over one cost."""
-    panel.axhline(float(chosen["dense"].mean()), **style.DASHED, label=DENSE)
+    level = 1.0 if chosen.iloc[0]["measure"] == "perplexity" else float(chosen["dense"].mean())
+    panel.axhline(level, **style.DASHED, label=DENSE)
     chance = chosen["chance"].dropna()
     if len(chance):
         panel.axhline(float(chance.iloc[0]), color=style.REFERENCE, linestyle=":", linewidth=1)
@@ -83,20 +78,41 @@ def draw(chosen: pd.DataFrame, cost: str, panel: Axes, looks: Looks) -> None:
             fontsize=6.5,
             color=style.REFERENCE,
         )
-    for line, points in chosen[chosen["line"] != DENSE].groupby("line"):
+    for line, points in heights(chosen[chosen["line"] != DENSE]).groupby("line"):
         ordered, look = points.sort_values(cost), looks[str(line)]
-        if "band_low" in ordered and len(ordered) > 1:
-            low, high = ordered["band_low"].astype(float), ordered["band_high"].astype(float)
-            panel.fill_between(ordered[cost], low, high, color=look["color"], alpha=0.15, lw=0)
-        error = [ordered["value"] - ordered["low"], ordered["high"] - ordered["value"]]
-        error = [end.clip(lower=0) for end in error]
+        if len(ordered) > 1:
+            ends = ordered["y_low"], ordered["y_high"]
+            panel.fill_between(ordered[cost], *ends, color=look["color"], alpha=0.15, lw=0)
+        bars = [ordered["y"] - ordered["bar_low"], ordered["bar_high"] - ordered["y"]]
+        bars = [end.clip(lower=0) for end in bars]
         panel.errorbar(
-            ordered[cost], ordered["value"], yerr=error, label=str(line), elinewidth=0.8, **look
+            ordered[cost], ordered["y"], yerr=bars, label=str(line), elinewidth=0.8, **look
         )
     if (
         cost != "sparsity_realised" and not panel.xaxis_inverted()
     ):  # panels above may share the axis
         panel.invert_xaxis()
+
+
+def heights(rows: pd.DataFrame) -> pd.DataFrame:
+    """Add what is drawn of a measure: perplexities over dense, other measures as they are.
+
+    `y` with `y_low` and `y_high`, its paired 95 % interval against the dense model; `bar_low` and
+    `bar_high`, the spread over seeds, or that interval where there is one seed.
+    """
+    unit = rows["dense"].where(rows["measure"] == "perplexity", 1.0)
+    low, high = (
+        rows[f"ratio_{end}"].fillna(rows["dense"] + rows[f"difference_{end}"])
+        for end in ("low", "high")
+    )
+    several = rows["seeds"] > 1
+    return rows.assign(
+        y=rows["value"] / unit,
+        y_low=low,
+        y_high=high,
+        bar_low=(rows["low"] / unit).where(several, low),
+        bar_high=(rows["high"] / unit).where(several, high),
+    )
 
 
 def scale(panel: Axes, chosen: pd.DataFrame) -> None:
@@ -106,7 +122,7 @@ def scale(panel: Axes, chosen: pd.DataFrame) -> None:
         panel.set_ylabel(f"{kind['name'].replace('_', ' ')}\n{kind['metric']}")
         panel.set_ylim(bottom=0)
         return
-    panel.set_ylabel(kind["shown"])
+    panel.set_ylabel(f"{kind['shown']} / dense")
     panel.set_yscale("log")
     low, high = panel.get_ylim()
     steps = (1.0,) if high / low > 100 else (1.0, 2.0, 5.0)
@@ -129,8 +145,8 @@ def table(part: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
         }
         for entry in cast("Any", point.sort_values("measure", ascending=False).itertuples()):
             row[entry.shown] = tables.figure(entry)
-            if entry.measure == "perplexity":
-                row[f"{entry.name} / dense"] = f"{entry.value / entry.dense:.3f}"
+            sign = "/" if entry.measure == "perplexity" else "-"
+            row[f"{entry.shown} {sign} dense"] = tables.against_dense(entry)
         readable.append(row)
     return part, pd.DataFrame(readable).fillna("")
 
@@ -138,10 +154,12 @@ def table(part: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
 VIEW = View(
     "tradeoff",
     "Quality against cost",
-    "Bars: 95 % bootstrap interval of a perplexity, one standard error of an accuracy; with "
-    "several seeds, mean and standard deviation over seeds. Shaded: 95 % over items.",
+    "Shaded, and beside `/ dense` and `- dense`: 95 % interval of the ratio or difference to dense "
+    "on the same documents and items, of these trained models. Bars, and beside the figures: with "
+    "several seeds, their standard deviation; with one, that interval (figures: 95 % of a "
+    "perplexity alone, one standard error of an accuracy).",
     "no point was evaluated: run runners/sweep.py",
-    rows,
+    lambda store: store.averaged,
     table,
     "Every method and target",
     panels,

@@ -18,7 +18,7 @@ import pandas as pd
 
 from analysis.cli import run
 from analysis.drawing import tables
-from analysis.frames import Store, joined, only_one
+from analysis.frames import RATIO, Store, joined, only_one
 from analysis.view import View
 
 ROUTERS = ("greedy", "informed")
@@ -34,17 +34,28 @@ def rows(store: Store) -> pd.DataFrame:
 
 
 def table(part: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Tabulate one row per target and training, a column `<router>_<bypass>` of perplexity."""
+    """Tabulate one row per target and training.
+
+    `<router>_<bypass>` is a perplexity, with `_ratio`, `_ratio_low` and `_ratio_high` to dense.
+    """
     cell = part["method"] + "_" + part["bypass"]
     keyed = part.assign(cell=cell, train=part["train"].fillna("none").astype(str))
     only_one(keyed, [*ROW, "cell"])
     cells = [f"{router}_{bypass}" for router in ROUTERS for bypass in BYPASSES]
-    grid = keyed.pivot(index=ROW, columns="cell", values="value").reindex(columns=cells)
+    ends = {"value": ""} | {name: f"_{name}" for name in RATIO}
+    wide = [keyed.pivot(index=ROW, columns="cell", values=name) for name in ends]
+    wide = [own.reindex(columns=cells) for own in wide]
+    wide = [own.add_suffix(end) for own, end in zip(wide, ends.values(), strict=True)]
+    grid = pd.concat(wide, axis=1)
     beside = keyed.groupby(ROW).agg(dense=("dense", "mean"), fingerprints=("fingerprints", joined))
     grid = grid.join(beside).reset_index()
     columns = {"on": ("shown", ""), "target": ("sparsity_target", ".2f"), "training": ("train", "")}
-    columns |= {name.replace("_", " router, "): (name, ".2f") for name in cells}
-    return grid, tables.formatted(grid, columns | {"dense": ("dense", ".2f")})
+    shown = grid.copy()
+    for name in cells:
+        ratios = shown[[f"{name}_{end}" for end in RATIO]].itertuples(index=False, name=None)
+        shown[name] = [tables.interval(found, ".3f") for found in ratios]
+        columns[f"{name.replace('_', ' router, ')}, x dense"] = (name, "")
+    return grid, tables.formatted(shown, columns | {"dense": ("dense", ".2f")})
 
 
 VIEW = View(

@@ -46,6 +46,30 @@ def figure(row: Any, value: str = "value") -> str:
     return f"{number:.2f}" + ("" if pd.isna(row.low) else f" [{row.low:.2f}, {row.high:.2f}]")
 
 
+def against_dense(row: Any) -> str:
+    """Write a measure against the dense model's with its paired interval.
+
+    `1.540 [1.410, 1.710]` of a perplexity (their ratio), `-0.100 [-0.170, -0.020]` of an accuracy.
+
+    Args:
+        row: of `Store.averaged`, or with the same columns.
+    """
+    if row.measure == "perplexity":
+        return interval((row.ratio, row.ratio_low, row.ratio_high), ".3f")
+    return interval((row.difference, row.difference_low, row.difference_high), "+.3f")
+
+
+def interval(found: tuple[float, float, float], spec: str) -> str:
+    """Write a value with its interval, unless that is missing or of no width.
+
+    A missing value is an empty cell.
+    """
+    value, low, high = found
+    if pd.isna(value):
+        return ""
+    return f"{value:{spec}}" + ("" if not low < high else f" [{low:{spec}}, {high:{spec}}]")
+
+
 def markdown(frame: pd.DataFrame) -> str:
     """Write a pipe table."""
     columns = [str(c) for c in frame.columns]

@@ -50,7 +50,9 @@ def _figures(point: Any, measured: Any) -> list[str]:
     figures = [f"realised {point.sparsity_realised:.3f}", f"FLOPs {point.flops_ratio:.3f}"]
     for row in measured.itertuples() if measured is not None else ():
         dense = f"{row.dense:.{2 if row.measure == 'perplexity' else 3}f}"
-        figures.append(f"{row.shown} {tables.figure(row)} (dense {dense})")
+        sign = "x dense" if row.measure == "perplexity" else "to dense"
+        against = f"{tables.against_dense(row)} {sign}"
+        figures.append(f"{row.shown} {tables.figure(row)}, {against} ({dense})")
     return figures
 
 

@@ -83,12 +83,12 @@ def test_settings_never_share_a_figure(store, tmp_path):
 
 def test_figure_has_each_line_its_errors_and_the_dense_reference(store):
     with style.paper():
-        figure = tradeoff.VIEW.draw(tradeoff.rows(Store(store)), "title")
+        figure = tradeoff.VIEW.draw(Store(store).averaged, "title")
     panel = figure.axes[0]
     handles, labels = panel.get_legend_handles_labels()
     assert set(labels) == {"dense", "informed", "random"}
     drawn = dict(zip(labels, handles, strict=True))
-    assert list(drawn["informed"].lines[0].get_ydata()) == pytest.approx([60.0, 80.0, 100.0])
+    assert list(drawn["informed"].lines[0].get_ydata()) == pytest.approx([3.0, 4.0, 5.0])
     assert list(drawn["informed"].lines[0].get_xdata()) == pytest.approx([0.31, 0.51, 0.71])
     assert drawn["informed"].has_yerr
     assert panel.get_yscale() == "log"
@@ -106,14 +106,15 @@ def test_summary_gives_the_records_numbers(store):
     _, readable = tradeoff.table(Store(store).averaged)
     row = readable.set_index(["method", "target"]).loc[("informed", "0.50")]
     assert row["sotu perplexity"] == "80.00 [72.00, 88.00]"
-    assert row["sotu / dense"] == "4.000"
+    assert row["sotu perplexity / dense"] == "4.000"
     assert row["choice_task accuracy"] == "0.550 ± 0.020"
+    assert row["choice_task accuracy - dense"] == "-0.300"
 
 
 def test_the_metric_of_a_task_is_named(tmp_path):
     task = {"value": 0.655, "stderr": 0.02, "dense": 0.66, "n": 200, "metric": "acc_norm"}
     write_point(tmp_path, "informed", 0.3, perplexity=30.0, accuracy={"piqa": task})
-    averaged = tradeoff.rows(Store(tmp_path))
+    averaged = Store(tmp_path).averaged
     assert "piqa acc_norm" in tradeoff.table(averaged)[1]
     with style.paper():
         figure = tradeoff.VIEW.draw(averaged, "title")
@@ -212,7 +213,7 @@ def test_two_by_two_puts_each_router_beside_each_bypass(tmp_path):
     for (method, bypass), perplexity in BYPASSES.items():
         assert row[f"{method}_{bypass}"] == pytest.approx(perplexity)
     text = (tmp_path / "plots/two_by_two-tiny-sotu-quick.md").read_text()
-    assert "| 0.30 | none | 90.00 | 50.00 | 70.00 | 30.00 | 20.00 |" in text
+    assert "| 0.30 | none | 4.500 | 2.500 | 3.500 | 1.500 | 20.00 |" in text
 
 
 def test_two_by_two_averages_no_other_option(tmp_path):

