@@ -26,14 +26,13 @@ import lm_eval
 import yaml
 from lm_eval.models.huggingface import HFLM
 
-from methods.engine.checkpoint import from_pretrained
 from methods.engine.routed import routed
+from runners.base_model.saved import open_saved
 from runners.errors import UserError
 from runners.evaluation.harness import HarnessModel
 from runners.evaluation.tasks import TaskSet
 from runners.options import parse_section
 from runners.point_config import EvalConfig
-from runners.routed_lm import RoutedOptions, base_of
 from runners.timing.stopwatch import interleaved, ratio, timed
 
 
@@ -51,8 +50,8 @@ def main(words: list[str] | None = None) -> None:
     quick = yaml.safe_load((ROOT / "conf" / "eval" / "quick.yaml").read_text())
     own = {"tasks": asked.tasks.split(","), "limit": asked.limit, "data_dir": asked.data_dir}
     settings = parse_section(EvalConfig, {**quick, **own})
-    base = base_of(RoutedOptions(asked.saved))
-    method = from_pretrained(asked.saved, base.model)
+    opened = open_saved(asked.saved)
+    base, method = opened.base, opened.method
     options: Any = {"tokenizer": base.tokenizer, "batch_size": asked.batch_size}
     share = False if asked.stock_batches else None
     ours: Any = HarnessModel(base.model, share_contexts=share, **options)

@@ -21,12 +21,13 @@ from methods.engine.decoder.placement import input_device, spread
 from methods.engine.lora import LoraFactors, attach_lora, describe
 from methods.engine.routed import attach
 from runners.base_model.load import Base, build_budget, load_base
+from runners.base_model.saved import require_weights
 from runners.corpus.rows import Texts, encoder, read_documents
 from runners.corpus.source import check_source
 from runners.errors import UserError
 from runners.evaluation.evaluate import evaluate as evaluate_model
 from runners.evaluation.evaluate import evaluation_key
-from runners.point_config import PointConfig, SavedConfig
+from runners.point_config import MethodConfig, PointConfig, SavedConfig
 from runners.runtime.processes import is_main_process
 from runners.store.files import cache_root
 from runners.store.items import write_items
@@ -134,6 +135,7 @@ def save(config: PointConfig, built: Built, folder: Path) -> None:
             "revision": base.revision,
             "seed": config.seed,
             "weights_sha256": base.weights_hash,
+            "dtype": base.dtype,
             **({} if model.config is None else {"config": model.config}),
         },
     )
@@ -142,9 +144,9 @@ def save(config: PointConfig, built: Built, folder: Path) -> None:
 def restore(saved: SavedConfig, built: Built) -> Trained:
     """Load a saved method instead of training it, and move it to another target if one is asked."""
     folder, method = Path(saved.saved), built.method
+    trained_on, check = saved.trained_on_sha256, saved.check_weights
+    require_weights(folder, built.base, trained_on=trained_on, check=check)
     checkpoint.restore(method, folder, built.base.model)
-    if saved.trained_on_sha256 != built.base.weights_hash:
-        log.warning("%s was trained on other weights (or another dtype) than these", folder)
     if not saved.recalibrate:
         return Trained()
     return Trained(realised=method.calibrate(built.probe, method.sparsity))
@@ -213,7 +215,7 @@ def record(
         identity={
             "fingerprint": config.fingerprint,
             "weights_sha256": built.base.weights_hash,
-            "dtype": str(next(built.base.model.parameters()).dtype).removeprefix("torch."),
+            "dtype": built.base.dtype,
             "objective": config.objective,
             "budget": built.budget.name,
             "upper_bound": method.upper_bound,
@@ -259,12 +261,17 @@ def build_method(config: PointConfig, model: PreTrainedModel) -> Method:
     Raises:
         UserError: an option that the method refuses.
     """
-    torch.manual_seed(config.seed)
-    method = config.method.make(config.sparsity)
+    return make_method(config.method, config.sparsity, config.seed, model)
+
+
+def make_method(asked: MethodConfig, sparsity: float, seed: int, model: PreTrainedModel) -> Method:
+    """As `build_method`, of what it needs of a point."""
+    torch.manual_seed(seed)
+    method = asked.make(sparsity)
     try:
         return attach(model, method).eval()
     except (TypeError, ValueError) as error:
-        raise UserError(f"method {config.method.name}: {error}") from error
+        raise UserError(f"method {asked.name}: {error}") from error
 
 
 def check_reach(method: Method, name: str) -> None:

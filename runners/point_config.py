@@ -306,6 +306,8 @@ class SavedConfig:
     base_model: str | None = None
     trust_method: bool = False
     """Whether a class outside `methods` may be imported because the folder names it."""
+    check_weights: bool = True
+    """Whether a base model of other weights, or in another dtype, is refused."""
 
 
 @dataclass(frozen=True)
@@ -351,7 +353,7 @@ GROUPED: Mapping[str, type] = {
 """Sections whose keys lie at the top of conf/sweep.yaml and its like."""
 NOT_IN_FINGERPRINT = frozenset(
     "results_dir cache_dir saved tracking force retry_failed checkpoint_seconds speed device_map "
-    "max_memory hardware plan trust_method".split()
+    "max_memory hardware plan trust_method check_weights".split()
 )
 """Top-level keys of the config that say where or how loudly, never what is computed."""
 LOCAL_NAMES = ("name", "path", "dir", "data_dir")
@@ -517,8 +519,11 @@ def _from_saved(config: Mapping[str, Any]) -> dict[str, Any]:
     moved = config["sparsity"] is not None
     name = target.rsplit(".", 2)[-2]
     own = {key: value for key, value in options.items() if key != "sparsity"}
+    # the precision of training where none is asked for: its threshold and weights are of it
+    dtype = base.get("dtype", "auto") if config["dtype"] == "auto" else config["dtype"]
     return {
         "method": {"name": name, "_target_": target, **own},
+        "dtype": dtype,
         "model": saved_model(settings, config["base_model"]),
         "sparsity": config["sparsity"] if moved else options["sparsity"],
         "recalibrate": moved,

@@ -15,31 +15,18 @@ import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
 from lm_eval.api.registry import register_model
 
-from methods.engine.checkpoint import BadCheckpoint, from_pretrained, hash_model
+from methods.engine.checkpoint import hash_model
 from methods.engine.routed import routed
-from runners.base_model import device_map as places
-from runners.base_model.load import Base, load_base
+from runners.base_model.saved import open_saved
 from runners.corpus.rows import ProbeText, encoder, load_rows
 from runners.errors import UserError
 from runners.evaluation.harness import HarnessModel
 from runners.options import parse_section
-from runners.point_config import (
-    DataConfig,
-    Dtype,
-    Mode,
-    ModelConfig,
-    PlacementConfig,
-    Positive,
-    Share,
-    read_saved,
-    saved_model,
-)
+from runners.point_config import DataConfig, Dtype, Mode, Positive, Share
 from runners.runtime.processes import world_size
 from runners.store.stage_cache import content_key
 from runners.training.probe import ModelProbe
@@ -67,6 +54,9 @@ class RoutedOptions:
     calibration_tokens: Positive = 8192
     calibration_seq_len: Positive = 512
     dtype: Dtype = "auto"
+    """`auto` is that of training."""
+    check_weights: bool = True
+    """False takes a base model of other weights, or in another dtype, than those of training."""
     device: str | None = None
     """As in lm-eval: CUDA that is not there means the CPU."""
     device_map: str | None = None
@@ -89,6 +79,10 @@ class RoutedOptions:
     chat_template_args: Mapping[str, Any] | None = None
 
 
+OPENING = (
+    "base_model device dtype device_map cache_dir trust_remote_code trust_method check_weights"
+).split()
+"""Options of `open_saved`."""
 PASSED = (
     "batch_size max_batch_size share_contexts max_length truncation logits_cache softmax_dtype "
     "prefix_token_id think_end_token enable_thinking chat_template_args"
@@ -108,12 +102,8 @@ class RoutedLM(HarnessModel):
         own = parse_section(RoutedOptions, {"pretrained": pretrained, **options})
         if world_size() > 1:
             raise UserError("a saved routed model is evaluated in one process: start no launcher")
-        settings = read_saved(Path(pretrained), trust_method=own.trust_method)
-        base, package = base_of(own), settings["target"].partition(".")[0]
-        try:
-            method = from_pretrained(pretrained, base.model, allow=[package], check_weights=False)
-        except BadCheckpoint as error:
-            raise UserError(str(error)) from error
+        opened = open_saved(pretrained, **{name: getattr(own, name) for name in OPENING})
+        base, method, settings = opened.base, opened.method, opened.settings
         if own.sparsity is not None:
             rows = load_rows(
                 DataConfig(dir=own.calibration_dir),
@@ -146,28 +136,6 @@ class RoutedLM(HarnessModel):
                 raise UserError("--use_cache: the file holds another model's answers: name another")
             held[OWNER] = self._answers
         super().set_cache_hook(cache_hook)
-
-
-def base_of(options: RoutedOptions) -> Base:
-    """Load the dense model that a saved routed model was trained on, or `base_model`.
-
-    Raises:
-        UserError: a folder without a saved routed model, or a base that cannot be loaded.
-    """
-    settings = read_saved(Path(options.pretrained), trust_method=options.trust_method)
-    device = options.device or "auto"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        log.warning("device=%s is not there: the CPU is used", device)
-        device = "cpu"
-    model = saved_model(settings, options.base_model)
-    model |= {"trust_remote_code": options.trust_remote_code}
-    placement = PlacementConfig(device, options.dtype, options.device_map, None)
-    places.check(placement, None, merge_lora=False, here=True)
-    seed, cache_dir = settings["base"]["seed"], options.cache_dir
-    base = load_base(ModelConfig(**model), placement, seed, cache_dir)
-    if settings["base"]["weights_sha256"] != base.weights_hash:
-        log.warning("%s was trained on other weights or another dtype", options.pretrained)
-    return base
 
 
 def main() -> None:

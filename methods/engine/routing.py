@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 from methods.base import BrokenContract, Decision, Method, RouteContext, Site
-from methods.engine.decoder.inputs import ForwardCall
+from methods.engine.decoder.inputs import ForwardCall, capturing
 from methods.engine.decoder.swap import DecoderState
 from methods.engine.decoder.unit import Unit
 from methods.engine.lora import suspended
@@ -22,6 +24,9 @@ from methods.engine.ops.row_ops import RowOps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -49,6 +54,8 @@ class Routing(DecoderState):
     """Raises before a forward call that the block would answer wrongly."""
     decisions: dict[Site, Decision] = field(default_factory=dict)
     """Decisions of the last training forward, with gradient."""
+    first_call: bool = True
+    """True until a forward call has ended."""
 
     @property
     def watched(self) -> bool:
@@ -73,6 +80,22 @@ class Routing(DecoderState):
         """Close it, and drop what the method kept for this call."""
         self.call.memory.clear()
         self.counters.end_forward()
+        if self.first_call and not (self.watched or self.training or capturing()):
+            self._say_uncalibrated()
+        self.first_call = False
+
+    def _say_uncalibrated(self) -> None:
+        """Warn of a method that executes everything because nobody has set its threshold."""
+        method = self.method
+        if method.sparsity == 0.0 or float(method.threshold) != -math.inf:
+            return
+        if self.counters.read().sparsity() == 0.0:
+            name = type(method).__name__
+            log.warning(
+                "%s was never calibrated: sparsity %g was asked for, and every token executes "
+                "everything (calibrate it, or load one that was saved)",
+                *(name, method.sparsity),
+            )
 
     def decide(self, unit: Unit) -> Decision:
         """Ask the method; padding is bypassed. The executor counts what it executes."""

@@ -40,6 +40,11 @@ class Base:
     name: str
     revision: str | None
 
+    @property
+    def dtype(self) -> str:
+        """Name of the precision that it computes in, `float32`."""
+        return str(next(self.model.parameters()).dtype).removeprefix("torch.")
+
 
 def load_base(
     config: ModelConfig, placement: PlacementConfig, seed: int, cache_dir: str | None

@@ -23,13 +23,13 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from methods.base import Decision, Method, Site, UnitView
-from methods.engine.checkpoint import BadCheckpoint, from_pretrained
 from methods.engine.decoder.families import layers_of
 from methods.engine.decoder.placement import input_device
 from methods.engine.observe import observed
 from methods.engine.routed import routed
 from methods.engine.routing import routing_of
 from runners.base_model.load import Base, load_base
+from runners.base_model.saved import load_method
 from runners.corpus.source import Document, stream_documents
 from runners.errors import UserError
 from runners.point_config import PointConfig
@@ -51,13 +51,9 @@ def record_routing(config: PointConfig) -> Path:
     saved, asked = config.saved, config.inspect
     assert saved is not None and asked is not None
     base = load_base(config.model, config.placement, config.seed, config.store.cache_dir)
-    package = config.method.target.partition(".")[0]  # the config was refused unless trusted
-    try:
-        method = from_pretrained(saved.saved, base.model, allow=[package], check_weights=False)
-    except BadCheckpoint as error:
-        raise UserError(str(error)) from error
-    if saved.trained_on_sha256 != base.weights_hash:
-        log.warning("%s was trained on other weights (or another dtype) than these", saved.saved)
+    target, trained_on = config.method.target, saved.trained_on_sha256
+    named = {"target": target, "trained_on": trained_on}
+    method = load_method(saved.saved, base, **named, check_weights=saved.check_weights)
     if not method.sites():
         raise UserError(f"saved={saved.saved} routes nowhere: there is nothing to inspect")
     documents = stream_documents(config.data, "test")

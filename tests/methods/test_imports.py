@@ -104,6 +104,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "launching": (*GROUND, "corpus", "base_model", "evaluation"),
     "routed_lm": (*GROUND, "corpus", "base_model", "evaluation", "training"),
     "point": (*GROUND, "corpus", "base_model", "evaluation", "training", "tracking"),
+    "api": (*GROUND, "corpus", "base_model", "evaluation", "training", "point"),
     "job": (*GROUND, "content", "point", "tracking", "timing"),
     "planning": (*GROUND, "corpus", "base_model", "content", "point", "training"),
     "sweep": ("job", "launching"),
@@ -116,7 +117,7 @@ RULES: dict[str, tuple[str, ...]] = {
 }
 """What each folder or file of runners may import of the others, from the ground up."""
 ABOVE_THE_ENGINE = {"base_model", "training", "evaluation", "inspection", "timing", "planning"}
-ABOVE_THE_ENGINE |= {"point", "routed_lm", "store", "launching"}
+ABOVE_THE_ENGINE |= {"api", "point", "routed_lm", "store", "launching"}
 """Who of them may import methods.engine: store hashes weights, launching asks what it supports."""
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from methods.engine.checkpoint import save_pretrained
+from methods.engine.checkpoint import hash_model, save_pretrained
 from methods.engine.routed import attach, routed
 from methods.engine.routing import routing_of
 from methods.random import Random
@@ -41,7 +41,7 @@ def saved(tmp_path):
         "path": str(tmp_path / "base"),
         "revision": None,
         "seed": 0,
-        "weights_sha256": "",
+        "weights_sha256": hash_model(model),
     }
     options = {"sparsity": 0.4, **OPTIONS}
     return save_pretrained(
@@ -127,6 +127,17 @@ def test_sparsity_moves_the_threshold(saved, tmp_path):
     assert not hasattr(lm.model, "routing")
 
 
+def test_a_base_of_other_weights_is_refused(saved, tmp_path):
+    model, tokenizer = tiny_model(seed=4)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "other")
+    options = {"base_model": str(tmp_path / "other"), "dtype": "float32"}
+    with pytest.raises(UserError, match=r"was trained on weights .*check_weights=false") as said:
+        RoutedLM(str(saved), **options)
+    assert "\n" not in str(said.value)
+    RoutedLM(str(saved), **options, check_weights=False)._routed.close()
+
+
 def test_refused(saved):
     with pytest.raises(UserError, match="mode must be one of masked, gathered"):
         RoutedLM(str(saved), mode="fast")
@@ -187,7 +198,8 @@ def test_a_response_cache_serves_one_model_only(saved, tmp_path):
 
     first = score("answers", make())
     assert score("answers", make(batch_size=4)) == first
-    for other in ({"mode": "masked"}, {"dtype": "bfloat16"}, {"sparsity": 0.5}):
+    half = {"dtype": "bfloat16", "check_weights": False}
+    for other in ({"mode": "masked"}, half, {"sparsity": 0.5}):
         with pytest.raises(UserError, match="another model's answers"):
             score("answers", make(**other))
     model, tokenizer = tiny_model(seed=3)

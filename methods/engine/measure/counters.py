@@ -157,7 +157,7 @@ def _plus(total: Tensor | None, more: Tensor) -> Tensor:
     return more if total is None else total + more.to(total.device)
 
 
-@dataclass
+@dataclass(repr=False)
 class Usage:
     """What was executed, per unit, as plain integers."""
 
@@ -180,6 +180,10 @@ class Usage:
     """Per unit: forwards in which any token executed it."""
     bypassing: dict[Site, int] = field(default_factory=dict)
     """Per routed site: forwards in which any token bypassed it."""
+
+    def __repr__(self) -> str:
+        parts = f"attention {self.sparsity('attention'):.3f}, mlp {self.sparsity('mlp'):.3f}"
+        return f"sparsity {self.sparsity():.3f} ({parts}) over {self.tokens} tokens"
 
     def context_of(self, layer: int) -> int:
         """Sum over tokens of the keys that each sees in a layer of the dense model."""

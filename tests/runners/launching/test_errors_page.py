@@ -23,8 +23,12 @@ from analysis import cli, frames, speedup
 from analysis.frames import AnalysisError
 from methods.base import Stage
 from methods.engine.decoder.placement import place_on_devices
+from methods.engine.model import RoutedModel
+from methods.random import Random
 from runners import job, point
 from runners.base_model import device_map
+from runners.base_model.load import Base
+from runners.base_model.saved import require_weights
 from runners.base_model.synthetic import tiny_model
 from runners.corpus.source import _hub_split, check_source
 from runners.errors import UserError
@@ -259,6 +263,16 @@ def two_dense_models(scene: Scene) -> None:
     frames.Store(scene.folder)
 
 
+def other_weights(scene: Scene) -> None:
+    base = Base(*tiny_model(seed=3), "a", "mine", None)
+    require_weights("saved", base, trained_on="b", check=True)
+
+
+def uncalibrated(scene: Scene) -> None:
+    model, tokenizer = tiny_model(seed=3)
+    RoutedModel(model, tokenizer, Random(sparsity=0.5)).generate("a", max_new_tokens=1)
+
+
 def tracker_that_fails(scene: Scene) -> None:
     Safe(object()).log({"a": 1.0})  # type: ignore[arg-type]
 
@@ -333,6 +347,8 @@ CASES: dict[str, Provoke] = {
     "no complete result": no_record,
     "nothing to show": nothing_timed,
     "the dense perplexity": two_dense_models,
+    "... was trained on": other_weights,
+    "... was never": uncalibrated,
     "saved=...": command("saved=FOLDER", entry="score"),
     "realised": lambda scene: print(DRIFTED.drift),
     "complete in": complete,
