@@ -51,14 +51,14 @@ def parse(
     return Paths(results, folder), {key: values[key] for key in more}
 
 
-def write(view: View, paths: Paths) -> None:
+def write(view: View, paths: Paths, *, optional: bool = False) -> None:
     """Write the files of a view, for each setting of the store.
 
     Raises:
-        AnalysisError: the store has nothing that it shows.
+        AnalysisError: the store has nothing that it shows, and it is not optional.
     """
     rows = view.rows(Store(paths.results_dir))
-    if rows.empty:
+    if rows.empty and not optional:
         raise AnalysisError(f"nothing to show in {paths.results_dir}: {view.missing}")
     for slug, title, part in by_setting(rows):
         for path in view.save(part, title, paths.out_dir / f"{view.name}-{slug}"):

@@ -39,6 +39,8 @@ OF_THE_METHOD = frozenset(
     "method objective mode merge_lora recalibrate base_model trained_on_sha256".split()
 )
 """Top-level keys that tell the lines of a picture apart; all others tell pictures apart."""
+OF_THE_LINE = frozenset({"budget.scale"})
+"""Single keys that tell lines apart though their group tells pictures apart."""
 SHOWN = 4
 """Differences that a label names; it counts the others."""
 LONGEST = 40
@@ -87,7 +89,8 @@ def content(record: Record, config: Flat) -> tuple[dict[str, Any], dict[str, Any
     line: dict[str, Any] = {}
     for key, value in own.items():
         if value is not None and not key.endswith(".seed"):  # a newer option that is null is none
-            (line if key.partition(".")[0] in OF_THE_METHOD else setting)[key] = value
+            own_line = key in OF_THE_LINE or key.partition(".")[0] in OF_THE_METHOD
+            (line if own_line else setting)[key] = value
     return setting, line
 
 

@@ -41,9 +41,9 @@ from analysis.view import View, looks_of
 log = logging.getLogger(__name__)
 
 SCRIPTS = (tradeoff, pareto, training_time, speedup, kv, layers, significance)
-VIEWS: tuple[View, ...] = tuple(script.VIEW for script in SCRIPTS)
+VIEWS: tuple[View, ...] = (*(script.VIEW for script in SCRIPTS), training_time.CURVE)
 """What a report shows of a setting, in this order."""
-OPTIONAL = (kv.VIEW,)
+OPTIONAL = (kv.VIEW, training_time.CURVE)
 """Where there is nothing to be seen of these, nothing is missing."""
 TEMPLATES = Path(__file__).resolve().parent / "report_page" / "templates"
 PLOTS = "plots"

@@ -15,7 +15,7 @@ import importlib
 import itertools
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
@@ -107,6 +107,19 @@ class BudgetConfig:
     forecasters: StageConfig
     routers: StageConfig
     lora: StageConfig
+    scale: Above0 = 1.0
+    """Times the steps of every gradient stage and `fit_tokens`."""
+
+    @property
+    def scaled(self) -> BudgetConfig:
+        """The same budget with its scale multiplied in."""
+        stages: dict[str, Any] = {
+            name: replace(own, steps=max(1, round(self.scale * own.steps)))
+            for name, own in vars(self).items()
+            if isinstance(own, StageConfig)
+        }
+        tokens = max(1, round(self.scale * self.fit_tokens))
+        return replace(self, scale=1.0, fit_tokens=tokens, **stages)
 
 
 @dataclass(frozen=True)
@@ -408,6 +421,7 @@ class PointConfig:
                 top = [f.name for kind in (PlacementConfig, StoreConfig) for f in fields(kind)]
                 raise unknown("option", key, {*hints, *top} - {"resolved", *GROUPED})
             sections[key] = parse_value(hints[key], value, key)
+        sections["budget"] = sections["budget"].scaled
         resolved["sparsity"] = sections["sparsity"]
         return cls(**sections, resolved=resolved)
 

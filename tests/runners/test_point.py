@@ -105,6 +105,18 @@ def test_documents_change_products(trained, tmp_path):
     assert not any(trained(*words)[1].values())
 
 
+def test_a_scaled_budget_takes_more_steps_and_reads_more_text(trained, tiny_config):
+    plain, longer = (PointConfig.parse(tiny_config(*w)) for w in ((), ("budget.scale=4",)))
+    assert longer.budget.routers.steps == 4 * plain.budget.routers.steps == 12
+    assert longer.budget.fit_tokens == 4 * plain.budget.fit_tokens
+    assert longer.budget.calibration_tokens == plain.budget.calibration_tokens
+    assert longer.fingerprint != plain.fingerprint
+    trained()
+    point, cached = trained("budget.scale=2")
+    assert point.budget.lora.steps == 6 and len(point.probe.text.train) == 32
+    assert not any(cached.values())
+
+
 def test_record_has_the_dense_value_beside_each():
     entry = {"value": 3.0, "low": 2.0, "high": 4.0}
     score = {"value": 0.5, "stderr": 0.1, "n": 9}

@@ -39,6 +39,12 @@ def test_every_point_of_an_experiment_is_there():
         prepare(["experiment=two_by_two", "sparsity=0.2,1.9"], "sweep")
 
 
+def test_the_budget_experiment_trains_everything_longer():
+    points = list(CommandLine(["experiment=budget", "method=informed,mod", "-m"], "sweep").points())
+    found = [(p["method"]["name"], p["budget"]["scale"], p["sparsity"]) for p in points]
+    assert found == list(itertools.product(("informed", "mod"), (1, 4, 16), [0.25]))
+
+
 def test_an_option_that_the_default_of_a_swept_group_lacks():
     words = ["-m", "model=tiny", "method=hero,flexidepth", "method.first_layer=0"]
     given = prepare(words, "sweep")
