@@ -77,7 +77,8 @@ class Decision:
     auxiliary: Tensor | None = None
     """Scalar side loss of the router, training only (for example BCE to a top-k membership)."""
     scale_BT: Tensor | None = None
-    """float: factor of what the token gets, the unit's output or the estimate; None means 1.
+    """float: factor of what the token gets, the unit's output or the estimate, or one for each of
+    its D numbers, [B, T, D]; None means 1.
     It carries the gradient of a gate that scales instead of sampling, and the blend itself then
     follows the hard mask."""
 
@@ -101,6 +102,8 @@ class RouteContext:
     output: Callable[[], Tensor] | None = None
     """Computes what the unit would add to every token's residual stream, [B, T, D]. An oracle
     may look; a method that does has not saved anything yet."""
+    swiglu: Callable[[], SwiGLU] | None = None
+    """Gives the weights of the layer's MLP; raises ValueError where they are more than matrices."""
     memory: dict[str, Any] = field(default_factory=dict)
     """What the method keeps from site to site of one forward call; every call starts with an
     empty one, a decoded token's too."""

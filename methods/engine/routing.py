@@ -14,6 +14,7 @@ from torch import Tensor
 
 from methods.base import BrokenContract, Decision, Method, RouteContext, Site
 from methods.engine.decoder.inputs import ForwardCall, capturing
+from methods.engine.decoder.neurons import weights_of
 from methods.engine.decoder.swap import DecoderState
 from methods.engine.decoder.unit import Unit
 from methods.engine.lora import suspended
@@ -140,6 +141,7 @@ class Routing(DecoderState):
             self.anneal,
             self.target,
             output=lambda: unit.run() - unit.residual_BTD,
+            swiglu=lambda: weights_of(unit.part.mlp),
             memory=call.memory,
         )
 
@@ -158,9 +160,13 @@ class Routing(DecoderState):
             self._refuse(site, f"route() gave execute_BT in {decision.execute_BT.dtype}, not bool")
         for name in ("execute_BT", "gate_BT", "scores_BT", "scale_BT"):
             value: Tensor | None = getattr(decision, name)
-            if value is not None and value.shape != valid_BT.shape:
-                given, wanted = list(value.shape), list(valid_BT.shape)
-                self._refuse(site, f"route() gave {name} of shape {given}, not [B, T] = {wanted}")
+            shape = valid_BT.shape
+            if name == "scale_BT" and value is not None and value.dim() == 3:
+                shape = torch.Size([*shape, self.counters.shape.width])
+            if value is not None and value.shape != shape:
+                given, wanted = list(value.shape), list(shape)
+                axes = "[B, T, D]" if len(shape) == 3 else "[B, T]"
+                self._refuse(site, f"route() gave {name} of shape {given}, not {axes} = {wanted}")
 
     def _refuse(self, site: Site, what: str) -> NoReturn:
         raise BrokenContract(f"{type(self.method).__name__} at {site.key}: {what}")

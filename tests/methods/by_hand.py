@@ -66,12 +66,12 @@ class ByHand:
 
 
 def train_forward(
-    model: Any, method: Any, ids_BT: Tensor, *, target: float | None = None
+    model: Any, method: Any, ids_BT: Tensor, *, target: float | None = None, anneal: float = 0.0
 ) -> tuple[Tensor, dict[Site, Decision]]:
     """Logits and decisions of one forward in training mode."""
     with routed(model, method):
         routing = model.routing
-        routing.training, routing.target = True, target
+        routing.training, routing.target, routing.anneal = True, target, anneal
         logits = model(input_ids=ids_BT).logits
         return logits, dict(routing.decisions)
 

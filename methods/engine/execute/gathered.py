@@ -12,7 +12,7 @@ from methods.engine.decoder.unit import Unit
 from methods.engine.execute.attention import attend_rows
 from methods.engine.execute.fused import FusedExecutor
 from methods.engine.execute.linear_sites import LinearSites
-from methods.engine.execute.masked import MaskedExecutor, scaled
+from methods.engine.execute.masked import MaskedExecutor, scaled, wide
 from methods.engine.execute.one_token import OneToken
 from methods.engine.ops.choose import use_triton
 from methods.engine.ops.rows import Rows, take
@@ -165,7 +165,7 @@ def scaled_rows(delta_ND: Tensor, index_N: Tensor, decision: Decision) -> Tensor
     """What these tokens get, times the decision's scale if it has one."""
     if decision.scale_BT is None:
         return delta_ND
-    return delta_ND * take(decision.scale_BT[..., None], index_N)
+    return delta_ND * take(wide(decision.scale_BT), index_N)
 
 
 def _keys_in_sight(unit: Unit, execute_BT: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class MaskedExecutor:
         estimate = self.routing.approximate(unit.site, unit.x_BTD)
         if scale is not None:
             executed = scaled(unit.residual_BTD, after_BTD, scale)
-            estimate = None if estimate is None else estimate * scale[..., None].to(estimate.dtype)
+            estimate = None if estimate is None else estimate * wide(scale).to(estimate.dtype)
         bypassed = unit.residual_BTD if estimate is None else unit.residual_BTD + estimate
         if not self.routing.training or scale is not None:
             return torch.where(decision.execute_BT[..., None], executed, bypassed)
@@ -60,4 +60,9 @@ class MaskedExecutor:
 
 def scaled(residual_BTD: Tensor, after_BTD: Tensor, scale_BT: Tensor) -> Tensor:
     """Residual stream with what the unit added scaled; `after` itself where the scale is 1."""
-    return torch.lerp(residual_BTD, after_BTD, scale_BT[..., None].to(after_BTD.dtype))
+    return torch.lerp(residual_BTD, after_BTD, wide(scale_BT).to(after_BTD.dtype))
+
+
+def wide(scale: Tensor) -> Tensor:
+    """A decision's scale as [B, T, 1], or [B, T, D] if it has one for each number."""
+    return scale if scale.dim() == 3 else scale[..., None]
