@@ -214,7 +214,10 @@ class Store:
     @cached_property
     def layers(self) -> pd.DataFrame:
         """One row per point, layer and unit kind: realised sparsity there (`sparsity`)."""
-        parts = [(record.get("realised") or {}).get("per_layer") or [] for record in self.records]
+        parts = [
+            [] if _flops_only(record) else (record.get("realised") or {}).get("per_layer") or []
+            for record in self.records
+        ]
         rows = [
             (place, entry["layer"], kind, entry[kind])
             for place, part in enumerate(parts)
@@ -281,7 +284,7 @@ def _point(record: Record) -> dict[str, Any]:
         "true_error": bool(identity.get("upper_bound")),
         "seed": record["seed"],
         "sparsity_target": record["sparsity_target"],
-        "sparsity_realised": record["sparsity_realised"],
+        "sparsity_realised": np.nan if _flops_only(record) else record["sparsity_realised"],
         "flops_ratio": record["flops_ratio"],
         "kv_bytes_ratio": record.get("kv_bytes_ratio", 1.0),
         "kv_policy": record.get("kv_policy", "keep"),
@@ -289,6 +292,11 @@ def _point(record: Record) -> dict[str, Any]:
         "training_s": sum(stage["seconds"] for stage in record["stages"]),
         "fingerprint": str(identity["fingerprint"]),
     }
+
+
+def _flops_only(record: Record) -> bool:
+    """True of a method whose sparsity is none in the sense of the others."""
+    return bool(record["identity"].get("flops_only"))
 
 
 def _measures(record: Record) -> Iterator[dict[str, Any]]:

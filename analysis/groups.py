@@ -30,7 +30,7 @@ NO_FIGURE = WHERE | frozenset(
 """Those that change no figure, and the two that have a column of their own."""
 NO_IDENTITY = frozenset(
     "fingerprint command git python platform device cpu_count torch_threads processes upper_bound "
-    "static packages".split()
+    "static flops_only packages".split()
 )
 """Keys of a record's identity that are no part of the content; any other key is."""
 PACKAGES = ("torch", "transformers", "lm_eval")

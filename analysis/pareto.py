@@ -41,7 +41,9 @@ def rows(store: Store) -> pd.DataFrame:
         found[f"front_{cost}"] = False
         for (_, measure, _), same in found.groupby(["setting", "measure", "shown"]):
             loss = same["value"] if measure == "perplexity" else -same["value"]
-            found.loc[same.index, f"front_{cost}"] = undominated(same[cost], loss)
+            known = same[cost].notna()  # not of a method that is compared by FLOPs only
+            front = undominated(same.loc[known, cost], loss[known])
+            found.loc[same.index[known], f"front_{cost}"] = front
     return found
 
 

@@ -78,7 +78,8 @@ def draw(chosen: pd.DataFrame, cost: str, panel: Axes, looks: Looks) -> None:
             fontsize=6.5,
             color=style.REFERENCE,
         )
-    for line, points in heights(chosen[chosen["line"] != DENSE]).groupby("line"):
+    drawn = chosen[(chosen["line"] != DENSE) & chosen[cost].notna()]
+    for line, points in heights(drawn).groupby("line"):
         ordered, look = points.sort_values(cost), looks[str(line)]
         if len(ordered) > 1:
             ends = ordered["y_low"], ordered["y_high"]
@@ -140,7 +141,7 @@ def table(part: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
         row = {
             "method": str(line),
             "target": f"{target:.2f}",
-            "realised": f"{first.sparsity_realised:.3f}",
+            "realised": tables.known(first.sparsity_realised),
             "FLOPs": f"{first.flops_ratio:.3f}",
         }
         for entry in cast("Any", point.sort_values("measure", ascending=False).itertuples()):

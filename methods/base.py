@@ -30,6 +30,9 @@ class Method(nn.Module):
     paper: ClassVar[str] = ""
     upper_bound: ClassVar[bool] = False
     """True for an oracle: no contender, and marked so in the record, tables and plots."""
+    flops_only: ClassVar[bool] = False
+    """True where no unit is bypassed whole: a reference that is compared by FLOPs, never by
+    sparsity."""
     threshold: Tensor
 
     def __init__(self, *, sparsity: Sparsity) -> None:

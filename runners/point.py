@@ -220,6 +220,7 @@ def record(
             "budget": built.budget.name,
             "upper_bound": method.upper_bound,
             "static": method.static(),
+            "flops_only": method.flops_only,
             **provenance(),
         },
         seconds=seconds,

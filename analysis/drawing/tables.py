@@ -34,6 +34,11 @@ def formatted(frame: pd.DataFrame, columns: Mapping[str, tuple[str, str]]) -> pd
     )
 
 
+def known(number: float) -> str:
+    """Write a share; an empty cell if it is missing."""
+    return "" if pd.isna(number) else f"{number:.3f}"
+
+
 def figure(row: Any, value: str = "value") -> str:
     """Write a measure with its interval: `80.00 [72.00, 88.00]`, `0.550 ± 0.020`.
 

@@ -47,7 +47,9 @@ def title(point: Any) -> str:
 
 
 def _figures(point: Any, measured: Any) -> list[str]:
-    figures = [f"realised {point.sparsity_realised:.3f}", f"FLOPs {point.flops_ratio:.3f}"]
+    sparsity = tables.known(point.sparsity_realised)
+    figures = [f"realised {sparsity}"] if sparsity else []
+    figures.append(f"FLOPs {point.flops_ratio:.3f}")
     for row in measured.itertuples() if measured is not None else ():
         dense = f"{row.dense:.{2 if row.measure == 'perplexity' else 3}f}"
         sign = "x dense" if row.measure == "perplexity" else "to dense"

@@ -98,6 +98,7 @@ def unevaluated(
         "budget": config.budget.name,
         "upper_bound": method.upper_bound,
         "static": method.static(),
+        "flops_only": method.flops_only,
         **provenance(),
     }
     return Record(

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis import pareto
+from analysis import pareto, tradeoff
 from analysis.cli import Paths, write
 from analysis.frames import Store
 from tests.analysis.store import write_point
@@ -49,3 +49,20 @@ def test_a_dense_record_brings_its_interval(tmp_path):
     rows = pareto.rows(Store(tmp_path))
     (dense,) = rows[(rows.line == "dense") & (rows.measure == "perplexity")].to_dict("records")
     assert (dense["low"], dense["high"]) == pytest.approx((18.0, 22.0))
+
+
+def test_a_reference_by_flops_is_never_drawn_or_ranked_by_sparsity(tmp_path):
+    only = {"fingerprint": "channel_sparse-0.4-0-", "budget": "quick", "flops_only": True}
+    write_point(tmp_path, "channel_sparse", 0.4, perplexity=21.0, identity=only)
+    write_point(tmp_path, "informed", 0.4, perplexity=30.0)
+    store = Store(tmp_path)
+    assert store.points.set_index("line")["sparsity_realised"].isna()["channel_sparse"]
+    assert store.layers.empty
+    rows = pareto.rows(store)
+    own = rows[(rows.line == "channel_sparse") & (rows.measure == "perplexity")].iloc[0]
+    assert own.front_flops_ratio and not own.front_executed
+    other = rows[(rows.line == "informed") & (rows.measure == "perplexity")].iloc[0]
+    assert other.front_executed and not other.front_flops_ratio
+    write(tradeoff.VIEW, Paths(tmp_path, tmp_path / "plots"))
+    text = next((tmp_path / "plots").glob("tradeoff-*.md")).read_text()
+    assert "| channel_sparse | 0.40 |  |" in text
