@@ -1,33 +1,42 @@
 """lm-eval's own command line on a saved routed model.
 
-python -m runners.routed_lm --model routed --model_args pretrained=results/<fingerprint>/routed \
-    --tasks piqa,arc_easy --batch_size 8
+routed_lm --model_args pretrained=results/<fingerprint>/routed --tasks piqa,arc_easy --batch_size 8
 
-lm-eval finds models in its registry only, so that this module, which registers `routed`, has to be
-imported: by the command above (every option of `lm_eval` works), or by `import runners.routed_lm`
-before `lm_eval.simple_evaluate(model="routed", ...)`.
+lm-eval has no entry point for plug-ins: it finds models in its own registry only, so that this
+module, which registers `routed`, has to be imported. The command above does (every option of
+`lm_eval` works; `python -m runners.routed_lm` is the same without an installation), or
+`import runners.routed_lm` before `lm_eval.simple_evaluate(model="routed", ...)`.
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import torch
 from lm_eval.api.registry import register_model
+from torch import distributed
 
 from methods.engine.checkpoint import hash_model
 from methods.engine.routed import routed
+from runners.base_model import fsdp
 from runners.base_model.saved import open_saved
 from runners.corpus.rows import ProbeText, encoder, load_rows
+from runners.corpus.source import load_documents
 from runners.errors import UserError
+from runners.evaluation.builtin_tasks import GENERATORS
 from runners.evaluation.harness import HarnessModel
+from runners.evaluation.tasks import task_files
 from runners.options import parse_section
 from runners.point_config import DataConfig, Dtype, Mode, Positive, Share
-from runners.runtime.processes import world_size
+from runners.runtime.processes import is_main_process, world_size
+from runners.store.files import cache_root
 from runners.store.stage_cache import content_key
 from runners.training.probe import ModelProbe
 
@@ -94,14 +103,17 @@ PASSED = (
 class RoutedLM(HarnessModel):
     """A saved routed model, routed for the life of this object; for options see `RoutedOptions`.
 
+    Processes of `accelerate launch` share out the items, as those of lm-eval's `hf` do.
+
     Raises:
         UserError: a folder, model or value that cannot be used; an option that does nothing.
     """
 
     def __init__(self, pretrained: str, **options: Any) -> None:
         own = parse_section(RoutedOptions, {"pretrained": pretrained, **options})
-        if world_size() > 1:
-            raise UserError("a saved routed model is evaluated in one process: start no launcher")
+        processes = None if world_size() == 1 else launched(own)
+        if processes is not None:
+            own = replace(own, device=str(processes.device))
         opened = open_saved(pretrained, **{name: getattr(own, name) for name in OPENING})
         base, method, settings = opened.base, opened.method, opened.settings
         if own.sparsity is not None:
@@ -120,6 +132,9 @@ class RoutedLM(HarnessModel):
         self._routed = ExitStack()
         self._routed.enter_context(routed(base.model, method, own.mode))
         super().__init__(base.model, base.tokenizer, **passed)
+        if processes is not None:
+            self.accelerator = processes
+            self._rank, self._world_size = processes.process_index, processes.num_processes
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         """Take a response cache (`--use_cache`) that this model has begun, and no other's.
@@ -138,15 +153,70 @@ class RoutedLM(HarnessModel):
         super().set_cache_hook(cache_hook)
 
 
+def launched(options: RoutedOptions) -> Any:
+    """Join the processes that were launched together, as accelerate's `Accelerator`.
+
+    Raises:
+        UserError: they were to share out the layers.
+    """
+    from accelerate import Accelerator
+
+    if fsdp.wanted():
+        raise UserError("a saved routed model is not sharded: launch it without FSDP")
+    return Accelerator(cpu=options.device == "cpu" or not torch.cuda.is_available())
+
+
+def completed(words: Sequence[str]) -> list[str]:
+    """Words of lm-eval's command line, where `routed` is the model unless another is named.
+
+    A task that is built in here, and with `--data_dir <folder>` any single one of lm-eval's, is
+    named by a file that is written for it.
+
+    Raises:
+        UserError: as `task_files`.
+    """
+    if words and words[0] in ("ls", "validate"):
+        return list(words)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model", "-M", default="routed")
+    parser.add_argument("--tasks", "-t", nargs="+", default=[])
+    parser.add_argument("--num_fewshot", "-f", type=int)
+    parser.add_argument("--data_dir")
+    given, rest = parser.parse_known_args(words)
+    if {"--config", "-C", "--help", "-h"} & set(rest):
+        return list(words)
+    names = [name for word in given.tasks for name in word.split(",")]
+    folder = None if given.data_dir is None else Path(given.data_dir).expanduser().resolve()
+    ours = [name for name in names if name in GENERATORS or folder is not None]
+    shots = {} if given.num_fewshot is None else dict.fromkeys(ours, given.num_fewshot)
+    files = task_files(
+        ours,
+        load_documents(DataConfig(), "test"),
+        seed=0,
+        cache_dir=cache_root(None),
+        data_dir=folder,
+        num_fewshot=shots,
+    )
+    tasks = ["--tasks", ",".join(str(files.get(name, name)) for name in names)] if names else []
+    few = [] if given.num_fewshot is None else ["--num_fewshot", str(given.num_fewshot)]
+    start = rest[:1] if rest[:1] == ["run"] else []
+    return [*start, "--model", given.model, *tasks, *few, *rest[len(start) :]]
+
+
 def main() -> None:
     """lm-eval's command line, with `routed` among the models."""
     from lm_eval.__main__ import cli_evaluate
 
     try:
+        sys.argv[1:] = completed(sys.argv[1:])
         cli_evaluate()
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+        if is_main_process():
+            sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,6 +58,39 @@ def local_task_files(settings: EvalConfig) -> dict[str, Path]:
     return {name: path for name, path in files.items() if path.is_file()}
 
 
+def task_files(
+    names: Sequence[str],
+    documents: Sequence[Document],
+    *,
+    seed: int,
+    cache_dir: Path,
+    data_dir: Path | None,
+    num_fewshot: Mapping[str, int],
+) -> dict[str, Path]:
+    """Write the lm-eval file of each task that is built in or a single one of lm-eval's.
+
+    Args:
+        documents: test text, for tasks that are made from it.
+        seed: of the built-in tasks' items.
+        data_dir: local copies of lm-eval's; None reads them from the hub.
+
+    Raises:
+        UserError: files that the data folder lacks; too little text.
+    """
+    files: dict[str, Path] = {}
+    if own := [name for name in names if name in GENERATORS]:
+        folder = write_builtin_tasks(own, documents, seed, cache_dir)
+        files |= {name: folder / f"{name}.yaml" for name in own}
+    single = [name for name in names if name not in files and name in stock().tasks]
+    if single:
+        identity = digest([single, str(data_dir), dict(num_fewshot)])
+        for name in single:
+            task = task_file(name, data_dir, num_fewshot.get(name), cache_dir / "datasets")
+            files[name] = cache_dir / "tasks" / identity[:16] / f"{name}.yaml"
+            write_bytes_atomic(files[name], yaml.safe_dump(task).encode())
+    return files
+
+
 class TaskSet:
     """The tasks of an evaluation with their files in place and indexed.
 
@@ -79,22 +112,17 @@ class TaskSet:
         if not sys.stderr.isatty():
             datasets.disable_progress_bars()
         self.settings = settings
-        names, folders = settings.tasks, []
-        own = [name for name in names if name in GENERATORS]
-        if own:
-            folders.append(write_builtin_tasks(own, documents, seed, cache_dir))
-        foreign = [name for name in names if name not in GENERATORS]
-        single = [name for name in foreign if name in stock().tasks]
-        if single:
-            data_dir, shots = settings.data_folder, settings.num_fewshot
-            folder = cache_dir / "tasks" / digest([single, str(data_dir), dict(shots)])[:16]
-            for name in single:
-                task = task_file(name, data_dir, shots.get(name), cache_dir / "datasets")
-                write_bytes_atomic(folder / f"{name}.yaml", yaml.safe_dump(task).encode())
-            folders.append(folder)
+        files = task_files(
+            settings.tasks,
+            documents,
+            seed=seed,
+            cache_dir=cache_dir,
+            data_dir=settings.data_folder,
+            num_fewshot=settings.num_fewshot,
+        )
         self.manager = TaskManager(
-            include_path=[str(folder) for folder in folders] or None,
-            include_defaults=len(single) < len(foreign),
+            include_path=sorted({str(file.parent) for file in files.values()}) or None,
+            include_defaults=len(files) < len(set(settings.tasks)),
         )
 
     def run(self, harness: HarnessModel, name: str, samples_file: Path | None = None) -> TaskScores:

@@ -7,10 +7,12 @@ import re
 import subprocess
 import sys
 from dataclasses import fields
+from pathlib import Path
 
 import lm_eval
 import pytest
 import torch
+import yaml
 from lm_eval.models.huggingface import HFLM
 
 from methods.engine.checkpoint import hash_model, save_pretrained
@@ -20,7 +22,7 @@ from methods.random import Random
 from runners.base_model.synthetic import byte_tokenizer, tiny_model
 from runners.errors import UserError
 from runners.evaluation.tasks import TaskSet
-from runners.routed_lm import RoutedLM, RoutedOptions
+from runners.routed_lm import RoutedLM, RoutedOptions, completed
 from tests.conftest import ROOT
 from tests.runners.evaluation.test_harness import settings, write_data
 
@@ -49,36 +51,80 @@ def saved(tmp_path):
     )
 
 
-def test_command_line_equals_the_stock_class(saved, tmp_path, commands):
-    """All executed: `--model routed` gives the scores of `--model hf` on the base model."""
-    write_data(tmp_path / "data")
-    names = ["piqa", "arc_easy", "openbookqa"]
-    chosen = TaskSet(settings(*names, folder=tmp_path / "data"), [], 0, tmp_path / "cache")
-    paths = [str(path) for path in chosen.manager.include_path]
-    command = [sys.executable, "-m", "runners.routed_lm", "--model", "routed", "--model_args"]
-    command += [f"pretrained={saved},dtype=float32", "--device", "cpu", "--batch_size", "4"]
-    command += ["--tasks", f"{paths[0]}/piqa.yaml", "--output_path", str(tmp_path / "out")]
-    command += ["--log_samples", "--limit", "9"]
+def run(commands, tmp_path, *words, launcher=("-m", "runners.routed_lm")):
+    """lm-eval's command line, and the scores that it wrote."""
+    out = tmp_path / "out"
+    command = [sys.executable, *launcher, *words, "--limit", "9", "--output_path", str(out)]
+    command += ["--data_dir", str(tmp_path / "data"), "--log_samples", "--batch_size", "4"]
+    cache = {"ROUTEBENCH_CACHE_DIR": str(tmp_path / "cache"), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        command, cwd=tmp_path, env=commands.environment(), capture_output=True, text=True
+        command, cwd=tmp_path, env=commands.environment(**cache), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    (written,) = (tmp_path / "out").rglob("results_*.json")
-    found = json.loads(written.read_text())["results"]["piqa"]
+    (written,) = out.rglob("results_*.json")
+    assert list(out.rglob("samples_piqa_*.jsonl"))
+    return json.loads(written.read_text())["results"]
+
+
+def stock_scores(tmp_path, *names):
+    """Those of lm-eval's `hf` on the base model."""
+    chosen = TaskSet(settings(*names, folder=tmp_path / "data"), [], 0, tmp_path / "cache")
     model, _ = tiny_model(seed=3)
-    expected = lm_eval.simple_evaluate(
+    return lm_eval.simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=byte_tokenizer(), batch_size=4),
-        tasks=["piqa"],
+        tasks=list(names),
         task_manager=chosen.manager,
         limit=9,
         bootstrap_iters=0,
-    )["results"]["piqa"]
-    for metric in ("acc,none", "acc_norm,none"):
-        assert found[metric] == expected[metric]
-    assert list((tmp_path / "out").rglob("samples_piqa_*.jsonl"))
+    )["results"]
 
 
-@pytest.mark.slow  # lm-eval reads all of its task files first
+def test_command_line_equals_the_stock_class(saved, tmp_path, commands):
+    """All executed: the scores of `--model hf` on the base model, a task of ours among them."""
+    write_data(tmp_path / "data")
+    words = ["--model_args", f"pretrained={saved},dtype=float32", "--device", "cuda"]
+    found = run(commands, tmp_path, *words, "--tasks", "piqa,agreement")
+    expected = stock_scores(tmp_path, "piqa", "agreement")
+    for task, metric in (
+        ("piqa", "acc,none"),
+        ("piqa", "acc_norm,none"),
+        ("agreement", "acc,none"),
+    ):
+        assert found[task][metric] == expected[task][metric]
+
+
+@pytest.mark.slow  # each process reads all of lm-eval's task files
+def test_launched_processes_share_the_items(saved, tmp_path, commands):
+    write_data(tmp_path / "data")
+    config = str(ROOT / "conf" / "accelerate" / "ddp.yaml")
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", config, "-m"]
+    words = ["--model_args", f"pretrained={saved},dtype=float32", "--tasks", "piqa", "gsm8k"]
+    found = run(commands, tmp_path, *words, launcher=[*launcher, "runners.routed_lm"])
+    expected = stock_scores(tmp_path, "piqa", "gsm8k")
+    for task in ("piqa", "gsm8k"):
+        scores = {name: v for name, v in expected[task].items() if "stderr" not in name}
+        assert {name: found[task][name] for name in scores} == scores
+
+
+def test_words_of_the_command_line(tmp_path, monkeypatch):
+    """What is not ours stays as it is; our tasks and those of a data folder become files."""
+    monkeypatch.setenv("ROUTEBENCH_CACHE_DIR", str(tmp_path / "cache"))
+    assert completed(["ls", "tasks"]) == ["ls", "tasks"]
+    assert completed(["--config", "mine.yaml"]) == ["--config", "mine.yaml"]
+    plain = ["run", "--model", "hf", "--tasks", "piqa,mine", "--limit", "2"]
+    assert completed(plain) == plain
+    own = completed(["-t", "agreement", "hellaswag", "-f", "3", "-b", "auto"])
+    assert own[:3] == ["--model", "routed", "--tasks"]
+    assert own[4:] == ["--num_fewshot", "3", "-b", "auto"]
+    file, other = own[3].split(",")
+    assert other == "hellaswag" and yaml.safe_load(Path(file).read_text())["task"] == "agreement"
+    write_data(tmp_path / "data")
+    local = completed(["--tasks", "piqa", "--data_dir", str(tmp_path / "data")])[3]
+    assert str(tmp_path / "data") in Path(local).read_text()
+    with pytest.raises(UserError, match=r"lacks hellaswag/validation\.jsonl"):
+        completed(["--tasks", "hellaswag", "--data_dir", str(tmp_path / "data")])
+
+
 def test_the_page_of_options_has_each_one():
     page = (ROOT / "docs/options.md").read_text()
     section = page.partition("## A saved model in lm-eval")[2].partition("\n## ")[0]
@@ -165,9 +211,10 @@ def test_an_option_that_would_do_nothing_is_refused(saved, option, value):
     assert "\n" not in str(caught.value)
 
 
-def test_several_processes_are_refused(saved, monkeypatch):
+def test_sharding_is_refused(saved, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="one process"):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="launch it without FSDP"):
         RoutedLM(str(saved))
 
 
