@@ -5,7 +5,8 @@ Read of `<results_dir>/<fingerprint>/result.json`, where `?` may be missing in o
 `sparsity_target`, `sparsity_realised`, `flops_ratio`, `kv_bytes_ratio?`, `kv_policy?`,
 `added_parameters?`, `options?`, `seconds?`, `realised?.per_layer[].{layer attention mlp}`,
 `perplexity.*.{value low high dense documents? metric?}`,
-`accuracy.*.{value stderr dense n chance? metric?}`,
+`accuracy.*.{value stderr dense n chance? metric? log_probability? log_probability_stderr?
+dense_log_probability? sparsity_realised? shared_contexts?}`,
 `stages[].{name seconds tokens steps peak_memory_bytes figures?}`,
 `speed?.{prefill decode settings}` (see `Store.speed`) and `identity` (see `groups.content`).
 Beside it: `config.yaml`, `items.parquet?` and `routing?/`.
@@ -45,6 +46,8 @@ RATIO = ["ratio", "ratio_low", "ratio_high"]
 """A perplexity over the dense model's on the same documents, with its 95 % interval."""
 DIFFERENCE = ["difference", "difference_low", "difference_high"]
 """An accuracy less the dense model's on the same items, with its 95 % interval."""
+LOG_PROBABILITY = "log_probability"
+"""Measure of the right choice's log-probability: in tables, not in pictures."""
 TRUE_ERROR = "true error"
 """Said of a method that decides by what no method can know, in every table and picture."""
 SAME_DENSE = 1e-3
@@ -117,7 +120,9 @@ class Store:
     def measures(self) -> pd.DataFrame:
         """One row per point and measure.
 
-        `measure` (perplexity | accuracy), `name`, `metric`, `shown` (both for a reader), `value`,
+        `measure` (perplexity | accuracy | log_probability, of the right one of an item's choices),
+        `name`, `metric`, `shown` (both for a reader), `value`, `realised_here` (sparsity of the
+        tokens that were read for it: with `shared_contexts` a context once for all choices),
         `low`, `high` (the 95 % bootstrap interval of a perplexity, one standard error of an
         accuracy), `dense`, `chance`, `n`, and what the same documents and items say against the
         dense model: `RATIO` of perplexities, `DIFFERENCE` of accuracies, whose intervals are
@@ -189,7 +194,8 @@ class Store:
             return pd.DataFrame()
         own = pyarrow.concat_tables(tables, promote_options="permissive").to_pandas()
         own.loc[own["measure"] == "perplexity", "metric"] = "perplexity"  # stored as nll
-        own["shown"] = own["name"].astype(str) + " " + own["metric"].astype(str)
+        pairs = zip(own["name"], own["metric"], strict=True)
+        own["shown"] = [_shown(name, metric) for name, metric in pairs]
         return self._beside(places, own)
 
     @cached_property
@@ -304,8 +310,25 @@ def _measures(record: Record) -> Iterator[dict[str, Any]]:
         row = _measure("perplexity", name, entry)
         yield row | {"low": entry["low"], "high": entry["high"], "n": entry.get("documents")}
     for name, entry in record["accuracy"].items():
-        row, half = _measure("accuracy", name, entry), entry["stderr"] or 0.0
-        yield row | {"low": row["value"] - half, "high": row["value"] + half, "n": entry["n"]}
+        yield from _of_items(_measure("accuracy", name, entry), entry["stderr"], entry["n"])
+        if "log_probability" in entry:
+            row = _measure(LOG_PROBABILITY, name, {"metric": LOG_PROBABILITY, **_logs(entry)})
+            yield from _of_items(row, entry["log_probability_stderr"], entry["n"])
+
+
+def _of_items(row: dict[str, Any], stderr: float | None, n: int) -> Iterator[dict[str, Any]]:
+    half = stderr or 0.0
+    yield row | {"low": row["value"] - half, "high": row["value"] + half, "n": n}
+
+
+def _logs(entry: Record) -> dict[str, float]:
+    """The mean log-probability of the right choice as a measure of its own."""
+    chance = entry.get("chance")
+    return {
+        "value": entry["log_probability"],
+        "dense": entry["dense_log_probability"],
+        "chance": np.log(chance) if chance else np.nan,
+    }
 
 
 def _measure(measure: str, name: str, entry: Record) -> dict[str, Any]:
@@ -314,10 +337,12 @@ def _measure(measure: str, name: str, entry: Record) -> dict[str, Any]:
         "measure": measure,
         "name": name,
         "metric": metric,
-        "shown": f"{name} {metric.replace('_perplexity', ' perplexity')}",
+        "shown": _shown(name, metric),
         "value": entry["value"],
         "dense": entry["dense"],
         "chance": entry.get("chance", np.nan),
+        "realised_here": entry.get("sparsity_realised", np.nan),
+        "shared_contexts": entry.get("shared_contexts"),
     }
 
 
@@ -360,6 +385,11 @@ def _interval(measure: str, items: pd.DataFrame) -> dict[str, float]:
 
 def _ends(names: list[str], found: Interval) -> dict[str, float]:
     return {names[1]: found.low, names[2]: found.high}
+
+
+def _shown(name: Any, metric: Any) -> str:
+    said = str(metric).replace("_perplexity", " perplexity")
+    return f"{name} {said.replace(LOG_PROBABILITY, 'log-probability')}"
 
 
 def _stages(record: Record) -> Iterator[dict[str, Any]]:

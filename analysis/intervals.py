@@ -42,7 +42,8 @@ def perplexity_ratio(nll: np.ndarray, other_nll: np.ndarray, tokens: np.ndarray)
         exp of the difference per token with its interval; no interval (NaN) of one document.
     """
     found = ratio_of_sums(nll - other_nll, tokens)
-    value, low, high = np.exp(found[:3]).tolist()
+    with np.errstate(over="ignore"):  # an end beyond every number is infinite
+        value, low, high = np.exp(found[:3]).tolist()
     return Interval(value, low, high, found.p)
 
 
@@ -117,12 +118,15 @@ def accuracy_difference(right: np.ndarray, other_right: np.ndarray) -> Interval:
     alone gets right, so that few disagreements do not pass for none.
 
     Args:
-        right, other_right: 0 or 1 of each item, or its mean over seeds [items].
+        right, other_right: 0 or 1 of each item, or its mean over seeds [items]; of any other
+            figure of an item, a log-probability say, the interval is that of `ratio_of_sums`.
 
     Returns:
         right less other_right; p is McNemar's exact one, or a t test's where seeds were averaged.
     """
     difference = right - other_right
+    if np.abs([right, other_right]).max() > 1 or min(right.min(), other_right.min()) < 0:
+        return ratio_of_sums(difference, np.ones(len(difference)))
     adjusted = np.append(difference, [1.0, -1.0])
     half = stats.norm.ppf(1 - TAIL) * adjusted.std() / len(adjusted) ** 0.5
     centre, value = float(adjusted.mean()), float(difference.mean())

@@ -22,7 +22,7 @@ from matplotlib.axes import Axes
 from analysis.cli import run
 from analysis.drawing import style, tables
 from analysis.drawing.style import Looks
-from analysis.frames import DENSE, DIFFERENCE, MEASURE, RATIO, Store, joined
+from analysis.frames import DENSE, DIFFERENCE, LOG_PROBABILITY, MEASURE, RATIO, Store, joined
 from analysis.tradeoff import heights, measure_panels
 from analysis.view import STAR, Panel, View
 
@@ -34,6 +34,7 @@ def rows(store: Store) -> pd.DataFrame:
     measured = store.averaged
     if measured.empty:
         return measured
+    measured = measured[measured["measure"] != LOG_PROBABILITY]
     own = measured[~measured["true_error"] & (measured["line"] != DENSE)]
     found = pd.concat([own, _dense(measured)], ignore_index=True)
     found["executed"] = 1.0 - found["sparsity_realised"]

@@ -22,7 +22,7 @@ from matplotlib.ticker import FuncFormatter, LogFormatterMathtext, LogLocator, N
 from analysis.cli import run
 from analysis.drawing import style, tables
 from analysis.drawing.style import Looks
-from analysis.frames import DENSE
+from analysis.frames import DENSE, LOG_PROBABILITY
 from analysis.view import Panel, View
 
 AXES = {"sparsity_realised": "realised sparsity", "flops_ratio": "FLOPs (routed / dense)"}
@@ -46,7 +46,8 @@ def measure_panels(
         draw: called with the rows of a measure, the column of the cost, axes and looks.
         caption: with `{measure}` and `{cost}`.
     """
-    ordered = rows.sort_values(["measure", "name"], ascending=[False, True], kind="stable")
+    pictured = rows[rows["measure"] != LOG_PROBABILITY]
+    ordered = pictured.sort_values(["measure", "name"], ascending=[False, True], kind="stable")
     return [
         Panel(caption.format(measure=shown, cost=label), partial(_draw, draw, chosen, cost, label))
         for shown, chosen in ordered.groupby("shown", sort=False)

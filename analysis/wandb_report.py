@@ -26,7 +26,7 @@ import pandas as pd
 from analysis import tradeoff, training_time
 from analysis.cli import parse, run_main
 from analysis.drawing import tables
-from analysis.frames import AnalysisError, Store, by_setting
+from analysis.frames import LOG_PROBABILITY, AnalysisError, Store, by_setting
 from analysis.report import VIEWS, of_setting
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,8 @@ def _run_sets(points: pd.DataFrame) -> list[Any]:
 def _tradeoffs(averaged: pd.DataFrame) -> list[Any]:
     """One scatter per measure and cost."""
     wr = _library()
-    kinds: Any = averaged[["measure", "name", "shown"]].drop_duplicates()
+    pictured = averaged[averaged["measure"] != LOG_PROBABILITY]
+    kinds: Any = pictured[["measure", "name", "shown"]].drop_duplicates()
     return [
         wr.ScatterPlot(
             title=f"{kind.shown} over {label}",

@@ -46,7 +46,7 @@ def figure(row: Any, value: str = "value") -> str:
         row: with `measure`, `low`, `high` and the value's own name.
     """
     number = getattr(row, value)
-    if row.measure == "accuracy":
+    if row.measure != "perplexity":
         return f"{number:.3f}" + ("" if pd.isna(row.low) else f" ± {(row.high - row.low) / 2:.3f}")
     return f"{number:.2f}" + ("" if pd.isna(row.low) else f" [{row.low:.2f}, {row.high:.2f}]")
 

@@ -54,8 +54,19 @@ def _figures(point: Any, measured: Any) -> list[str]:
         dense = f"{row.dense:.{2 if row.measure == 'perplexity' else 3}f}"
         sign = "x dense" if row.measure == "perplexity" else "to dense"
         against = f"{tables.against_dense(row)} {sign}"
-        figures.append(f"{row.shown} {tables.figure(row)}, {against} ({dense})")
+        figures.append(f"{row.shown} {tables.figure(row)}, {against} ({dense}){_counted(row)}")
     return figures
+
+
+def _counted(row: Any) -> str:
+    """Say how sparse a task's own tokens were, and whether a context counts once for its choices.
+
+    Only of its first figure; the test text's sparsity is the point's.
+    """
+    if row.measure != "accuracy" or pd.isna(row.realised_here):
+        return ""
+    how = "each context counted once" if row.shared_contexts else "contexts counted for each choice"
+    return f", realised {row.realised_here:.3f} there, {how}"
 
 
 def _made_with(record: Record) -> Pairs:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -32,6 +32,8 @@ class Items:
     values: list[float]
     weights: list[float]
     """Words or tokens that a document's nll is over; 1 for items."""
+    log_probabilities: list[float] = field(default_factory=list)
+    """Of the right one of each item's choices, nats; none for other tasks."""
 
 
 @dataclass
@@ -75,6 +77,10 @@ def scores_of(name: str, done: Mapping[str, Any], *, built_in: bool = False) -> 
         "metrics": {key: float(results[key]) for key in _numbers(results)},
         "shots": shots.pop() if len(shots) == 1 else None,
     }
+    if items.log_probabilities:
+        logs = np.array(items.log_probabilities)
+        entry["log_probability"] = float(logs.mean())
+        entry["log_probability_stderr"] = _stderr(float(logs.mean()), logs.tolist())
     return TaskScores("accuracy", entry, items)
 
 
@@ -99,7 +105,7 @@ def _mean_results(done: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, fl
 
 
 def _items(done: Mapping[str, Any], tasks: Sequence[str], metric: str, filter_name: str) -> Items:
-    items = Items("accuracy", metric, [], [], [])
+    items, logs = Items("accuracy", metric, [], [], []), list[float | None]()
     for task in tasks:
         for sample in done["samples"][task]:
             value = sample.get(metric)
@@ -107,7 +113,33 @@ def _items(done: Mapping[str, Any], tasks: Sequence[str], metric: str, filter_na
                 items.keys.append(f"{task}/{sample['doc_id']}/{sample['doc_hash'][:8]}")
                 items.values.append(float(value))
                 items.weights.append(1.0)
+                logs.append(log_probability(sample))
+    items.log_probabilities = [log for log in logs if log is not None]
+    if len(items.log_probabilities) < len(logs):
+        items.log_probabilities = []
     return items
+
+
+def log_probability(sample: Mapping[str, Any]) -> float | None:
+    """Log-probability of the right one among an item's choices, nats.
+
+    It moves before the choice does, so that the same items tell more of a small loss.
+
+    Args:
+        sample: of lm-eval's log: `target` is the right one's place, `filtered_resps` has
+            (log-likelihood, whether greedy) of each choice.
+
+    Returns:
+        None of an item that is no choice, or whose answers are of more than its choices.
+    """
+    right, answers = sample.get("target"), sample["filtered_resps"]
+    pairs = all(isinstance(a, (tuple, list)) and len(a) == 2 for a in answers)
+    if not pairs or not isinstance(right, int) or not 0 <= right < len(answers) > 1:
+        return None
+    if "acc_mutual_info" in sample:  # each choice a second time, without its context
+        return None
+    logs = np.array([float(score) for score, _ in answers])
+    return float(logs[right] - np.logaddexp.reduce(logs))
 
 
 def _stderr(value: float, values: Sequence[float]) -> float | None:

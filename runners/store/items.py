@@ -19,9 +19,10 @@ def write_items(
 ) -> None:
     """One row per item: what two methods are compared on, item by item.
 
-    Columns: `measure` (accuracy | perplexity), `name` of the task or text, `metric`, `item` (the
-    same for the same item in every point), `value` (right or wrong; nll in nats of a document),
-    `weight` (tokens or words of a document, else 1), `dense` (the value of the dense model).
+    Columns: `measure` (accuracy | perplexity | log_probability), `name` of the task or text,
+    `metric`, `item` (the same for the same item in every point), `value` (right or wrong; nll in
+    nats of a document; log-probability of the right choice), `weight` (tokens or words of a
+    document, else 1), `dense` (the value of the dense model).
 
     Args:
         items: `scores.Items` as a dictionary, by task or text.
@@ -29,20 +30,27 @@ def write_items(
     """
     frames = []
     for name, own in items.items():
-        frame = pd.DataFrame(
-            {
-                "measure": own["measure"],
-                "name": name,
-                "metric": own["metric"],
-                "item": own["keys"],
-                "value": own["values"],
-                "weight": own["weights"],
-            }
-        )
-        beside = dict(zip(dense[name]["keys"], dense[name]["values"], strict=True))
-        frame["dense"] = frame["item"].map(beside).astype(float)
-        frames.append(frame)
+        frames.append(_frame(own["measure"], name, own["metric"], own, dense[name], "values"))
+        if own["log_probabilities"]:
+            kind, column = "log_probability", "log_probabilities"
+            frames.append(_frame(kind, name, kind, own, dense[name], column))
     table = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(COLUMNS))
     buffer = io.BytesIO()
     table.to_parquet(buffer, index=False, compression="zstd")
     write_bytes_atomic(path, buffer.getvalue())
+
+
+def _frame(
+    measure: str,
+    name: str,
+    metric: str,
+    own: Mapping[str, Any],
+    dense: Mapping[str, Any],
+    column: str,
+) -> pd.DataFrame:
+    named = {"measure": measure, "name": name, "metric": metric}
+    figures = {"item": own["keys"], "value": own[column], "weight": own["weights"]}
+    frame = pd.DataFrame(named | figures)
+    beside = dict(zip(dense["keys"], dense[column], strict=True))
+    frame["dense"] = frame["item"].map(beside).astype(float)
+    return frame

@@ -33,7 +33,8 @@ class Record:
     perplexity: Mapping[str, Mapping[str, Any]] | None = None
     """By text: value, 95 % interval (low, high), the dense model's value."""
     accuracy: Mapping[str, Mapping[str, Any]] | None = None
-    """By task: value, stderr, metric, n, the dense model's value and stderr."""
+    """By task: value, stderr, metric (`acc`, `acc_norm`, ...), n, the dense model's value and
+    stderr; of a choice the mean log-probability of the right one; how sparsity was counted."""
     sparsity_realised: float | None = None
     """Share of bypassed (token, unit) pairs on the test text."""
     realised: Mapping[str, Any] | None = None
@@ -68,7 +69,8 @@ class Record:
         for name, entry in (self.perplexity or {}).items():
             parts.append(f"perplexity {name} {entry['value']:.2f} (dense {entry['dense']:.2f})")
         for task, entry in (self.accuracy or {}).items():
-            parts.append(f"{task} {entry['value']:.3f} (dense {entry['dense']:.3f})")
+            metric = entry["metric"]
+            parts.append(f"{task} {metric} {entry['value']:.3f} (dense {entry['dense']:.3f})")
         return ", ".join(parts)
 
     @property
