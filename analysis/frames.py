@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 DENSE = "dense"
-SERIES = ["setting", "model", "data", "budget", "method", "variant", "line", "true_error"]
+SERIES = ["setting", "model", "data", "budget", "method", "variant", "line", "true_error", "role"]
 """What makes a line of a picture; `setting` tells the pictures apart."""
 POINT = [*SERIES, "sparsity_target"]
 """What makes a point of a line: its records are of one content and differ in their seed."""
@@ -288,6 +288,7 @@ def _point(record: Record) -> dict[str, Any]:
         "method": record["method"],
         "variant": record.get("variant") or "",
         "true_error": bool(identity.get("upper_bound")),
+        "role": _role(identity),
         "seed": record["seed"],
         "sparsity_target": record["sparsity_target"],
         "sparsity_realised": np.nan if _flops_only(record) else record["sparsity_realised"],
@@ -303,6 +304,15 @@ def _point(record: Record) -> dict[str, Any]:
 def _flops_only(record: Record) -> bool:
     """True of a method whose sparsity is none in the sense of the others."""
     return bool(record["identity"].get("flops_only"))
+
+
+def _role(identity: Record) -> str:
+    """What a method is, in the words of `style.ROLES`."""
+    if identity.get("upper_bound"):
+        return "by the true error"
+    if identity.get("flops_only"):
+        return "FLOPs only"
+    return "all tokens alike" if identity.get("static") else "routes each token"
 
 
 def _measures(record: Record) -> Iterator[dict[str, Any]]:

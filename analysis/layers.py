@@ -84,6 +84,7 @@ VIEW = View(
     panels,
     share=(True, True),
     height_in=1.6,
+    ends=False,
 )
 
 if __name__ == "__main__":

@@ -85,12 +85,13 @@ def draw(chosen: pd.DataFrame, cost: str, panel: Axes, looks: Looks) -> None:
     front = drawn[drawn[f"front_{cost}"]]
     panel.step(front[cost], front["y"], where="post", color=style.REFERENCE, lw=1, label="front")
     for line, points in drawn.groupby("line"):
-        own = looks[str(line)] | {"linestyle": ""}
-        panel.plot(points[cost], points["y"], **own, alpha=0.3)
+        look = looks[str(line)]
+        panel.plot(points[cost], points["y"], label=str(line), alpha=0.35, linewidth=0.6, **look)
+        own = look | {"linestyle": ""}
         best = points[points[f"front_{cost}"]]
         bars = [best["y"] - best["bar_low"], best["bar_high"] - best["y"]]
         bars = [end.clip(lower=0) for end in bars]
-        panel.errorbar(best[cost], best["y"], yerr=bars, label=str(line), elinewidth=0.8, **own)
+        panel.errorbar(best[cost], best["y"], yerr=bars, elinewidth=0.8, **own)
 
 
 def table(part: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:

@@ -34,7 +34,6 @@ from analysis import (
 from analysis.cli import Paths, parse, run_main
 from analysis.drawing import style, tables
 from analysis.frames import Store, by_setting
-from analysis.report_page.inline_svg import DARK_SERIES
 from analysis.report_page.records import records_of
 from analysis.view import View, looks_of
 
@@ -70,7 +69,7 @@ def render(store: Store, rows: dict[View, pd.DataFrame]) -> str:
     settings = []
     for place, (slug, title, points) in enumerate(by_setting(store.points)):
         parts = {view: of_setting(own, title) for view, own in rows.items()}
-        looks = looks_of(str(n) for part in parts.values() if len(part) for n in part["line"])
+        looks = looks_of(*parts.values())
         sections = [
             view.section(part, f"s{place}", looks, f"{view.name}-{slug}")
             for view, part in parts.items()
@@ -91,7 +90,6 @@ def render(store: Store, rows: dict[View, pd.DataFrame]) -> str:
         settings=settings,
         maps=routing_maps.sections(store),
         left_out=[(path.parent.name, reason) for path, reason in store.left_out],
-        series=list(zip(style.COLOURS, DARK_SERIES, strict=True)),
         plots=PLOTS,
     )
 

@@ -1,4 +1,4 @@
-"""Measured speed-up against sparsity, with the bound of FLOPs or bytes as a dashed line.
+"""Measured speed-up against sparsity, with the bound of FLOPs or bytes as a thin dotted line.
 
 python analysis/speedup.py results_dir=results [out_dir=results/plots]
 """
@@ -25,6 +25,12 @@ from analysis.view import Panel, View
 
 CASE = ["phase", "tokens", "batch", *HOW[2:]]
 """What a panel holds: cases that were timed alike. Drawn decisions are lines of their own."""
+BOUND: dict[str, Any] = {
+    "color": style.REFERENCE,
+    "linestyle": ":",
+    "linewidth": 0.8,
+    "marker": "_",  # one point draws no line
+}
 
 
 def panels(part: pd.DataFrame) -> list[Panel]:
@@ -44,13 +50,12 @@ def draw(chosen: pd.DataFrame, panel: Axes, looks: Looks) -> None:
     """Draw speed-up over sparsity of one case, and its bound."""
     panel.axhline(1.0, color=style.REFERENCE, linestyle=":", linewidth=1)
     for line, points in chosen.groupby("line"):
-        ordered, look = points.sort_values("sparsity"), looks[str(line)] | {"linestyle": "-"}
+        ordered, look = points.sort_values("sparsity"), looks[str(line)]
         speedup, at = ordered["speedup"], ordered["sparsity"]
         error = [speedup - ordered["speedup_p20"], ordered["speedup_p80"] - speedup]
         error = [end.clip(lower=0) for end in error]
         panel.errorbar(at, speedup, yerr=error, label=str(line), elinewidth=0.8, **look)
-        bound = style.DASHED | {"color": look["color"], "marker": "_"}  # one point draws no line
-        panel.plot(at, ordered["bound"], **bound, label="bound")
+        panel.plot(at, ordered["bound"], **BOUND | {"color": look["color"]}, label="bound")
     panel.set_xlabel("realised sparsity")
     panel.set_ylabel("speed-up over dense")
 
@@ -83,15 +88,15 @@ VIEW = View(
     "speedup",
     "Speed",
     "Dense and routed in turn in one process; speed-up is the ratio of the tokens per second "
-    "shown, bars the 20th to 80th percentile of single pairs. Dashed: the bound, of FLOPs for "
-    "prefill and of bytes read for decode. [random decisions]: the router runs, a draw decides.",
+    "shown, bars the 20th to 80th percentile of single pairs. Thin and dotted: the bound, of FLOPs "
+    "for prefill and of bytes read for decode. [random decisions]: the router runs, a draw "
+    "decides.",
     "nothing was timed: python runners/speed.py method=<name> sparsity=<target>",
     lambda store: store.speed,
     table,
     "Every timed case",
     panels,
-    mark={"linestyle": "-"},
-    more={"bound": style.DASHED},
+    more={"bound": BOUND},
     share=(True, False),
     height_in=1.9,
 )

@@ -15,9 +15,10 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, cast
 
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, LogFormatterMathtext, LogLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from analysis.cli import run
 from analysis.drawing import style, tables
@@ -27,8 +28,13 @@ from analysis.view import Panel, View
 
 AXES = {"sparsity_realised": "realised sparsity", "flops_ratio": "FLOPs (routed / dense)"}
 Draw = Callable[[pd.DataFrame, str, Axes, Looks], None]
-LONGEST_TICK = 1e7
-"""Perplexities beyond are labelled by their power of ten."""
+FALLING = frozenset({"flops_ratio", "executed", "kv_bytes_ratio"})
+"""Costs that fall to the right, so that in every picture what is cheaper lies there."""
+USABLE = 10.0
+"""Perplexity over dense up to which axes go; a model beyond says nothing that makes sense."""
+SHADED = 6
+"""Lines whose intervals are shaded in one panel, at most: the shades of more hide each other."""
+TICKS = (1.0, 1.2, 1.5, 2.0, 3.0, 4.0, 5.0, 7.0, 10.0)
 
 
 def panels(part: pd.DataFrame) -> list[Panel]:
@@ -61,6 +67,8 @@ def _draw(
     draw(chosen, cost, panel, looks)
     scale(panel, chosen)
     panel.set_xlabel(label)
+    if cost in FALLING and not panel.xaxis_inverted():  # panels above may share the axis
+        panel.invert_xaxis()
 
 
 def draw(chosen: pd.DataFrame, cost: str, panel: Axes, looks: Looks) -> None:
@@ -80,9 +88,10 @@ def draw(chosen: pd.DataFrame, cost: str, panel: Axes, looks: Looks) -> None:
             color=style.REFERENCE,
         )
     drawn = chosen[(chosen["line"] != DENSE) & chosen[cost].notna()]
+    shaded = drawn["line"].nunique() <= SHADED
     for line, points in heights(drawn).groupby("line"):
         ordered, look = points.sort_values(cost), looks[str(line)]
-        if len(ordered) > 1:
+        if shaded and len(ordered) > 1:
             ends = ordered["y_low"], ordered["y_high"]
             panel.fill_between(ordered[cost], *ends, color=look["color"], alpha=0.15, lw=0)
         bars = [ordered["y"] - ordered["bar_low"], ordered["bar_high"] - ordered["y"]]
@@ -90,10 +99,6 @@ def draw(chosen: pd.DataFrame, cost: str, panel: Axes, looks: Looks) -> None:
         panel.errorbar(
             ordered[cost], ordered["y"], yerr=bars, label=str(line), elinewidth=0.8, **look
         )
-    if (
-        cost != "sparsity_realised" and not panel.xaxis_inverted()
-    ):  # panels above may share the axis
-        panel.invert_xaxis()
 
 
 def heights(rows: pd.DataFrame) -> pd.DataFrame:
@@ -118,20 +123,22 @@ def heights(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def scale(panel: Axes, chosen: pd.DataFrame) -> None:
-    """Label and scale the axis of a measure: perplexities in logarithms."""
-    kind = chosen.iloc[0]
+    """Label and scale the axis of a measure: what is of use of it, perplexities in logarithms."""
+    kind, values = chosen.iloc[0], heights(chosen)["y"]
     if kind["measure"] == "accuracy":
         panel.set_ylabel(f"{kind['name'].replace('_', ' ')}\n{kind['metric']}")
-        panel.set_ylim(bottom=0)
+        lowest = np.nanmin([values.min(), chosen["chance"].min()])
+        panel.set_ylim(bottom=max(0.0, lowest - 0.05))
         return
     panel.set_ylabel(f"{kind['shown']} / dense")
     panel.set_yscale("log")
-    low, high = panel.get_ylim()
-    steps = (1.0,) if high / low > 100 else (1.0, 2.0, 5.0)
-    panel.yaxis.set_major_locator(LogLocator(base=10, subs=steps))
-    plain = FuncFormatter(lambda value, _: f"{value:,.0f}")
-    panel.yaxis.set_major_formatter(plain if high < LONGEST_TICK else LogFormatterMathtext())
-    panel.yaxis.set_minor_formatter(NullFormatter())
+    best = values[chosen["line"] != DENSE].min()
+    most = USABLE if best < USABLE / 2 else values.max()
+    panel.set_ylim(min(0.95, 0.95 * best), min(most, max(1.5, 1.15 * values.max())))
+    if most <= USABLE:
+        panel.yaxis.set_major_locator(FixedLocator(TICKS))
+        panel.yaxis.set_minor_locator(NullLocator())
+        panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def table(part: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -156,10 +163,10 @@ def table(part: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
 VIEW = View(
     "tradeoff",
     "Quality against cost",
-    "Shaded, and beside `/ dense` and `- dense`: 95 % interval of the ratio or difference to dense "
-    "on the same documents and items, of these trained models. Bars, and beside the figures: with "
-    "several seeds, their standard deviation; with one, that interval (figures: 95 % of a "
-    "perplexity alone, one standard error of an accuracy).",
+    "Shaded where lines are few, and beside `/ dense` and `- dense`: 95 % interval of the ratio or "
+    "difference to dense on the same documents and items, of these trained models. Bars, and "
+    "beside the figures: with several seeds, their standard deviation; with one, that interval "
+    "(figures: 95 % of a perplexity alone, one standard error of an accuracy).",
     "no point was evaluated: run runners/sweep.py",
     lambda store: store.averaged,
     table,

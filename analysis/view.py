@@ -6,7 +6,7 @@ report iterate over the views of `report_page.page.VIEWS`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from markupsafe import Markup
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from analysis.drawing import style, tables
+from analysis.drawing.labels import LINE_PT, label_ends
 from analysis.drawing.style import Looks
 from analysis.frames import DENSE, Store
 from analysis.report_page.inline_svg import inline, swatches
@@ -72,7 +74,8 @@ class View:
         mark: changes the lines' looks in its legend.
         more: further entries of its legend.
         share: axes that panels of a figure share, as for `plt.subplots`.
-        height_in: of a row of panels, inches.
+        height_in: of a row of panels, inches, at least.
+        ends: whether lines are labelled at their ends; else a legend names them.
     """
 
     name: str
@@ -87,6 +90,7 @@ class View:
     more: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     share: tuple[Any, Any] = ("col", "row")
     height_in: float = 2.0
+    ends: bool = True
 
     def save(self, part: pd.DataFrame, title: str, stem: Path) -> list[Path]:
         """Write the figure and the tables of one setting to `<stem>.*`."""
@@ -106,13 +110,13 @@ class View:
         figure, grid = plt.subplots(
             rows,
             columns,
-            figsize=(width, self.height_in * rows + 0.7),
+            figsize=(width, self._height(part) * rows + 0.7),
             squeeze=False,
             sharex=self.share[0],
             sharey=self.share[1],
             layout="constrained",
         )
-        looks = looks_of(part["line"])
+        looks = looks_of(part)
         for axes, panel in zip(grid.flat, panels, strict=False):
             panel.draw(axes, looks)
             axes.set_title(panel.title)
@@ -123,9 +127,18 @@ class View:
         for axes in grid[:, 1:].flat:
             axes.set_ylabel("")
         named = dict(zip(*reversed(grid[0][0].get_legend_handles_labels()), strict=True))
+        if self.ends:
+            lines = style.without(looks, DENSE)
+            named = roles_of(part) | style.without(named, *lines)
+            label_ends(figure, lines)
         words = {"title": title, "title_fontsize": 8, **style.LEGEND}
         figure.legend(named.values(), named.keys(), **words)
         return figure
+
+    def _height(self, part: pd.DataFrame) -> float:
+        """Of a panel: with room for its labels one below the other."""
+        lines = part["line"].nunique() if self.ends else 0
+        return max(self.height_in, (lines * LINE_PT + 30) / 72)
 
     def section(self, part: pd.DataFrame, prefix: str, looks: Looks, stem: str) -> Section:
         """Make the page's section of one setting; each panel is a picture of its own.
@@ -139,8 +152,11 @@ class View:
             return Section(slug, self.title, missing=self.missing)
         pictures, legend = [], []
         for place, panel in enumerate(self.panels(part) if self.panels else []):
-            figure, axes = plt.subplots(figsize=PANEL_IN, layout="constrained")
+            size = (PANEL_IN[0], max(PANEL_IN[1], self._height(part) + 0.4))
+            figure, axes = plt.subplots(figsize=size, layout="constrained")
             panel.draw(axes, looks)
+            if self.ends:
+                label_ends(figure, style.without(looks, DENSE))
             svg = inline(figure, prefix=f"{slug}{place}", label=panel.caption)
             pictures.append((svg, panel.caption))
         if pictures:
@@ -151,9 +167,27 @@ class View:
         return Section(slug, self.title, self.note, legend, pictures, [shown_table])
 
 
-def looks_of(lines: Iterable[str]) -> Looks:
-    """Choose the looks of a picture's lines."""
-    return style.looks(set(lines) - {DENSE}) | {DENSE: STAR}
+def looks_of(*parts: pd.DataFrame) -> Looks:
+    """Choose the looks of the lines in frames."""
+    roles = {
+        str(line): str(role)
+        for part in parts
+        if len(part)
+        for line, role in zip(part["line"], part["role"], strict=True)
+        if line != DENSE
+    }
+    return style.looks(roles) | {DENSE: STAR}
+
+
+def roles_of(part: pd.DataFrame) -> dict[str, Line2D]:
+    """Make a legend that says what dashed and hollow mean; {} if all lines have one role."""
+    there = set(part.loc[part["line"] != DENSE, "role"])
+    if there <= {style.USUAL}:
+        return {}
+    look: dict[str, Any] = {"color": style.REFERENCE, "marker": "o"}
+    return {
+        role: Line2D([], [], **look, **own) for role, own in style.ROLES.items() if role in there
+    }
 
 
 def page_table(readable: pd.DataFrame, caption: str, stem: str) -> dict[str, Any]:

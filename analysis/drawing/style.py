@@ -3,24 +3,49 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib as mpl
+from matplotlib import colors
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-# Okabe and Ito (2008), dark ones first; yellow is too faint on white.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">")
-LINES = ("-", "--", "-.", (0, (1, 1)), (0, (5, 1, 1, 1, 1, 1)))
+COLOURS = (
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#882255", "#56B4E9", "#332288", "#E69F00"),
+    *("#117733", "#000000", "#AA4499", "#B01300", "#4D4DFF", "#134E62", "#999933", "#8C6D31"),
+    *("#FF0075", "#7527C4", "#E7969C", "#00A6BA", "#75A000", "#D6616B"),
+)
+"""Of Okabe and Ito (2008), Tol's muted ones and others, each as far from those before it as can be,
+to readers who lack the red or the green cone too; yellow is too faint on white."""
+SHADES = (0.0, 0.3, 0.48)
+"""Shares of black or white in the colour of a method and of its variants."""
+KNOWN = (
+    "informed greedy d_llm skipgpt layer_skip router_tuning informed_plus mod flexidepth "
+    "static_forecast gateskip replace_me informed_paper linear_patch hero random diffskip oracle "
+    "channel_sparse"
+).split()
+"""Methods that have the colour at their place in every picture, so that a reader of several learns
+them; any other name takes a free one."""
+PLACES = {name: place for place, name in enumerate(KNOWN)}
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "d", "8", "H")
 REFERENCE = "#555555"
 DASHED: dict[str, Any] = {"color": REFERENCE, "linestyle": (0, (4, 2)), "linewidth": 1}
 LEGEND: dict[str, Any] = {"loc": "outside upper center", "ncols": 4, "frameon": False}
+HOLLOW = {"markerfacecolor": "#ffffff"}
+ROLES: dict[str, dict[str, Any]] = {
+    "routes each token": {"linestyle": "-"},
+    "all tokens alike": {"linestyle": (0, (4, 1.6)), **HOLLOW},
+    "by the true error": {"linestyle": (0, (1, 1.4)), **HOLLOW},
+    "FLOPs only": {"linestyle": (0, (5, 1.5, 1, 1.5)), "fillstyle": "left"},
+}
+"""What a method is (`role` of `Store.points`), and what all of its lines look like."""
+USUAL = next(iter(ROLES))
 Looks = dict[str, dict[str, Any]]
 """Colour, marker and line of each name, as keywords of `Axes.plot`."""
+T = TypeVar("T")
 COLUMN_WIDTH_IN = 3.4
 """Inches: one column of a two-column paper."""
 
@@ -56,21 +81,79 @@ def paper() -> Iterator[None]:
         yield
 
 
-def looks(names: Iterable[str]) -> Looks:
-    """Choose colour, marker and line of each name.
+def looks(names: Mapping[str, str] | Iterable[str]) -> Looks:
+    """Choose colour, marker and line of each name, no colour twice while there are some left.
 
-    A name keeps its look from one picture to the next, because it comes from the name itself;
-    where two names of a picture would share a colour or a marker, the later one takes the next.
+    `informed (bypass=skip)` takes a shade of the colour of `informed`. Names without a place of
+    their own are looked up by their hash, so that most keep their look from picture to picture.
+
+    Args:
+        names: with their roles (`ROLES`), which are told by line and filling; or alone.
     """
+    roles = names if isinstance(names, Mapping) else dict.fromkeys(names, USUAL)
+    families: dict[str, list[str]] = {}
+    for name in sorted(roles, key=lambda name: (base_of(name) not in PLACES, name)):
+        families.setdefault(base_of(name), []).append(name)
+    kept = {PLACES[base] for base in families if base in PLACES}
     chosen: Looks = {}
-    for name in sorted(set(names)):
-        start = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
-        chosen[name] = {
-            "color": _free(COLOURS, start, [look["color"] for look in chosen.values()]),
-            "marker": _free(MARKERS, start // 7, [look["marker"] for look in chosen.values()]),
-            "linestyle": _free(LINES, start // 63, [k["linestyle"] for k in chosen.values()]),
-        }
-    return chosen
+    for base, family in families.items():
+        for place, name in enumerate(family):
+            start = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+            if place % len(SHADES) == 0:  # the first, or there are more variants than shades
+                own = COLOURS[_place(name if place else base, start, kept)]
+            marker = _free(MARKERS, start // 7, [look["marker"] for look in chosen.values()])
+            colour = shade(own, place % len(SHADES))
+            chosen[name] = {"color": colour, "marker": marker, **ROLES[roles[name]]}
+    return {name: chosen[name] for name in sorted(chosen)}
+
+
+def without(named: Mapping[str, T], *names: str) -> dict[str, T]:
+    """Leave out entries."""
+    return {name: value for name, value in named.items() if name not in names}
+
+
+def base_of(name: str) -> str:
+    """The method of a line: `informed` of `informed (bypass=skip) [random decisions]`."""
+    return name.partition(" ")[0]
+
+
+def shade(colour: str, step: int) -> str:
+    """Mix a colour with white if it is dark, else with black: step 0 is itself."""
+    return mix(colour, 1.0 if luminance(colour) < 0.18 else 0.0, SHADES[step])
+
+
+def mix(colour: str, grey: float, share: float) -> str:
+    """Mix a colour with a grey: 0 is black, 1 is white."""
+    red, green, blue = (part + (grey - part) * share for part in colors.to_rgb(colour))
+    return colors.to_hex((red, green, blue))
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance, 0 to 1 (WCAG 2)."""
+    red, green, blue = (
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
+        for part in colors.to_rgb(colour)
+    )
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def on_dark(colour: str) -> str:
+    """What a colour of a line becomes on a dark page."""
+    return mix(colour, 0.94, 0.62 - 0.55 * luminance(colour) ** 0.5)
+
+
+SERIES = frozenset(shade(colour, step) for colour in COLOURS for step in range(len(SHADES)))
+"""Every colour that a line may have."""
+
+
+def _place(name: str, start: int, taken: set[int]) -> int:
+    """The colour that is kept for a name, else the first one from `start` on that is free."""
+    if name in PLACES:
+        return PLACES[name]
+    ring = [(start + step) % len(COLOURS) for step in range(len(COLOURS))]
+    own = next((place for place in ring if place not in taken), ring[0])
+    taken.add(own)
+    return own
 
 
 def _free(choices: tuple[Any, ...], start: int, taken: list[Any]) -> Any:

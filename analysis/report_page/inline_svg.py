@@ -16,13 +16,11 @@ from analysis.drawing import style
 
 INK = {"#000000": "currentColor", "#ffffff": "var(--paper)", "#dddddd": "var(--grid)"}
 THEMED = {
-    **{colour.lower(): f"var(--series-{place})" for place, colour in enumerate(style.COLOURS)},
+    **{colour: f"light-dark({colour},{style.on_dark(colour)})" for colour in style.SERIES},
     style.REFERENCE.lower(): "var(--reference)",
     **INK,
 }
-"""Colours of `style` as variables of the page's style sheet; black is its text colour."""
-DARK_SERIES = ("#4aa8e0", "#f0803c", "#2fc79a", "#dd9cc0", "#7cc8f2", "#f0b83a", "#e6e9ed")
-"""What `style.COLOURS` become on a dark page."""
+"""Colours of `style` in both themes of the page; black is its text colour."""
 SWATCH_IN = (0.42, 0.16)
 
 

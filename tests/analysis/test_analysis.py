@@ -149,11 +149,33 @@ def test_latex_escapes_every_special_character():
 
 
 def test_looks_differ_within_a_picture_and_repeat_between_pictures():
-    names = ["informed", "greedy", "random", "skipgpt", "mod"]
+    """All methods there are, some variants, and one that nobody knows yet."""
+    names = [path.stem for path in (ROOT / "conf/method").glob("*.yaml")]
+    names += [f"informed ({part})" for part in ("bypass=skip", "rank=4", "rank=8", "rank=9")]
+    names += ["greedy (train=none)", "greedy [random decisions]", "new"]
     looks = style.looks(names)
-    assert len({look["color"] for look in looks.values()}) == len(names)
-    assert len({look["marker"] for look in looks.values()}) == len(names)
+    assert len({look["color"] for look in looks.values()}) == len(names) >= 20
+    assert all(look["color"] in style.SERIES for look in looks.values())
     assert style.looks(reversed(names)) == looks
+    few = style.looks(["informed", "greedy", "random", "skipgpt"])
+    assert len({look["marker"] for look in few.values()}) == len(few)
+    assert all(few[name]["color"] == looks[name]["color"] for name in few)
+
+
+def test_colours_are_seen_on_white_and_on_the_dark_page():
+    """At least 1.9 to 1 against the paper, every shade: lines are marked and labelled too."""
+    ground = style.luminance("#14171b")
+    for colour in style.SERIES:
+        assert 1.05 / (style.luminance(colour) + 0.05) > 1.9, colour
+        assert (style.luminance(style.on_dark(colour)) + 0.05) / (ground + 0.05) > 3.0, colour
+
+
+def test_roles_look_different():
+    roles = dict(zip("abcd", style.ROLES, strict=True))
+    looks = style.looks(roles)
+    told = {(str(look["linestyle"]), look.get("markerfacecolor")) for look in looks.values()}
+    assert len(told) == 4 and looks["a"]["linestyle"] == "-"
+    assert looks["b"]["markerfacecolor"] == "#ffffff"
 
 
 @pytest.mark.parametrize(

@@ -56,11 +56,11 @@ def test_speedup_is_of_the_tokens_per_second_beside_it(tmp_path):
     assert row["speed-up"].startswith("0.950 ") and row["efficiency"] == f"{0.95 / 1.4:.3f}"
 
 
-def test_bound_is_dashed_beside_the_measured_line(store):
+def test_bound_is_dotted_beside_the_measured_line(store):
     figure = VIEW.draw(Store(store).speed, "title")
     panel = figure.axes[0]
     bound = next(line for line in panel.lines if line.get_label() == "bound")
-    assert bound.get_linestyle() == "--"
+    assert bound.get_linestyle() == ":"
     assert list(bound.get_ydata()) == pytest.approx([1.33, 1.55])
     assert panel.get_title() == "prefill, batch 1, 512 tokens"
 
