@@ -33,6 +33,11 @@ class Method(nn.Module):
     flops_only: ClassVar[bool] = False
     """True where no unit is bypassed whole: a reference that is compared by FLOPs, never by
     sparsity."""
+    reserve: int = 1
+    """First tokens of every sequence that execute every routed unit, whatever `route` says: the
+    engine's work. They carry the attention sink. Not at sites of `fixed`."""
+    least_reserve: ClassVar[int] = 0
+    """What a paper reserves itself, where the suite's option asks for less."""
     threshold: Tensor
 
     def __init__(self, *, sparsity: Sparsity) -> None:
@@ -44,6 +49,11 @@ class Method(nn.Module):
         self.adapter: nn.Module | None = None
         """LoRA factors of a stage with `lora`; the engine makes and applies them."""
         self.register_buffer("threshold", torch.tensor(float("-inf")))
+
+    @property
+    def reserved(self) -> int:
+        """How many first tokens of every sequence are executed everywhere."""
+        return max(self.reserve, self.least_reserve)
 
     def setup(self, shape: Shape) -> None:
         """Create routers and forecasters for a model of this shape.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from methods.base import Budget, RouteContext, RoutedView, Site, Stage
-from methods.options import Count, LoraSpec, Natural, NonNegative, Positive, Sparsity, Training
+from methods.options import LoraSpec, Natural, NonNegative, Positive, Sparsity, Training
 from methods.parts.penalties import token_rate_penalty
 from methods.parts.routed_method import RoutedMethod
 from methods.parts.routers import BottleneckRouter, PerSite
@@ -27,7 +27,6 @@ class DLLM(RoutedMethod):
     Args:
         router_width: of the bottleneck; 0 means D // 8, its share at the published width.
         first_layer: blocks before it are never skipped.
-        reserved: first tokens of a sequence that execute every block.
         train: `routers` (and adapters), or `none` for random routers.
         train_lr: of routers and adapters; cosine with a fifth of warm-up.
         penalty_weight: of the L1 distance between each token's depth and the target; it rises
@@ -37,6 +36,8 @@ class DLLM(RoutedMethod):
 
     paper = "D-LLM, NeurIPS 2024"
     kv_policy = "evict"
+    least_reserve = 2
+    """Published: the first two tokens of a sequence execute every block."""
 
     def __init__(
         self,
@@ -44,7 +45,6 @@ class DLLM(RoutedMethod):
         sparsity: Sparsity,
         router_width: Natural = 512,
         first_layer: Natural = 2,
-        reserved: Count = 2,
         train: Literal["none", "routers"] = "routers",
         train_lr: Positive = 2.8e-4,
         penalty_weight: NonNegative = 5.0,
@@ -61,15 +61,15 @@ class DLLM(RoutedMethod):
             penalty_weight=penalty_weight,
         )
         super().__init__(sparsity=sparsity, routers=routers, training=training, lora=lora)
-        self.first_layer, self.reserved, self.train_what = first_layer, reserved, train
+        self.first_layer, self.train_what = first_layer, train
 
     def sites(self) -> Sequence[Site]:
         assert self.shape is not None, "setup() comes first"
         return [Site(layer, "block") for layer in range(self.first_layer, self.shape.layers)]
 
     def score(self, site: Site, x_BTD: Tensor, ctx: RouteContext) -> Tensor:
-        reserved_BT = ctx.positions_BT < self.reserved
-        return self.routers(site, ctx.residual_BTD).masked_fill(reserved_BT, math.inf)
+        scores: Tensor = self.routers(site, ctx.residual_BTD)
+        return scores
 
     def stages(self, budget: Budget) -> Iterable[Stage]:
         if self.train_what == "routers":

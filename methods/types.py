@@ -92,7 +92,7 @@ class RouteContext:
     positions_BT: Tensor
     """int64: index of each token among the valid tokens of its sequence."""
     valid_BT: Tensor
-    """bool: False for padding."""
+    """bool: False for padding and for reserved tokens, whose decision counts for nothing."""
     training: bool
     """True in a training stage; only then may a method sample or look along the sequence."""
     anneal: float

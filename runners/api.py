@@ -107,6 +107,7 @@ def fit(
     calibration: Sequence[str] | None = None,
     budget: str | Mapping[str, Any] = "quick",
     objective: Literal["lm", "distill"] = "distill",
+    reserve: int = 1,
     seed: int = 0,
     mode: Mode = "gathered",
     **options: Any,
@@ -120,6 +121,7 @@ def fit(
         sparsity: that the calibration text is to realise.
         calibration: texts for that; None takes every fourth of `texts`, which then does not train.
         budget: name of a file in conf/budget, or what one holds.
+        reserve: first tokens of every sequence that execute everything.
         options: of the method, before those of its file.
 
     Raises:
@@ -127,7 +129,7 @@ def fit(
     """
     asked = _method(method, options, seed)
     model.eval().requires_grad_(False)
-    built = make_method(asked, sparsity, seed, model)
+    built = make_method(asked, sparsity, seed, model, reserve=reserve)
     check_reach(built, asked.name)
     spent = build_budget(_budget(budget))
     documents = _split(texts, calibration)

@@ -217,6 +217,7 @@ def record(
             "weights_sha256": built.base.weights_hash,
             "dtype": built.base.dtype,
             "objective": config.objective,
+            "reserve": method.reserved,
             "budget": built.budget.name,
             "upper_bound": method.upper_bound,
             "static": method.static(),
@@ -246,6 +247,7 @@ def stage_keys(config: PointConfig, built: Built) -> Iterator[tuple[Stage, str]]
         config.method.options,
         config.resolved["budget"],
         config.objective,
+        config.reserve,
         config.seed,
         stage_version(type(method).__module__, Path(inspect.getfile(type(method)))),
         str(input_device(built.base.model).type),
@@ -262,13 +264,16 @@ def build_method(config: PointConfig, model: PreTrainedModel) -> Method:
     Raises:
         UserError: an option that the method refuses.
     """
-    return make_method(config.method, config.sparsity, config.seed, model)
+    asked = config.method, config.sparsity, config.seed
+    return make_method(*asked, model, reserve=config.reserve)
 
 
-def make_method(asked: MethodConfig, sparsity: float, seed: int, model: PreTrainedModel) -> Method:
+def make_method(
+    asked: MethodConfig, sparsity: float, seed: int, model: PreTrainedModel, *, reserve: int
+) -> Method:
     """As `build_method`, of what it needs of a point."""
     torch.manual_seed(seed)
-    method = asked.make(sparsity)
+    method = asked.make(sparsity, reserve)
     try:
         return attach(model, method).eval()
     except (TypeError, ValueError) as error:

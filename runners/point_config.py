@@ -259,8 +259,11 @@ class MethodConfig:
     options: Mapping[str, Any]
     """Constructor arguments but `sparsity`."""
 
-    def make(self, sparsity: float) -> Method:
+    def make(self, sparsity: float, reserve: int = 1) -> Method:
         """Construct the method; its options are checked against the constructor's type hints.
+
+        Args:
+            reserve: first tokens of every sequence that execute everything.
 
         Raises:
             UserError: no such class, or a name, type or value that it does not take.
@@ -268,9 +271,11 @@ class MethodConfig:
         cls = self._class()
         arguments = parse_arguments(cls, {"sparsity": sparsity, **self.options}, "method.")
         try:
-            return cls(**arguments)
+            made = cls(**arguments)
         except (TypeError, ValueError) as error:
             raise UserError(f"method {self.name}: {' '.join(str(error).split())}") from error
+        made.reserve = reserve
+        return made
 
     def _class(self) -> type[Method]:
         from methods.base import Method
@@ -391,6 +396,8 @@ class PointConfig:
     objective: Literal["lm", "distill"]
     mode: Mode
     merge_lora: bool
+    reserve: Natural
+    """First tokens of every sequence that execute every routed unit."""
     resolved: Mapping[str, Any] = field(repr=False)
     """All of the above as JSON types under the keys of conf/, as it is hashed."""
     speed: SpeedConfig | None = None
@@ -454,6 +461,8 @@ class PointConfig:
             if usual is None
             or (key in usual and "${" not in str(usual[key]) and usual[key] != value)
         ]
+        if self.reserve != 1:
+            changed.append(f"reserve={self.reserve}")
         if self.objective != "distill":
             changed.append(f"objective={self.objective}")
         return ", ".join(changed)
@@ -501,7 +510,7 @@ def _normalised(config: Mapping[str, Any]) -> dict[str, Any]:
         found |= _from_saved(found)
     found = {key: _rounded(_expanded(value, key)) for key, value in found.items()}
     if found["method"].get("name") == "dense":
-        found["sparsity"] = 0.0
+        found["sparsity"], found["reserve"] = 0.0, 1
     return found
 
 
@@ -540,6 +549,7 @@ def _from_saved(config: Mapping[str, Any]) -> dict[str, Any]:
         "dtype": dtype,
         "model": saved_model(settings, config["base_model"]),
         "sparsity": config["sparsity"] if moved else options["sparsity"],
+        "reserve": settings.get("reserve", 0),
         "recalibrate": moved,
         "seed": base["seed"] if config["seed"] is None else config["seed"],
         "saved_sha256": sha256_of(folder / "routed.safetensors"),

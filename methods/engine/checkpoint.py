@@ -57,8 +57,8 @@ def save_pretrained(
         _write_tensors(folder / ADAPTER_TENSORS, method.adapter.peft_tensors())
     _write_tensors(folder / TENSORS, own_tensors(method))
     lora = describe(method.adapter)
-    settings = {"format": FORMAT, "target": target, "options": options, "base": base, "lora": lora}
-    _write_json(folder / SETTINGS, settings)
+    settings = {"format": FORMAT, "target": target, "options": options, "reserve": method.reserve}
+    _write_json(folder / SETTINGS, {**settings, "base": base, "lora": lora})
     return folder
 
 
@@ -88,6 +88,7 @@ def from_pretrained(
             f"{found[:12]}; check_weights=False loads it all the same"
         )
     method = _build(settings["target"], settings["options"], allow)
+    method.reserve = settings.get("reserve", 0)
     attach(model, method)
     restore(method, folder, model)
     return method.eval()
@@ -183,7 +184,8 @@ def read_settings(folder: Path | str) -> dict[str, Any]:
     if found != FORMAT:
         raise BadCheckpoint(f"{path} has format {found}, expected {FORMAT}")
     kinds = {"target": str, "options": dict, "base": dict}
-    if not all(isinstance(settings.get(name), kind) for name, kind in kinds.items()):
+    known = all(isinstance(settings.get(name), kind) for name, kind in kinds.items())
+    if not known or type(settings.get("reserve", 0)) is not int:
         raise BadCheckpoint(f"{path} does not say which method to build")
     return settings
 

@@ -75,6 +75,8 @@ class Routing(DecoderState):
     def started(self, call: ForwardCall) -> None:
         """Open the count of a forward call."""
         self.check(call)
+        if not self.drawn:
+            call.reserve(self.method.reserved)
         self.counters.start_forward(call.valid_BT, call.positions_BT)
 
     def ended(self) -> None:
@@ -99,11 +101,16 @@ class Routing(DecoderState):
             )
 
     def decide(self, unit: Unit) -> Decision:
-        """Ask the method; padding is bypassed. The executor counts what it executes."""
+        """Ask the method; reserved tokens are executed, whatever it says, and padding is bypassed.
+
+        The executor counts what it executes.
+        """
         call = unit.inputs.call
         decision = self.method.route(unit.site, unit.x_BTD, self._context(unit))
         self._check(unit.site, decision, call.valid_BT)
         decision.execute_BT = self.apply_mask(unit, decision.execute_BT)
+        if call.reserved_BT is not None:
+            _reserve(decision, call.reserved_BT)
         if self.training:
             self.decisions[unit.site] = decision
         if self.observer is not None:
@@ -111,10 +118,12 @@ class Routing(DecoderState):
         return decision
 
     def apply_mask(self, unit: Unit, execute_BT: Tensor) -> Tensor:
-        """What is executed: a draw instead of the decision if there is one, and no padding."""
+        """What is executed: reserved tokens too, or a draw instead of all that; and no padding."""
         call = unit.inputs.call
         if self.bench is not None and self.bench.draw is not None:
             execute_BT = self.bench.draw(unit.site, call.valid_BT)
+        elif call.reserved_BT is not None:
+            execute_BT = execute_BT | call.reserved_BT
         if call.mask is not None:
             execute_BT = execute_BT & call.valid_BT
         if unit.attends:
@@ -136,7 +145,7 @@ class Routing(DecoderState):
         return RouteContext(
             unit.residual_BTD,
             call.positions_BT,
-            call.valid_BT,
+            call.valid_BT if call.asked_BT is None else call.asked_BT,
             self.training,
             self.anneal,
             self.target,
@@ -189,6 +198,19 @@ class Routing(DecoderState):
                     yield
             finally:
                 self.paused = False
+
+
+def _reserve(decision: Decision, reserved_BT: Tensor) -> None:
+    """Give reserved tokens the unit's own output, without gradient, and a score above any other.
+
+    So no threshold lies among theirs, and no gate that scales reaches the attention sink.
+    """
+    decision.gate_BT = decision.gate_BT.masked_fill(reserved_BT, 1.0)
+    decision.scores_BT = decision.scores_BT.masked_fill(reserved_BT, math.inf)
+    scale = decision.scale_BT
+    if scale is not None:
+        reserved = reserved_BT if scale.dim() == 2 else reserved_BT[..., None]
+        decision.scale_BT = scale.masked_fill(reserved, 1.0)
 
 
 def routing_of(model: PreTrainedModel) -> Routing:

@@ -55,7 +55,7 @@ def check_point(config: Mapping[str, Any]) -> PointConfig:
         UserError: what is wrong and what is allowed.
     """
     point = PointConfig.parse(config)
-    point.method.make(point.sparsity)
+    point.method.make(point.sparsity, point.reserve)
     _check_model(point.model)
     stages = ("forecasters", "routers", "lora")
     check_batch_sizes({name: getattr(point.budget, name).batch_size for name in stages})

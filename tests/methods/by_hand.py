@@ -68,7 +68,8 @@ class ByHand:
 def train_forward(
     model: Any, method: Any, ids_BT: Tensor, *, target: float | None = None, anneal: float = 0.0
 ) -> tuple[Tensor, dict[Site, Decision]]:
-    """Logits and decisions of one forward in training mode."""
+    """Logits and decisions of one forward in training mode; papers reserve no token."""
+    method.reserve = 0
     with routed(model, method):
         routing = model.routing
         routing.training, routing.target, routing.anneal = True, target, anneal
@@ -77,7 +78,8 @@ def train_forward(
 
 
 def evaluate(model: Any, method: Any, ids_BT: Tensor) -> tuple[Tensor, dict[Site, Decision]]:
-    """Logits and decisions of one forward as at inference."""
+    """Logits and decisions of one forward as at inference; papers reserve no token."""
+    method.reserve = 0
     seen: dict[Site, Decision] = {}
     with torch.no_grad(), routed(model, method):
         model.routing.observer = lambda site, decision, _: seen.__setitem__(site, decision)

@@ -133,6 +133,33 @@ def test_gathered_equals_masked(config, model, method):
     assert usage_gathered.executed == usage.executed
 
 
+@pytest.mark.parametrize("pads", [0, 3])
+@pytest.mark.parametrize("mode", ["masked", "gathered"])
+def test_first_tokens_are_executed_in_every_unit(config, model, mode, pads):
+    """Where everything else is bypassed, in one pass and token by token, from the first on."""
+    method = build_method(PointConfig.parse({**config, "reserve": 3}), model)
+    method.threshold.fill_(float("inf"))
+    ids, mask = token_rows(2, 8), torch.ones(2, 8, dtype=torch.long)
+    mask[1, :pads] = 0
+    whole, usage = logits_of(model, method, ids, mode, attention_mask=mask)
+    assert set(usage.decided.values()) <= {2 * 3}
+    with torch.no_grad(), routed(model, method, mode):
+        cache, parts = None, []
+        for end in range(1, 9):
+            out = model(
+                input_ids=ids[:, end - 1 : end],
+                attention_mask=mask[:, :end],
+                position_ids=(mask.cumsum(1) - 1).clamp_min(0)[:, end - 1 : end],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache = out.past_key_values
+            parts.append(out.logits)
+        counted = model.routing.counters.read()
+    assert counted.decided == usage.decided
+    assert torch.allclose(torch.cat(parts, 1)[mask.bool()], whole[mask.bool()], atol=1e-4)
+
+
 def test_batch_rows_are_independent(config, model, method):
     ids = token_rows(3, 16)
     together, _ = logits_of(model, method, ids)
@@ -155,8 +182,10 @@ def test_base_model_is_untouched(config, model, trained):
 def test_save_and_load_round_trip(config, model, method, tmp_path):
     target = config["method"]["_target_"]
     options = PointConfig.parse(config).method_options
+    method.reserve = 3
     save_pretrained(method, tmp_path, target=target, options=options, base={})
     again = from_pretrained(tmp_path, model)
+    assert again.reserved == 3
     ids = token_rows(2, 16)
     assert torch.equal(logits_of(model, method, ids)[0], logits_of(model, again, ids)[0])
     suffixes = {path.suffix for path in tmp_path.iterdir()}

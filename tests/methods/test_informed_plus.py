@@ -8,12 +8,12 @@ import torch
 from methods.base import Shape, Site
 from methods.engine.checkpoint import from_pretrained, save_pretrained
 from methods.engine.routed import attach, routed
-from methods.engine.routing import routing_of
 from methods.informed_plus import InformedPlus
 from runners.base_model.load import build_budget
 from runners.point import build_method
 from runners.point_config import PointConfig
 from tests.conftest import token_rows
+from tests.methods.by_hand import train_forward
 from tests.methods.conftest import method_config, probe_for
 
 
@@ -57,11 +57,8 @@ def test_gate_is_hard_with_the_sigmoids_gradient(tiny_llama):
         tiny_llama, InformedPlus(sparsity=0.5, rank=4, training={"tau_start": 0.7, "tau_end": 0.7})
     )
     method.threshold.fill_(0.1)
-    with routed(tiny_llama, method):
-        routing = routing_of(tiny_llama)
-        routing.training = True
-        tiny_llama(input_ids=token_rows(2, 12))
-        decision = routing.decisions[Site(1, "mlp")]
+    _, decisions = train_forward(tiny_llama, method, token_rows(2, 12))
+    decision = decisions[Site(1, "mlp")]
     scores = decision.scores_BT
     assert torch.equal(decision.execute_BT, scores > 0.1)
     assert torch.allclose(decision.gate_BT, (scores > 0.1).float())

@@ -9,6 +9,7 @@ from methods.base import Budget, RoutedView, Site, StageBudget
 from methods.engine.routed import attach, routed
 from methods.engine.routing import routing_of
 from methods.skipgpt import SkipGPT
+from tests.methods.by_hand import evaluate
 from tests.methods.conftest import small_ids, small_model
 
 
@@ -25,10 +26,7 @@ def test_both_routers_read_the_residual_that_enters_the_layer(model):
         layer.input_layernorm.register_forward_pre_hook(
             lambda _, args, index=index: entering.__setitem__(index, args[0])
         )
-    seen = {}
-    with torch.no_grad(), routed(model, method):
-        routing_of(model).observer = lambda site, decision, _: seen.__setitem__(site, decision)
-        model(input_ids=small_ids(2, 9))
+    _, seen = evaluate(model, method, small_ids(2, 9))
     assert set(seen) == set(method.sites())
     for site, decision in seen.items():
         head = method.routers.at(site).head

@@ -22,6 +22,8 @@ SITES = (Site(1, "mlp"), Site(2, "mlp"))
 class Toy(Method):
     """A linear router on two MLPs; a bypassed token gets a learned vector."""
 
+    reserve = 0
+
     def setup(self, shape: Shape) -> None:
         super().setup(shape)
         generator = torch.Generator().manual_seed(7)

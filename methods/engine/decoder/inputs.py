@@ -19,6 +19,10 @@ class ForwardCall:
     """bool: False for padding."""
     positions_BT: Tensor = NO_TOKENS
     """int64: index of each token among the valid tokens of its sequence."""
+    reserved_BT: Tensor | None = None
+    """bool: tokens that every routed unit executes; None if there are none in this call."""
+    asked_BT: Tensor | None = None
+    """bool: the real tokens that are not; None if these are all."""
     past: int | Tensor = 0
     """Tokens that the cache held before this call; a 0-dim tensor while a graph is captured."""
     mask: Any = None
@@ -57,13 +61,31 @@ class ForwardCall:
             position_ids=kwargs.get("position_ids"),
         )
         packed = mask is None and cache is None and _restarts(kwargs.get("position_ids"))
+        if packed:  # several sequences lie in one row, each from position 0
+            positions_BT = kwargs["position_ids"].to(tokens.device).expand(valid_BT.shape)
         asked = bool(kwargs.get("output_attentions"))
         simple = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
-        return cls(valid_BT, positions_BT, past, mask, asked, simple and not packed)
+        return cls(
+            valid_BT,
+            positions_BT,
+            past=past,
+            mask=mask,
+            attentions=asked,
+            only_padding=simple and not packed,
+        )
+
+    def reserve(self, first: int) -> None:
+        """Mark the first tokens of every sequence; none where all of them are in the cache."""
+        past = self.mask is None and isinstance(self.past, int) and self.past >= first
+        if first and not past:
+            self.reserved_BT = (self.positions_BT < first) & self.valid_BT
+            self.asked_BT = self.valid_BT & ~self.reserved_BT
 
     def move(self, device: torch.device) -> None:
         """Bring what layers read to the device of the next one."""
         self.valid_BT, self.positions_BT = self.valid_BT.to(device), self.positions_BT.to(device)
+        if self.reserved_BT is not None and self.asked_BT is not None:
+            self.reserved_BT, self.asked_BT = self.reserved_BT.to(device), self.asked_BT.to(device)
 
     def padding(self) -> tuple[Tensor | None, bool]:
         """`leading_padding` of the mask; looked at once a call, and only if a path asks."""

@@ -42,12 +42,14 @@ class FusedExecutor:
         self.routing, self.kernels = routing, kernels
 
     def covers(self, unit: Unit) -> bool:
-        """False where the general gathered path has to run: `evict`, adapters, other masks."""
+        """False where the general gathered path has to run: `evict`, adapters, other masks,
+        packed rows."""
         if unit.attends and self.routing.method.kv_policy != "keep":
             return False
         if self.routing.training or torch.is_grad_enabled():
             return False
-        if not unit.inputs.call.padding()[1]:
+        call = unit.inputs.call
+        if not (call.only_padding and call.padding()[1]):
             return False
         parts: list[Any] = []
         if unit.attends:
@@ -81,8 +83,16 @@ class FusedExecutor:
         options: dict[str, Any] = {"tokens": shape[1], "kernels": self.kernels}
         linear = routing.method.linear(unit.site)
         if linear is not None and not (routing.watched or routing.drawn):
-            threshold = routing.method.threshold
-            done = route_and_forecast(x_ND, residual_ND, valid_N, linear, threshold, **options)
+            reserved_BT = unit.inputs.call.reserved_BT
+            done = route_and_forecast(
+                x_ND,
+                residual_ND,
+                valid_N,
+                linear,
+                routing.method.threshold,
+                reserved_N=None if reserved_BT is None else reserved_BT.reshape(-1),
+                **options,
+            )
             routing.counters.add(unit.site, done.execute_N.view(shape))
             return done.rows, None
         decision = routing.decide(unit)

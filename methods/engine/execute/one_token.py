@@ -8,6 +8,7 @@ Shapes: D model width, H heads, K key-value heads, d head size, S keys, F MLP wi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,9 +102,11 @@ class OneToken:
     def _decide(self, known: _Known, unit: Unit, x_D: Tensor) -> bool:
         call, bench = unit.inputs.call, self.routing.bench
         if call.threshold is None:
-            # a padding token bypasses everything
-            real = bool(call.valid_BT)
-            call.threshold = float(self.routing.method.threshold) if real else float("inf")
+            call.threshold = float(self.routing.method.threshold)
+            if not bool(call.valid_BT):  # a padding token bypasses everything
+                call.threshold = math.inf
+            elif call.reserved_BT is not None and bool(call.reserved_BT):
+                call.threshold = -math.inf
         score = float(torch.dot(x_D.float(), known.linear.score_D))
         if bench is not None and bench.draw is not None:
             return bool(bench.draw(unit.site, call.valid_BT))

@@ -24,6 +24,7 @@ class Scripted(Method):
         maps: a bypassed token gets x @ maps[site]; none means skip.
         gates: float gate of each routed site instead of the table's 0 and 1, for training.
         kv_policy: `keep` or `evict`.
+        reserve: first tokens that execute whatever the tables say.
     """
 
     def __init__(
@@ -32,9 +33,10 @@ class Scripted(Method):
         maps: Mapping[Site, Tensor] | None = None,
         gates: Mapping[Site, Tensor] | None = None,
         kv_policy: str = "keep",
+        reserve: int = 0,
     ) -> None:
         super().__init__(sparsity=0.0)
-        self.kv_policy = kv_policy
+        self.kv_policy, self.reserve = kv_policy, reserve
         self.tables, self.maps, self.gates = tables, maps, gates
         self.rows: list[int] | None = None
         """Sequences of the batch, if not all of the table in order."""

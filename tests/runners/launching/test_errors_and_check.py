@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 
 from runners.errors import UserError
 from runners.launching.check import check_point
-from runners.point_config import CONF, resolve
+from runners.point_config import CONF, PointConfig, resolve
 from tests.conftest import SHRUNK, compose_tiny
 
 
@@ -133,6 +133,17 @@ def test_saved_folder_needs_both_files(tmp_path):
     check_point(saved_config(tmp_path))
     with pytest.raises(UserError, match="sparsity"):
         check_point(saved_config(tmp_path, sparsity=1.0))
+
+
+@pytest.mark.parametrize("said, read", [({"reserve": 2}, 2), ({}, 0)])
+def test_a_saved_model_reserves_what_it_was_trained_with(said, read, tmp_path):
+    """A folder that does not say is of a model that reserved nothing."""
+    base = {"name": "t", "source": "tiny", "path": "llama", "revision": None, "seed": 0}
+    settings = {"target": "methods.random.Random", "options": {"sparsity": 0.5, "seed": 0}}
+    settings |= {"base": {**base, "weights_sha256": "0"}, **said}
+    (tmp_path / "routed.json").write_text(json.dumps(settings))
+    (tmp_path / "routed.safetensors").write_bytes(b"")
+    assert PointConfig.parse(saved_config(tmp_path)).reserve == read
 
 
 def compose_score() -> dict:

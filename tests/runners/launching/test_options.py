@@ -86,7 +86,7 @@ def test_a_wrong_value_of_any_option_is_refused(group, words):
         for value in wrong_values(path, right):
             with pytest.raises(UserError) as caught:
                 point = PointConfig.parse(with_value(config, path, value))
-                point.method.make(point.sparsity)
+                point.method.make(point.sparsity, point.reserve)
             said = str(caught.value)
             assert "\n" not in said and (path[-1] in said or path[0] in said), (path, value)
 

@@ -19,6 +19,7 @@ def route_and_forecast(
     threshold: Tensor,
     *,
     tokens: int,
+    reserved_N: Tensor | None = None,
     kernels: Kernels = "auto",
 ) -> Routed:
     """Decide for each token, and add the forecast to the residual of those that are bypassed.
@@ -32,13 +33,17 @@ def route_and_forecast(
         valid_N: bool, False for padding.
         threshold: 0-dim; minus infinity executes all, infinity none.
         tokens: T, for the counts of each sequence.
+        reserved_N: bool, tokens that execute whatever their score; None for none.
     """
     if use_triton(kernels, x_ND):
         from methods.engine.ops.triton.route_kernel import launch_route
 
-        return launch_route(x_ND, residual_ND, valid_N, linear, threshold, None, tokens)
+        return launch_route(
+            x_ND, residual_ND, valid_N, linear, threshold, None, tokens, reserved_N=reserved_N
+        )
     scores_N = x_ND.float() @ linear.score_D + linear.offset
-    execute_N = (scores_N > threshold) & valid_N
+    execute_N = scores_N > threshold
+    execute_N = (execute_N if reserved_N is None else execute_N | reserved_N) & valid_N
     rows = forecast_bypassed(
         x_ND, residual_ND, valid_N, execute_N, linear, tokens=tokens, kernels="torch"
     )

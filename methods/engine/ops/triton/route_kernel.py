@@ -94,6 +94,7 @@ def decide_kernel(
     hidden_part_ptr,
     valid_ptr,
     given_ptr,
+    reserved_ptr,
     offset_ptr,
     threshold_ptr,
     up_ptr,
@@ -129,7 +130,10 @@ def decide_kernel(
         score = tl.zeros([ROWS], tl.float32) + tl.load(offset_ptr).to(tl.float32)
         for part in range(PARTS):
             score += tl.load(score_part_ptr + part * rows + row, mask=live, other=0.0)
-        run = (score > tl.load(threshold_ptr).to(tl.float32)) & valid
+        run = score > tl.load(threshold_ptr).to(tl.float32)
+        if reserved_ptr is not None:
+            run = run | (tl.load(reserved_ptr + row, mask=live, other=0) != 0)
+        run = run & valid
         if column == 0:
             tl.store(scores_ptr + row, score, mask=live)
     else:
@@ -193,6 +197,8 @@ def launch_route(
     threshold: Tensor | None,
     given_N: Tensor | None,
     tokens: int,
+    *,
+    reserved_N: Tensor | None = None,
 ) -> Routed:
     """`route_and_forecast`, or `forecast_bypassed` where the decisions are given."""
     score = offset = down = down_bias = up = bias = None
@@ -231,7 +237,7 @@ def launch_route(
         )
     decide_kernel[(row_tiles, 1 if up is None else -(-width // cols))](
         *(score_part, hidden_part, valid_N.view(torch.uint8)),
-        None if given_N is None else given_N.contiguous().view(torch.uint8),
+        *(None if m is None else m.contiguous().view(torch.uint8) for m in (given_N, reserved_N)),
         *(offset, threshold, up, bias, down_bias, residual_ND, scores, execute.view(torch.uint8)),
         *(rows.index_N, rows.executed, rows.counts_B, rows.starts_B),
         *(number, width, rank, residual_ND.stride(0)),

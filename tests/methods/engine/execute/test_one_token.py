@@ -21,8 +21,17 @@ WIDTH, RANK = 32, 5
 class Linear(Method):
     """Random linear scores and low-rank estimates, the same whichever way they are asked."""
 
-    def __init__(self, sites: list[Site], threshold: float, *, forecast: bool, silu: bool) -> None:
+    def __init__(
+        self,
+        sites: list[Site],
+        threshold: float,
+        *,
+        forecast: bool,
+        silu: bool,
+        reserve: int = 0,
+    ) -> None:
         super().__init__(sparsity=0.0)
+        self.reserve = reserve
         self.where, self.forecast, self.silu = sites, forecast, silu
         self.threshold.fill_(threshold)
         generator = torch.Generator().manual_seed(3)

@@ -40,13 +40,26 @@ def unit(router, forecaster=None):
     return LinearUnit(*score, down.weight, down.bias, up.weight, up.bias, silu)
 
 
-def check(batch, tokens, width, rank, activation, threshold, dtype, seed, device, forecast=True):
+def check(
+    batch,
+    tokens,
+    width,
+    rank,
+    activation,
+    threshold,
+    dtype,
+    seed,
+    device,
+    forecast=True,
+    reserve=0,
+):
     router, forecaster = modules(width, rank, activation, device)
     _, valid = masks(batch, tokens, 1.0, seed, device)
     valid = valid.flatten()
     x = draw(batch * tokens, width, seed=seed, dtype=dtype, device=device)
     before = draw(batch * tokens, width, seed=seed + 1, dtype=dtype, device=device)
     after, score = before.clone(), router(x)
+    reserved = (torch.arange(tokens, device=device) < reserve).repeat(batch)
     routed = route_and_forecast(
         x,
         after,
@@ -54,10 +67,11 @@ def check(batch, tokens, width, rank, activation, threshold, dtype, seed, device
         unit(router, forecaster if forecast else None),
         torch.tensor(threshold, device=device),
         tokens=tokens,
+        reserved_N=reserved if reserve else None,
         kernels="triton",
     )
     assert torch.allclose(routed.scores_N, score, atol=2e-5)
-    execute = (routed.scores_N > threshold) & valid
+    execute = ((routed.scores_N > threshold) | reserved) & valid
     assert torch.equal(routed.execute_N, execute)
     bypass = valid & ~execute
     expected = before.clone()
@@ -99,6 +113,11 @@ def test_half_precision(dtype, activation, device):
 def test_slices_of_a_wide_input(device):
     """Width 576 over four slices, the last of them shorter."""
     check(1, 9, 576, 20, "silu", 0.0, torch.float32, 7, device)
+
+
+@pytest.mark.parametrize("tokens, threshold", [(1, 0.0), (9, 0.0), (9, math.inf)])
+def test_reserved_tokens_are_executed(tokens, threshold, device):
+    check(3, tokens, 32, 4, "silu", threshold, torch.float32, 7, device, reserve=2)
 
 
 def test_no_forecast(device):
