@@ -5,12 +5,18 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 RESULTS ?= results
 
-.PHONY: sweep compare forecasters report docs test slow lint format clean
+.PHONY: sweep verdict compare forecasters report docs test slow lint format clean
 
 sweep: $(READY)
-	$(BIN)/python runners/sweep.py method=informed sparsity=0.3,0.5,0.7 results_dir=$(RESULTS) -m
+	$(BIN)/python runners/sweep.py method=informed sparsity=0.3,0.5,0.7 speed=sweep \
+	  results_dir=$(RESULTS) -m
+	$(BIN)/python analysis/verdict.py results_dir=$(RESULTS)
 	$(BIN)/python analysis/tradeoff.py results_dir=$(RESULTS)
 	$(BIN)/python analysis/training_time.py results_dir=$(RESULTS)
+
+verdict: $(READY)
+	$(BIN)/python runners/sweep.py experiment=verdict results_dir=$(RESULTS) -m
+	$(BIN)/python analysis/verdict.py results_dir=$(RESULTS)
 
 forecasters: $(READY)
 	$(BIN)/python runners/sweep.py experiment=forecasters results_dir=$(RESULTS)/forecasters -m

@@ -63,6 +63,8 @@ def write(view: View, paths: Paths, *, optional: bool = False) -> None:
     for slug, title, part in by_setting(rows):
         for path in view.save(part, title, paths.out_dir / f"{view.name}-{slug}"):
             log.info("wrote %s", path)
+            if view.printed and path.suffix == ".md":
+                sys.stdout.write(f"{title}\n\n{path.read_text(encoding='utf-8')}\n")
 
 
 def run(view: View, usage: str | None) -> None:

@@ -210,7 +210,8 @@ class Store:
         `phase` (prefill | decode), `tokens` (of the prompt, or in the cache), `batch`, those of
         `HOW`, `dense_tps`, `routed_tps`, `speedup` (their ratio, so that the three agree) with
         `speedup_p20` and `speedup_p80` (of single pairs), `bound`, `efficiency`, `sparsity`
-        (realised on what was timed).
+        (realised on what was timed), bytes of `peak` memory and `kv` (keys and values; decode)
+        with `dense_peak` and `dense_kv`.
         """
         frame = self._frame(_speed)
         if len(frame):
@@ -419,9 +420,17 @@ def _speed(record: Record) -> Iterator[dict[str, Any]]:
                 "tokens": case[length],
                 **{key: str(how.get(key, "")) for key in HOW},
                 **{key: case[key] for key in TIMED},
+                **_bytes(case, "peak_memory_bytes", "peak"),
+                **_bytes(case, "cache_bytes", "kv"),
                 "speedup": speedup,
                 "efficiency": speedup / case["bound"],
             }
+
+
+def _bytes(case: Record, key: str, name: str) -> dict[str, Any]:
+    """Of the routed model under the name, of the dense one under `dense_` and the name."""
+    both = case.get(key) or {}
+    return {name: both.get("routed", np.nan), f"dense_{name}": both.get("dense", np.nan)}
 
 
 def _mapped(frame: pd.DataFrame, to: Callable[[Any], Any]) -> pd.DataFrame:

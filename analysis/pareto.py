@@ -15,6 +15,8 @@ from pathlib import Path
 if __name__ == "__main__":  # run the code of this clone, whichever clone's environment it is
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -35,8 +37,8 @@ def rows(store: Store) -> pd.DataFrame:
     if measured.empty:
         return measured
     measured = measured[measured["measure"] != LOG_PROBABILITY]
-    own = measured[~measured["true_error"] & (measured["line"] != DENSE)]
-    found = pd.concat([own, _dense(measured)], ignore_index=True)
+    found = with_dense(measured)
+    found = found[~found["true_error"]].reset_index(drop=True)
     found["executed"] = 1.0 - found["sparsity_realised"]
     for cost in COSTS:
         found[f"front_{cost}"] = False
@@ -48,7 +50,7 @@ def rows(store: Store) -> pd.DataFrame:
     return found
 
 
-def _dense(measured: pd.DataFrame) -> pd.DataFrame:
+def with_dense(measured: pd.DataFrame) -> pd.DataFrame:
     """Make the dense model a point of each measure, without an interval if no record is its own."""
     by = ["setting", "model", "data", "budget", *MEASURE]
     beside = measured.groupby(by).agg({"dense": "mean", "fingerprints": joined}).reset_index()
@@ -59,7 +61,15 @@ def _dense(measured: pd.DataFrame) -> pd.DataFrame:
     perplexity = found["measure"] == "perplexity"
     against = dict.fromkeys(RATIO, np.where(perplexity, 1.0, np.nan))
     against |= dict.fromkeys(DIFFERENCE, np.where(perplexity, np.nan, 0.0))
-    return found.assign(**at_one, **against, method=DENSE, variant="", line=DENSE, true_error=False)
+    named: dict[str, Any] = {
+        "method": DENSE,
+        "line": DENSE,
+        "variant": "",
+        "role": "",
+        "true_error": False,
+    }
+    dense = found.assign(**at_one, **against, **named)
+    return pd.concat([measured[measured["line"] != DENSE], dense], ignore_index=True)
 
 
 def undominated(cost: pd.Series, loss: pd.Series) -> pd.Series:

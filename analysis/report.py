@@ -30,6 +30,7 @@ from analysis import (
     speedup,
     tradeoff,
     training_time,
+    verdict,
 )
 from analysis.cli import Paths, parse, run_main
 from analysis.drawing import style, tables
@@ -39,7 +40,7 @@ from analysis.view import View, looks_of
 
 log = logging.getLogger(__name__)
 
-SCRIPTS = (tradeoff, pareto, training_time, speedup, kv, layers, significance)
+SCRIPTS = (verdict, tradeoff, pareto, training_time, speedup, kv, layers, significance)
 VIEWS: tuple[View, ...] = (*(script.VIEW for script in SCRIPTS), training_time.CURVE)
 """What a report shows of a setting, in this order."""
 OPTIONAL = (kv.VIEW, training_time.CURVE)

@@ -27,6 +27,7 @@ from analysis.drawing import style, tables
 from analysis.drawing.style import Looks
 from analysis.frames import DENSE, RATIO, Store, joined, only_one
 from analysis.groups import label
+from analysis.tradeoff import scale
 from analysis.view import Panel, View
 
 GIB = 1024**3
@@ -154,36 +155,19 @@ def curve_panels(part: pd.DataFrame) -> list[Panel]:
 
 
 def draw_curves(own: pd.DataFrame, panel: Axes, looks: Looks) -> None:
-    """Draw one line a method, named at its end, with the interval of its ratio to dense."""
+    """Draw one line a method, with the interval of its ratio to dense."""
     panel.axhline(1.0, **style.DASHED, label=DENSE)
     for line, points in own.groupby("line"):
         look = looks[str(line)]
         panel.plot(points["training_s"], points["ratio"], label=str(line), **look)
         ends = points["ratio_low"], points["ratio_high"]
         panel.fill_between(points["training_s"], *ends, color=look["color"], alpha=0.15, lw=0)
-        panel.annotate(
-            str(line),
-            (points["training_s"].iloc[-1], points["ratio"].iloc[-1]),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=6.5,
-            color=look["color"],
-            annotation_clip=False,
-        )
+    scale(panel, own)
     panel.set_xscale("log")
-    panel.set_yscale("log")
     panel.set_xlabel("training (s)")
-    panel.set_ylabel(f"{own['shown'].iloc[0]} / dense")
-    panel.margins(x=0.2)
-    plain = FuncFormatter(lambda value, _: f"{value:g}")
-    for axis, steps in (
-        (panel.xaxis, (1.0, 2.0, 5.0)),
-        (panel.yaxis, (1.0, 1.2, 1.5, 2.0, 3.0, 5.0)),
-    ):
-        axis.set_major_locator(LogLocator(base=10, subs=steps))
-        axis.set_major_formatter(plain)
-        axis.set_minor_formatter(NullFormatter())
+    panel.xaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0)))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    panel.xaxis.set_minor_formatter(NullFormatter())
 
 
 def curve_table(part: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:

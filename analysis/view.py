@@ -76,6 +76,8 @@ class View:
         share: axes that panels of a figure share, as for `plt.subplots`.
         height_in: of a row of panels, inches, at least.
         ends: whether lines are labelled at their ends; else a legend names them.
+        remark: says of the rows of one setting what its reader must know.
+        printed: whether its script prints the table too.
     """
 
     name: str
@@ -91,6 +93,8 @@ class View:
     share: tuple[Any, Any] = ("col", "row")
     height_in: float = 2.0
     ends: bool = True
+    remark: Callable[[pd.DataFrame], str] | None = None
+    printed: bool = False
 
     def save(self, part: pd.DataFrame, title: str, stem: Path) -> list[Path]:
         """Write the figure and the tables of one setting to `<stem>.*`."""
@@ -98,7 +102,8 @@ class View:
         if self.panels is not None:
             with style.paper():
                 written = style.save(self.draw(part, title), stem)
-        return written + tables.save(stem, *self.table(part))
+        note = self.remark(part) if self.remark else ""
+        return written + tables.save(stem, *self.table(part), note)
 
     def draw(self, part: pd.DataFrame, title: str) -> Figure:
         """Draw all panels of one setting as one figure, labelled at its left and lower edge."""
@@ -122,10 +127,12 @@ class View:
             axes.set_title(panel.title)
         for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)
-        for axes in grid[:-1].flat:
-            axes.set_xlabel("")
-        for axes in grid[:, 1:].flat:
-            axes.set_ylabel("")
+        for axes, below in zip(grid[:-1].flat, grid[1:].flat, strict=True):
+            if axes.get_xlabel() == below.get_xlabel():
+                axes.set_xlabel("")
+        for axes, left in zip(grid[:, :0:-1].flat, grid[:, -2::-1].flat, strict=True):
+            if axes.get_ylabel() == left.get_ylabel():
+                axes.set_ylabel("")
         named = dict(zip(*reversed(grid[0][0].get_legend_handles_labels()), strict=True))
         if self.ends:
             lines = style.without(looks, DENSE)
@@ -164,7 +171,11 @@ class View:
             shown = {line: looks[line] | dict(self.mark) for line in lines}
             legend = swatches(shown | dict(self.more), prefix=f"{slug}-l")
         shown_table = page_table(self.table(part)[1], self.caption, stem)
-        return Section(slug, self.title, self.note, legend, pictures, [shown_table])
+        return Section(slug, self.title, self.noted(part), legend, pictures, [shown_table])
+
+    def noted(self, part: pd.DataFrame) -> str:
+        """The note and the remark on the rows of one setting."""
+        return " ".join(filter(None, [self.note, self.remark(part) if self.remark else ""]))
 
 
 def looks_of(*parts: pd.DataFrame) -> Looks:

@@ -9,14 +9,16 @@ from typing import Any
 import pandas as pd
 
 
-def save(stem: Path, frame: pd.DataFrame, readable: pd.DataFrame) -> list[Path]:
+def save(stem: Path, frame: pd.DataFrame, readable: pd.DataFrame, note: str = "") -> list[Path]:
     """Write `<stem>.csv` in full precision, `<stem>.md` and `<stem>.tex` to read.
 
     Args:
         frame: the numbers.
         readable: the same, formatted for a reader.
+        note: stands below the table in Markdown.
     """
     forms = {"csv": frame.to_csv(index=False), "md": markdown(readable), "tex": latex(readable)}
+    forms["md"] += f"\n{note}\n" if note else ""
     return [write(stem.parent / f"{stem.name}.{end}", text) for end, text in forms.items()]
 
 

@@ -72,8 +72,8 @@ def test_the_picture_has_one_line_a_method_named_at_its_end(store):
     lines = dict(zip(labels, handles, strict=True))
     assert set(lines) == {"dense", "informed", "skipgpt"}
     assert list(lines["skipgpt"].get_xdata()) == [40.0, 160.0, 640.0]
-    ends = {text.get_text(): text.xy for text in panel.texts}
-    assert ends["informed"] == pytest.approx((800.0, 1.3))
+    assert [text.get_text() for text in panel.texts] == ["skipgpt", "informed"]
+    assert panel.get_ylim()[1] <= 10
 
 
 def test_budgets_are_lines_of_one_picture_elsewhere(store):
