@@ -123,7 +123,7 @@ class Store:
         `measure` (perplexity | accuracy | log_probability, of the right one of an item's choices),
         `name`, `metric`, `shown` (both for a reader), `value`, `realised_here` (sparsity of the
         tokens that were read for it: with `shared_contexts` a context once for all choices),
-        `low`, `high` (the 95 % bootstrap interval of a perplexity, one standard error of an
+        `low`, `high` (the 95 % interval of a perplexity alone, one standard error of an
         accuracy), `dense`, `chance`, `n`, and what the same documents and items say against the
         dense model: `RATIO` of perplexities, `DIFFERENCE` of accuracies, whose intervals are
         missing where no items were saved.
@@ -319,7 +319,8 @@ def _role(identity: Record) -> str:
 def _measures(record: Record) -> Iterator[dict[str, Any]]:
     for name, entry in record["perplexity"].items():
         row = _measure("perplexity", name, entry)
-        yield row | {"low": entry["low"], "high": entry["high"], "n": entry.get("documents")}
+        ends = {end: np.nan if entry[end] is None else entry[end] for end in ("low", "high")}
+        yield row | ends | {"n": entry.get("documents")}
     for name, entry in record["accuracy"].items():
         yield from _of_items(_measure("accuracy", name, entry), entry["stderr"], entry["n"])
         if "log_probability" in entry:

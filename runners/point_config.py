@@ -130,7 +130,6 @@ class WindowConfig:
     """Tokens that a prediction may look back on."""
     stride: Positive
     batch_size: Positive
-    bootstrap_samples: Positive
 
     def __post_init__(self) -> None:
         if self.stride > self.context:

@@ -42,7 +42,6 @@ SHRUNK = (
     "budget.lora={steps:3,batch_size:2,seq_len:32,accumulate:1}",
     "eval.perplexity.tokens_per_document=48",
     "eval.perplexity.documents_limit=4",
-    "eval.perplexity.bootstrap_samples=50",
     "eval.tasks=[]",
     "eval.limit=8",
 )

@@ -97,10 +97,10 @@ def evaluate(
     with scope:
         own = settings.perplexity
         kept, tokens = documents[: own.documents_limit], own.tokens_per_document
-        entry, items = _perplexity(base, kept, own, tokens, seed, joined=False)
+        entry, items = _perplexity(base, kept, own, tokens, joined=False)
         figures["perplexity"][name], figures["items"][name] = entry, vars(items)
         usage = _usage(model)
-        for text, (entry, items) in _texts(settings, base, seed):
+        for text, (entry, items) in _texts(settings, base):
             figures["perplexity"][text] = entry | _realised_on(_usage(model))
             figures["items"][text] = vars(items)
         for task, scores in _tasks(settings, base, documents, seed, cache_dir, samples_dir):
@@ -120,14 +120,12 @@ def evaluate(
     }
 
 
-def _texts(
-    settings: EvalConfig, base: Base, seed: int
-) -> Iterator[tuple[str, tuple[dict[str, Any], Items]]]:
+def _texts(settings: EvalConfig, base: Base) -> Iterator[tuple[str, tuple[dict[str, Any], Items]]]:
     """Token perplexity of each text, then of one text at growing context."""
     folder, sizes, long = settings.data_folder, settings.token_perplexity, settings.long_context
     for name in present_texts(settings.texts, folder):
         text = load_text(name, folder)
-        yield name, _perplexity(base, text, sizes, sizes.tokens, seed)
+        yield name, _perplexity(base, text, sizes, sizes.tokens)
     if long is None or not present_texts([long.text], folder):
         return
     text = load_text(long.text, folder)
@@ -138,7 +136,7 @@ def _texts(
             continue
         batch = max(1, sizes.batch_size * sizes.context // context)
         own = replace(sizes, context=context, stride=long.stride, batch_size=batch)
-        yield f"{long.text}_context{context}", _perplexity(base, text, own, long.tokens, seed)
+        yield f"{long.text}_context{context}", _perplexity(base, text, own, long.tokens)
 
 
 def _perplexity(
@@ -146,12 +144,11 @@ def _perplexity(
     documents: Sequence[Document],
     sizes: WindowConfig,
     tokens: int | None,
-    seed: int,
     *,
     joined: bool = True,
 ) -> tuple[dict[str, Any], Items]:
     """An entry of the record, and its documents apart, so that the record stays small."""
-    how: dict[str, Any] = {"tokens": tokens, "seed": seed, "joined": joined}
+    how: dict[str, Any] = {"tokens": tokens, "joined": joined}
     entry = perplexity(base.model, base.tokenizer, documents, sizes, **how)
     found = entry.pop("per_document")
     names, nlls, weights = ([part[key] for part in found] for key in ("name", "nll", "tokens"))

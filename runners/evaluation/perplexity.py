@@ -21,7 +21,7 @@ from methods.engine.decoder.offload import materialised
 from methods.engine.decoder.placement import device_of, input_device
 from runners.corpus.source import Document
 from runners.errors import UserError
-from runners.evaluation.scores import bootstrap_interval
+from runners.evaluation.scores import perplexity_interval
 from runners.runtime.memory import Fitting
 from runners.runtime.progress import progress
 
@@ -53,7 +53,6 @@ def perplexity(
     sizes: WindowConfig,
     *,
     tokens: int | None = None,
-    seed: int = 0,
     joined: bool = False,
 ) -> dict[str, Any]:
     """Measure exp(mean negative log-likelihood per token) with a 95 % interval over documents.
@@ -102,7 +101,7 @@ def perplexity(
             scored[window.document] += len(window.targets)
 
     kept = np.flatnonzero(scored)
-    low, high = bootstrap_interval(nll[kept], scored[kept], sizes.bootstrap_samples, seed)
+    low, high = perplexity_interval(nll[kept], scored[kept])
     return {
         "value": math.exp(nll.sum() / scored.sum()),
         "low": low,

@@ -51,12 +51,14 @@ def result_rows(result: Mapping[str, Any]) -> Rows:
     rows: list[dict[str, Any]] = []
     for name, entry in result["perplexity"].items():
         own = {"value": entry["value"], "low": entry["low"], "high": entry["high"]}
-        rows.append({"measure": "perplexity", "name": name, **own, "dense": entry["dense"]})
+        named = {"measure": "perplexity", "name": name, "metric": entry.get("metric", "perplexity")}
+        rows.append({**named, **own, "dense": entry["dense"]})
     for name, entry in result["accuracy"].items():
         stderr = entry["stderr"] or 0.0
         own = {"value": entry["value"], "low": entry["value"] - stderr}
         own["high"] = entry["value"] + stderr
-        rows.append({"measure": "accuracy", "name": name, **own, "dense": entry["dense"]})
+        named = {"measure": "accuracy", "name": name, "metric": entry["metric"]}
+        rows.append({**named, **own, "dense": entry["dense"]})
     return rows
 
 

@@ -19,7 +19,7 @@ from tests.runners.toy import SITES, toy
 TEXT = documents(5)
 
 
-SIZES = {"context": 48, "stride": 48, "batch_size": 4, "bootstrap_samples": 50}
+SIZES = {"context": 48, "stride": 48, "batch_size": 4}
 SETTINGS = eval_config(perplexity={"documents_limit": 4, "tokens_per_document": 48, **SIZES})
 
 

@@ -153,7 +153,7 @@ def test_generation(model, tokenizer):
 @pytest.mark.slow
 def test_perplexity(tiny_llama, tokenizer):
     def measure():
-        sizes = WindowConfig(1024, 1024, batch_size=64, bootstrap_samples=10)
+        sizes = WindowConfig(1024, 1024, batch_size=64)
         return perplexity(tiny_llama, tokenizer, documents(120), sizes, joined=True)
 
     whole = measure()

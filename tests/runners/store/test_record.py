@@ -13,13 +13,13 @@ def result(realised: float, achievable: float = 0.4) -> Record:
         sparsity_realised=realised,
         realised={"achievable": achievable, "calibration": 0.401},
         perplexity={"sotu": {"value": 30.0, "dense": 20.0}},
-        accuracy={"choice": {"value": 0.5, "dense": 0.75}},
+        accuracy={"choice": {"value": 0.5, "dense": 0.75, "metric": "acc"}},
     )
 
 
 def test_headline_names_every_figure_beside_the_dense_one():
     assert result(0.401).headline == (
-        "realised 0.401, perplexity sotu 30.00 (dense 20.00), choice 0.500 (dense 0.750)"
+        "realised 0.401, perplexity sotu 30.00 (dense 20.00), choice acc 0.500 (dense 0.750)"
     )
 
 

@@ -23,7 +23,7 @@ RECORD = {
     **IDENTITY,
     "sparsity_realised": 0.31,
     "perplexity": {"sotu": {"value": 4.5, "low": 4.0, "high": 5.0, "dense": 3.0, "documents": 2}},
-    "accuracy": {"piqa": {"value": 0.6, "stderr": 0.1, "dense": 0.7}},
+    "accuracy": {"piqa": {"value": 0.6, "metric": "acc_norm", "stderr": 0.1, "dense": 0.7}},
     "realised": {"per_layer": [{"layer": i, "attention": 0.2, "mlp": 0.4} for i in range(3)]},
     "stages": [
         {"name": "routers", "seconds": 2.0, "steps": 4, "tokens": 64, "peak_memory_bytes": 9}
