@@ -9,10 +9,13 @@ import sys
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
 from runners.errors import UserError
 from runners.launching.command_line import launch, prepare
-from runners.launching.points import CommandLine, split_flags
+from runners.launching.points import CommandLine, parse, split_flags
+from runners.point_config import CONF, resolve
 from runners.runtime import workers
 from tests.conftest import ROOT
 
@@ -37,6 +40,24 @@ def test_every_point_of_an_experiment_is_there():
     assert found == list(expected)
     with pytest.raises(UserError, match="sparsity"):
         prepare(["experiment=two_by_two", "sparsity=0.2,1.9"], "sweep")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["method=layer_skip,informed", "seed=1,2", "+method.note=3", "-m"],
+        ["experiment=kv", "method.rank=8", "seed=4", "-m"],
+        ["method=layer_skip", "seed=3", "~merge_lora"],
+    ],
+)
+def test_points_are_composed_as_hydra_composes_each(words):
+    """Their files are read once; an option may change what a file refers to (`seed`)."""
+    line = CommandLine(["tracking=off", *words], "sweep")
+    presets = parse([f"{key}={value}" for key, value in line.presets.items()])
+    (batch,) = BasicSweeper.split_arguments([*presets, *line.overrides], None)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        expected = [resolve(compose("sweep", point)) for point in batch]
+    assert list(line.points()) == expected
 
 
 def test_the_budget_experiment_trains_everything_longer():
