@@ -252,10 +252,10 @@ VIEW = View(
     "verdict",
     "Does it pay?",
     "Perplexity and accuracy against measured speed-up, and against FLOPs. Grey steps: the front "
-    "over all methods; nothing that is at least as fast loses less. In the table `measured` is a "
-    "point at least as fast, `between` lies on the line of log perplexity over log speed-up "
-    "between two neighbouring points of the method; nothing is extrapolated. Intervals: 95 %, "
-    "paired with the dense model's documents.",
+    "over all methods; nothing that is at least as fast loses less. In the table, a measured "
+    "point is at least as fast; what stands between two sparsities lies on the line of log "
+    "perplexity over log speed-up between two neighbouring points of the method; nothing is "
+    "extrapolated. Intervals: 95 %, paired with the dense model's documents.",
     "no point was timed: run runners/sweep.py with speed=sweep",
     rows,
     table,

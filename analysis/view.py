@@ -111,7 +111,7 @@ class View:
         panels = self.panels(part)
         columns = min(COLUMNS, len(panels))
         rows = -(-len(panels) // columns)
-        width = style.COLUMN_WIDTH_IN * (2 if columns > 1 else 1.4)
+        width = (style.COLUMN_WIDTH_IN + self._beside()) * (2 if columns > 1 else 1.4)
         figure, grid = plt.subplots(
             rows,
             columns,
@@ -142,6 +142,10 @@ class View:
         figure.legend(named.values(), named.keys(), **words)
         return figure
 
+    def _beside(self) -> float:
+        """Inches of labels beside the axes."""
+        return 0.5 if self.ends else 0.0
+
     def _height(self, part: pd.DataFrame) -> float:
         """Of a panel: with room for its labels one below the other."""
         lines = part["line"].nunique() if self.ends else 0
@@ -159,7 +163,7 @@ class View:
             return Section(slug, self.title, missing=self.missing)
         pictures, legend = [], []
         for place, panel in enumerate(self.panels(part) if self.panels else []):
-            size = (PANEL_IN[0], max(PANEL_IN[1], self._height(part) + 0.4))
+            size = (PANEL_IN[0] + self._beside(), max(PANEL_IN[1], self._height(part) + 0.4))
             figure, axes = plt.subplots(figsize=size, layout="constrained")
             panel.draw(axes, looks)
             if self.ends:

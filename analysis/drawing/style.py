@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -139,7 +140,10 @@ def luminance(colour: str) -> float:
 
 def on_dark(colour: str) -> str:
     """What a colour of a line becomes on a dark page."""
-    return mix(colour, 0.94, 0.62 - 0.55 * luminance(colour) ** 0.5)
+    hue, lightness, saturation = colorsys.rgb_to_hls(*colors.to_rgb(colour))
+    # of a hue the light half; of grey, which has none, the mirror image
+    lifted = 0.56 + 0.4 * lightness if saturation > 0.05 else 0.92 - 0.5 * lightness
+    return colors.to_hex(colorsys.hls_to_rgb(hue, lifted, saturation))
 
 
 SERIES = frozenset(shade(colour, step) for colour in COLOURS for step in range(len(SHADES)))
