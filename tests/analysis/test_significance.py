@@ -13,8 +13,15 @@ from scipy import stats
 
 from analysis.cli import Paths, write
 from analysis.frames import AnalysisError, Store
-from analysis.intervals import mcnemar
-from analysis.significance import VIEW, compare, holm, paired
+from analysis.intervals import DRAWS, mcnemar, perplexity_ratio
+from analysis.significance import (
+    VIEW,
+    compare,
+    holm,
+    items_needed,
+    mcnemar_power,
+    paired,
+)
 from tests.analysis.store import write_point
 from tests.conftest import ROOT
 
@@ -110,7 +117,8 @@ def test_too_few_seeds_say_nothing_of_recipes(seeds):
     values = {line: recipes(draw, (3,), seeds, 0.3) + shift for line, shift in (("a", 9), ("b", 0))}
     items = frame_of(values)
     table = compare(items)
-    assert table.p_holm.isna().all() and (table[table.a == "a"].p < 1e-6).all()
+    assert table.p_holm.isna().all()
+    assert table[table.a == "a"].p.to_numpy() == pytest.approx(2 / (1 + DRAWS))  # no draw is beyond
     assert set(VIEW.table(items)[1]["p (Holm)"]) == {"too few seeds"}
 
 
@@ -122,23 +130,36 @@ def table_after(words: str) -> list[list[str]]:
     return [[cell.strip(" %") for cell in line.strip("|").split("|")] for line in cells]
 
 
-def test_items_of_the_docs_have_the_power_that_is_promised():
-    """McNemar's test at each number rejects in 80 % of draws."""
+def test_items_of_the_docs_are_those_that_are_needed():
     heading, _, *body = table_after("*Items*")
-    draw, checked = np.random.default_rng(0), 0
     for cell, *numbers in body:
         for share, number in zip(heading[1:], numbers, strict=True):
-            if number:
-                psi, difference = float(share.split()[0]) / 100, float(cell)
-                only_a = (psi + difference) / 2
-                chances = [only_a, psi - only_a, 1 - psi]
-                counts = draw.multinomial(int(number), chances, size=4000)
-                z = (counts[:, 0] - counts[:, 1]) / np.sqrt(counts[:, 0] + counts[:, 1] + 1e-9)
-                power = (np.abs(z) > 1.96).mean()
-                assert power > 0.77
-                assert power < 0.83 or difference > psi / 2  # few counts, all on one side
-                checked += 1
-    assert checked == 24
+            disagree, difference = float(share.split()[0]) / 100, float(cell)
+            if disagree >= difference:
+                assert number == str(items_needed(difference, disagree))
+
+
+@pytest.mark.parametrize(("difference", "disagree"), [(0.02, 0.1), (0.05, 0.05), (0.1, 0.2)])
+def test_items_needed_have_the_power_that_is_promised(difference, disagree):
+    """The exact test over simulated answers; a tenth fewer items have less."""
+    draw, enough = np.random.default_rng(0), items_needed(difference, disagree)
+    power = []
+    for count in (int(0.9 * enough), enough):
+        only_a = (disagree + difference) / 2
+        chances = [only_a, disagree - only_a, 1 - disagree]
+        counts = draw.multinomial(count, chances, size=6000)[:, :2]
+        found = {
+            tuple(pair): sampled
+            for pair, sampled in zip(*np.unique(counts, axis=0, return_counts=True), strict=True)
+        }
+        rejected = sum(
+            times
+            for (a, b), times in found.items()
+            if a + b and stats.binomtest(a, a + b).pvalue <= 0.05
+        )
+        power.append(rejected / 6000)
+    assert power[0] < 0.79 < power[1] < 0.83
+    assert mcnemar_power(enough, difference, disagree) >= 0.8
 
 
 def test_seeds_of_the_docs_are_the_fewest_with_the_power_that_is_promised():
@@ -209,6 +230,17 @@ def test_one_seed_of_a_task_is_mcnemar_s(store):
     piqa = items[items.name == "piqa"].pivot(index="item", columns="method", values="value")
     assert row.p == pytest.approx(mcnemar(piqa.greedy.to_numpy(), piqa.informed.to_numpy()))
     assert row.test == "mcnemar" and np.isnan(row.p_holm)
+
+
+def test_one_seed_of_a_text_is_the_bootstrap_s(store):
+    items = Store(store).items.query("seed == 0")
+    row = compare(items).set_index(["name", "a", "b"]).loc[("sotu", "greedy", "informed")]
+    text = items[items.name == "sotu"].pivot(index="item", columns="method", values="value")
+    greedy, informed = text.greedy.to_numpy(), text.informed.to_numpy()
+    expected = perplexity_ratio(greedy, informed, np.full(len(greedy), 100.0))
+    assert (row.low, row.high, row.p) == pytest.approx((expected.low, expected.high, expected.p))
+    assert row.difference == pytest.approx(expected.value)
+    assert row.test == "bootstrap over documents"
 
 
 def test_items_of_one_seed_only_are_paired_by_the_seeds_that_have_them(tmp_path):
