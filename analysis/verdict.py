@@ -123,7 +123,7 @@ def draw(chosen: pd.DataFrame, cost: str, panel: Axes, looks: Looks) -> None:
     front = heights(chosen[chosen[f"front_{cost}"]]).sort_values(cost)
     steps: Any = "steps-post" if cost in FLOPS else "steps-pre"
     panel.plot(front[cost], front["y"], drawstyle=steps, **FRONT, label="front")
-    panel.plot([1.0], front.loc[front["line"] == DENSE, "y"].head(1), **DENSE_STAR)
+    panel.plot([1.0], heights(chosen[chosen["line"] == DENSE])["y"], **DENSE_STAR)
     if cost in SPEEDS:
         panel.set_xscale("log")
         panel.xaxis.set_major_locator(FixedLocator(SPEED_TICKS))

@@ -264,7 +264,7 @@ def test_in_a_browser(page, results, width, scheme):
             "[...document.querySelectorAll('figure svg')].map(s => s.getBoundingClientRect().width)"
         )
         assert len(widths) > 15 and min(widths) > 250 and max(widths) <= width
-        tab.fill(".filter", "greedy 0.3")
+        tab.fill(".filter", "greedy 0.3,")
         assert tab.inner_text(".count") == "1 of 6"
         paper = "getComputedStyle(document.body).backgroundColor"
         before = tab.evaluate(paper)

@@ -143,6 +143,15 @@ def test_the_picture_has_both_speedups_and_flops_of_each_measure(tmp_path):
     assert list(drawn["front"].get_xdata()) == pytest.approx([1.0, 1.2, 1.5])
 
 
+def test_a_method_may_lose_less_than_dense(tmp_path):
+    """As noise on a small test text has it; dense is then not on the front, and still drawn."""
+    point(tmp_path, "informed", 0.2, 19.0, timed(1.2))
+    rows = verdict.rows(Store(tmp_path))
+    ppl = rows[rows["measure"] == "perplexity"].set_index("line")
+    assert ppl["front_prefill"].to_dict() == {"informed": True, "dense": False}
+    assert "| informed |" in text_of(tmp_path)
+
+
 def test_a_store_without_timing_is_one_line(tmp_path):
     point(tmp_path, "informed", 0.3, 30.0)
     with pytest.raises(AnalysisError, match="speed=sweep"):
