@@ -203,6 +203,8 @@ class RoutedScores:
     """Pairs over all units, never routed ones included."""
     fixed_weight: float = 0.0
     """Those of them that every token bypasses without a score."""
+    flops_ratio: float = 1.0
+    """Executed FLOPs over dense ones, everything counted."""
 
 
 class Probe(Protocol):

@@ -79,7 +79,7 @@ def _work(config: PointConfig, folder: RunFolder, job: Job) -> Built:
             trained = point.train(config, built, folder, tracker)
             point.save(config, built, folder.path / "routed")
         else:
-            trained = point.restore(config.saved, built)
+            trained = point.restore(config, config.saved, built)
         if job == "train":
             folder.saved()
             log.info("saved %s", folder.path / "routed")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from methods.base import Budget, Method, Stage
+from methods.base import Budget, Method, OutOfReach, Stage
 from methods.engine import checkpoint
 from methods.engine.decoder.placement import input_device, spread
 from methods.engine.lora import LoraFactors, attach_lora, describe
@@ -36,7 +36,8 @@ from runners.store.record import Record
 from runners.store.run_folder import RunFolder
 from runners.store.stage_cache import StageCache, content_key
 from runners.tracking.base import Safe
-from runners.training.loop import Loop, recipe
+from runners.training.flops_target import Saved, calibrate_saving, sparsity_saving
+from runners.training.loop import Allowance, Loop, recipe
 from runners.training.probe import ModelProbe
 from runners.training.state import Checkpoint
 
@@ -106,16 +107,21 @@ def train(config: PointConfig, built: Built, folder: RunFolder, tracker: Safe) -
         on_start=events.rewind,
     )
     products = stage_cache(config, folder)
+    allowance = Allowance(config.budget.tokens, recipe(method, built.budget))
     for stage, key in stage_keys(config, built):
+        spent = sum(report["tokens"] for report in trained.stages)
         if stage.lora is not None:
             attach_lora(built.base.model, method, stage.lora, seed=config.seed)
         kept = Checkpoint(products.checkpoint(key), config.store.checkpoint_seconds)
-        report = products.load_or_run(key, method, partial(_run, loop, stage, kept))
+        run = partial(_run, loop, stage, kept, allowance.of(stage, spent))
+        report = products.load_or_run(key, method, run)
         events.rewind(stage.name, report["steps"])
         folder.log({"event": "stage", **report})
         log.info("stage %s %s", stage.name, "from the cache" if report["cached"] else "done")
         trained.stages.append(report)
-    trained.realised = trained.stages[-1]["figures"].get("realised")
+    figures = trained.stages[-1]["figures"]
+    trained.realised = figures.get("realised")
+    method.sparsity = figures.get("sparsity", method.sparsity)
     return trained
 
 
@@ -127,7 +133,7 @@ def save(config: PointConfig, built: Built, folder: Path) -> None:
         built.method,
         folder,
         target=config.method.target,
-        options=config.method_options,
+        options={**config.method_options, "sparsity": built.method.sparsity},
         base={
             "name": base.name,
             "path": str(Path(model.path).resolve()) if local else model.path,
@@ -141,7 +147,7 @@ def save(config: PointConfig, built: Built, folder: Path) -> None:
     )
 
 
-def restore(saved: SavedConfig, built: Built) -> Trained:
+def restore(config: PointConfig, saved: SavedConfig, built: Built) -> Trained:
     """Load a saved method instead of training it, and move it to another target if one is asked."""
     folder, method = Path(saved.saved), built.method
     trained_on, check = saved.trained_on_sha256, saved.check_weights
@@ -149,6 +155,8 @@ def restore(saved: SavedConfig, built: Built) -> Trained:
     checkpoint.restore(method, folder, built.base.model)
     if not saved.recalibrate:
         return Trained()
+    if (aim := saved_flops(config)) is not None:
+        return Trained(realised=calibrate_saving(method, built.probe, *aim)["realised"])
     return Trained(realised=method.calibrate(built.probe, method.sparsity))
 
 
@@ -208,7 +216,7 @@ def record(
         **scores,
         stages=trained.stages,
         added_parameters=sum(p.numel() for p in method.parameters()),
-        options=config.method_options,
+        options={**config.method_options, "sparsity": method.sparsity},
         kv_policy=method.kv_policy,
         lora=describe(method.adapter),
         threshold=threshold if math.isfinite(threshold) else None,
@@ -253,9 +261,18 @@ def stage_keys(config: PointConfig, built: Built) -> Iterator[tuple[Stage, str]]
         str(input_device(built.base.model).type),
         torch.__version__,
     )
-    for stage in recipe(method, built.budget):
-        key = content_key(key, stage.name, method.sparsity if stage.per_target else None)
+    aim = saved_flops(config)
+    target = method.sparsity if aim is None else [config.target, *aim]
+    for stage in recipe(method, built.budget, aim):
+        key = content_key(key, stage.name, target if stage.per_target else None)
         yield stage, key
+
+
+def saved_flops(config: PointConfig) -> Saved | None:
+    """The target, if it is one of FLOPs."""
+    if config.target == "sparsity" or not config.sparsity:
+        return None
+    return Saved(config.sparsity, config.budget.seq_len)
 
 
 def build_method(config: PointConfig, model: PreTrainedModel) -> Method:
@@ -264,8 +281,15 @@ def build_method(config: PointConfig, model: PreTrainedModel) -> Method:
     Raises:
         UserError: an option that the method refuses.
     """
-    asked = config.method, config.sparsity, config.seed
-    return make_method(*asked, model, reserve=config.reserve)
+    make = partial(make_method, config.method, seed=config.seed, model=model)
+    method = make(config.sparsity, reserve=config.reserve)
+    if (aim := saved_flops(config)) is None:
+        return method
+    try:  # a recipe trains at a sparsity: the one that about saves the target
+        sparsity = sparsity_saving(method, *aim)
+    except OutOfReach as error:
+        raise UserError(f"method {config.method.name}: {error}") from error
+    return make(sparsity, reserve=config.reserve)
 
 
 def make_method(
@@ -307,8 +331,8 @@ def check_gradients(name: str, stages: Iterable[Stage]) -> None:
         )
 
 
-def _run(loop: Loop, stage: Stage, kept: Checkpoint) -> dict[str, Any]:
-    return loop.run(stage, kept).to_dict()
+def _run(loop: Loop, stage: Stage, kept: Checkpoint, allowance: int | None) -> dict[str, Any]:
+    return loop.run(stage, kept, allowance).to_dict()
 
 
 def merge_dense(scores: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]:

@@ -107,6 +107,9 @@ class BudgetConfig:
     forecasters: StageConfig
     routers: StageConfig
     lora: StageConfig
+    tokens: Positive | None = None
+    """That a method reads in all before its calibration: its gradient stages get more steps until
+    it does. None: as many as the recipe's."""
     scale: Above0 = 1.0
     """Times the steps of every gradient stage and `fit_tokens`."""
 
@@ -399,6 +402,8 @@ class PointConfig:
     """First tokens of every sequence that execute every routed unit."""
     resolved: Mapping[str, Any] = field(repr=False)
     """All of the above as JSON types under the keys of conf/, as it is hashed."""
+    target: Literal["sparsity", "flops"] = "sparsity"
+    """What the number `sparsity` is a share of: bypassed units, or dense FLOPs that are saved."""
     speed: SpeedConfig | None = None
     saved: SavedConfig | None = None
     inspect: InspectConfig | None = None
@@ -444,7 +449,8 @@ class PointConfig:
     @property
     def label(self) -> str:
         """Short name of the point for logs."""
-        return f"{self.method.name} sparsity={self.sparsity:g} seed={self.seed}"
+        share = "sparsity" if self.target == "sparsity" else "flops saved"
+        return f"{self.method.name} {share}={self.sparsity:g} seed={self.seed}"
 
     @functools.cached_property
     def variant(self) -> str:
@@ -464,6 +470,8 @@ class PointConfig:
             changed.append(f"reserve={self.reserve}")
         if self.objective != "distill":
             changed.append(f"objective={self.objective}")
+        if self.target != "sparsity":
+            changed.append(f"target={self.target}")
         return ", ".join(changed)
 
     @property
@@ -510,6 +518,8 @@ def _normalised(config: Mapping[str, Any]) -> dict[str, Any]:
     found = {key: _rounded(_expanded(value, key)) for key, value in found.items()}
     if found["method"].get("name") == "dense":
         found["sparsity"], found["reserve"] = 0.0, 1
+    if found["sparsity"] == 0 or found.get("target") == "sparsity":
+        found.pop("target", None)
     return found
 
 
@@ -550,6 +560,7 @@ def _from_saved(config: Mapping[str, Any]) -> dict[str, Any]:
         "sparsity": config["sparsity"] if moved else options["sparsity"],
         "reserve": settings.get("reserve", 0),
         "recalibrate": moved,
+        "target": config.get("target", "sparsity") if moved else "sparsity",
         "seed": base["seed"] if config["seed"] is None else config["seed"],
         "saved_sha256": sha256_of(folder / "routed.safetensors"),
         "trained_on_sha256": base["weights_sha256"],

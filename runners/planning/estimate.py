@@ -27,12 +27,18 @@ from runners.content import with_content
 from runners.corpus.rows import ProbeText
 from runners.corpus.source import stream_documents
 from runners.errors import UserError
-from runners.point import build, build_method, check_reach, stage_keys
+from runners.point import (
+    build,
+    build_method,
+    check_reach,
+    saved_flops,
+    stage_keys,
+)
 from runners.point_config import PointConfig
 from runners.store.files import cache_root
 from runners.store.run_folder import RunFolder
 from runners.store.stage_cache import StageCache, content_key
-from runners.training.loop import Loop, recipe
+from runners.training.loop import Allowance, Loop, lengthened, recipe
 from runners.training.probe import ModelProbe
 
 PASS = 2048
@@ -130,8 +136,13 @@ class Planner:
         held = {"weights": _bytes(model), "added": _bytes(method)}
         cached = self._cached(config)
         key = content_key(*(config.resolved[name] for name in RECIPE))
-        read = _rehearse(config, sizes)
-        for number, stage in enumerate(recipe(method, build_budget(config.budget))):
+        read, budget = _rehearse(config, sizes), build_budget(config.budget)
+        allowance = Allowance(config.budget.tokens, recipe(method, budget))
+        for number, stage in enumerate(recipe(method, budget)):
+            allowed = allowance.of(stage, round(sum(part.tokens for part in planned.parts)))
+            if stage.budget is not None:
+                longer = lengthened(stage.budget, allowed, read[stage.name].tokens)
+                stage = replace(stage, budget=longer)
             key = content_key(key, stage.name, stage.per_target and config.sparsity)
             part = self._stage(stage, key, method, held, read[stage.name], config, dtype)
             part.cached = cached[number] if cached else None
@@ -298,7 +309,7 @@ def _rehearse(config: PointConfig, sizes: PretrainedConfig) -> dict[str, Read]:
     loop = Loop(model, method, probe, lambda _: _rows(1), objective=objective, seed=seed)
     step = StageBudget(steps=1, batch_size=1, seq_len=ROW)
     read = {}
-    for stage in recipe(method, budget):
+    for stage in recipe(method, budget, saved_flops(config)):
         before = probe.differentiated
         report = loop.run(stage if stage.loss is None else replace(stage, budget=step))
         own = 0 if stage.loss is None else step.tokens

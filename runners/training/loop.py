@@ -7,8 +7,8 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,7 @@ from runners.runtime.distributed import (
 from runners.runtime.memory import PeakMemory, attempt
 from runners.runtime.progress import progress
 from runners.runtime.signals import Stop, deferred
+from runners.training.flops_target import Saved, calibrate_saving
 from runners.training.passes import Objective, Passes
 from runners.training.state import Batches, Checkpoint, Position, StageState
 
@@ -73,19 +74,63 @@ class StageReport:
         return asdict(self)
 
 
-def recipe(method: Method, budget: Budget) -> Iterator[Stage]:
-    """`fit`, the method's own recipe, and the calibration as its last step."""
+def recipe(method: Method, budget: Budget, saved: Saved | None = None) -> Iterator[Stage]:
+    """`fit`, the method's own recipe, and the calibration as its last step.
+
+    Args:
+        saved: target in FLOPs; None calibrates to the method's sparsity.
+    """
     if type(method).fit is not Method.fit:
         yield Stage("fit", fit=method.fit)
     yield from method.stages(budget)
     figures: dict[str, float] = {}
 
     def calibrate(probe: Probe) -> None:
+        if saved is not None:
+            figures.update(calibrate_saving(method, probe, *saved))
+            return
         found = method.calibrate(probe, method.sparsity)
         if found is not None:
             figures["realised"] = found
 
     yield Stage("calibrate", fit=calibrate, report=lambda probe: figures, per_target=True)
+
+
+def routed_tokens(stage: Stage) -> int:
+    """Tokens of a gradient stage of the routed model; 0 of others."""
+    if stage.loss is None or stage.budget is None or stage.forward == "dense":
+        return 0
+    return stage.budget.tokens
+
+
+class Allowance:
+    """Divides what a recipe may read in all among its stages.
+
+    Args:
+        tokens: in all; None leaves every stage as its budget has it.
+        stages: of the recipe, as the budget has them.
+    """
+
+    def __init__(self, tokens: int | None, stages: Iterable[Stage]) -> None:
+        self.tokens = tokens
+        self.left = sum(map(routed_tokens, stages))
+
+    def of(self, stage: Stage, spent: int) -> int | None:
+        """What this stage may read, once `spent` tokens have been; None for what has no steps."""
+        own = routed_tokens(stage)
+        if self.tokens is None or not own:
+            return None
+        share = own / self.left
+        self.left -= own
+        return int(share * (self.tokens - spent))
+
+
+def lengthened(budget: StageBudget, allowance: int | None, read: float) -> StageBudget:
+    """The budget with as many more steps as the allowance leaves after `read` tokens."""
+    if allowance is None:
+        return budget
+    steps = int((allowance - read) / (budget.tokens / budget.steps))
+    return replace(budget, steps=max(budget.steps, steps))
 
 
 class Cost:
@@ -146,11 +191,15 @@ class Loop:
         self.on_step, self.on_start = on_step, on_start
         self.device = input_device(model)
 
-    def run(self, stage: Stage, checkpoint: Checkpoint | None = None) -> StageReport:
+    def run(
+        self, stage: Stage, checkpoint: Checkpoint | None = None, allowance: int | None = None
+    ) -> StageReport:
         """Run one stage; the method's modules are changed in place.
 
         Args:
             checkpoint: kept by a gradient stage, which goes on from it.
+            allowance: tokens that a gradient stage may read, its start included: more steps than
+                its budget's, never fewer.
 
         Raises:
             TrainingDiverged: the loss is not finite.
@@ -164,10 +213,11 @@ class Loop:
             stage.fit(self.probe)
         else:
             assert stage.budget is not None and stage.loss is not None, stage.name
-            at = self._train(stage, stage.budget, cost, checkpoint or Checkpoint())
+            kept = checkpoint or Checkpoint()
+            at = self._train(stage, stage.budget, cost, kept, allowance)
             report.steps, report.final_loss = at.step, at.loss
             report.micro_batch, report.oom_halvings = at.micro_batch, at.oom_halvings
-            report.tokens = stage.budget.tokens
+            report.tokens = at.step * (stage.budget.tokens // stage.budget.steps)
         report.seconds, tokens, report.peak_memory_bytes = cost.read().values()
         report.tokens += tokens
         report.figures = stage.report(self.probe) if stage.report else {}
@@ -177,10 +227,18 @@ class Loop:
         return report
 
     def _train(
-        self, stage: Stage, budget: StageBudget, cost: Cost, checkpoint: Checkpoint
+        self,
+        stage: Stage,
+        budget: StageBudget,
+        cost: Cost,
+        checkpoint: Checkpoint,
+        allowance: int | None,
     ) -> Position:
         found = broadcast_object(checkpoint.load)
         thresholds = self._start_thresholds(stage) if found is None else {}
+        if found is not None:
+            cost.before = found[1]["cost"]
+        budget = lengthened(budget, allowance, cost.read()["tokens"])
         parameters = self._trainable(stage)
         adamw = optimizer(stage, parameters)
         batches = Batches(self.rows(budget), budget.batch_size, self.device)
@@ -189,7 +247,6 @@ class Loop:
         )
         if found is not None:
             state.restore(found)
-            cost.before = found[1]["cost"]
             log.info(
                 "stage %s goes on after step %d of %d", stage.name, state.at.step, budget.steps
             )

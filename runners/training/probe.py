@@ -14,6 +14,7 @@ from methods.base import Decision, Method, RoutedScores, Shape, Site, SwiGLU, Un
 from methods.engine.decoder.families import decoder, layers_of, shape_of
 from methods.engine.decoder.neurons import weights_of
 from methods.engine.decoder.placement import input_device
+from methods.engine.measure.flops import flops_ratio
 from methods.engine.observe import bypassed, observed, unit_gradients
 from methods.engine.routed import routed
 from methods.engine.routing import routing_of
@@ -144,6 +145,7 @@ class ModelProbe:
             weights=joined(weights),
             total_weight=float(usage.tokens * len(self.shape.units())),
             fixed_weight=float(usage.tokens * len(usage.dropped)),
+            flops_ratio=flops_ratio(self.method, usage) if usage.tokens else 1.0,
         )
 
     @torch.no_grad()

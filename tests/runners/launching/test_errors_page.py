@@ -140,6 +140,11 @@ def places(asked: dict[str, Any]) -> Provoke:
     return run
 
 
+def saves_too_little(scene: Scene) -> None:
+    config = PointConfig.parse(scene.config("method=d_llm", "target=flops", "sparsity=0.9"))
+    point.build_method(config, tiny_model()[0])
+
+
 def out_of_reach(scene: Scene) -> None:
     config = PointConfig.parse(scene.config("method=mod", "sparsity=0.7"))
     model, _ = tiny_model()
@@ -293,6 +298,7 @@ CASES: dict[str, Provoke] = {
     "several values": command("sparsity=0.1,0.2"),
     "sparsity must": command("sparsity=30"),
     "method ...: sparsity": out_of_reach,
+    "method ...: target=flops": saves_too_little,
     "no adapter": another_family,
     "cannot write results_dir": unwritable,
     "device_map must be": command("device_map=everywhere"),

@@ -21,7 +21,7 @@ FREE = {
     *("data_dir", "results_dir", "cache_dir", "device", "text", "_target_"),
 }
 """Options that any text may be in: no other word of text is wrong for their type."""
-REAL = {"init_timeout_s", "finish_timeout_s", "checkpoint_seconds", "alpha"}
+REAL = {"init_timeout_s", "finish_timeout_s", "checkpoint_seconds", "alpha", "scale"}
 """Whole numbers in the files, but any number will do."""
 WRONG: dict[type, tuple[Any, ...]] = {
     bool: ("no", "maybe", 7, None),
