@@ -21,23 +21,30 @@ from analysis.frames import Store, only_one
 from analysis.view import View
 
 WHOLE = "all parts"
+OF_WHOLE = ["of_whole", "of_whole_low", "of_whole_high"]
 BY = ["method", "shown", "sparsity_target", "without"]
 
 
 def rows(store: Store) -> pd.DataFrame:
-    """Take the perplexities of methods that leave out a part or could."""
+    """Take the perplexities of methods that leave out a part or could, beside the whole method's.
+
+    `of_whole`, with `of_whole_low` and `of_whole_high`: the ratio to the whole method on the same
+    documents.
+    """
     found = store.with_option("without")
-    return found[found["without"].notna()]
+    found = found[found["without"].notna()].reset_index(drop=True)
+    found["without"] = [", ".join(parts) or WHOLE for parts in found["without"]]
+    by = ["setting", *BY[:3]]
+    whole = found[found["without"] == WHOLE].drop_duplicates(by).set_index(by)
+    beside = whole.reindex(pd.MultiIndex.from_frame(found[by])).reset_index()
+    found[OF_WHOLE] = store.ratios(found, beside)
+    return found
 
 
 def table(part: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Tabulate one row per method, target and parts left out; `ratio` is to the whole method."""
-    named = part.assign(without=[", ".join(parts) or WHOLE for parts in part["without"]])
-    only_one(named, BY)
-    whole = named[named["without"] == WHOLE].set_index(BY[:3])["value"]
-    keys = pd.MultiIndex.from_frame(named[BY[:3]])
-    named["ratio"] = named["value"] / whole.reindex(keys).to_numpy()
-    named = named.sort_values([*BY[:3], "ratio"], kind="stable", ignore_index=True)
+    """Tabulate one row per method, target and parts left out."""
+    only_one(part, BY)
+    named = part.sort_values([*BY[:3], "of_whole"], kind="stable", ignore_index=True)
     columns = {
         "method": ("method", ""),
         "target": ("sparsity_target", ".2f"),
@@ -46,12 +53,18 @@ def table(part: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
         "FLOPs": ("flops_ratio", ".3f"),
         "on": ("name", ""),
         "perplexity": ("figure", ""),
-        "x whole": ("ratio", ".2f"),
-        "x dense": ("of_dense", ".2f"),
+        "x whole": ("beside_whole", ""),
+        "x dense": ("beside_dense", ""),
         "training s": ("training_s", ".0f"),
     }
-    figures = [tables.figure(row) for row in named.itertuples()]
-    shown = named.assign(figure=figures, of_dense=named["value"] / named["dense"])
+    shown = named.assign(
+        figure=[tables.figure(row) for row in named.itertuples()],
+        beside_whole=[
+            tables.interval(found, ".3f")
+            for found in named[OF_WHOLE].itertuples(index=False, name=None)
+        ],
+        beside_dense=[tables.against_dense(row) for row in named.itertuples()],
+    )
     return named, tables.formatted(shown, columns)
 
 

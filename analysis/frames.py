@@ -5,8 +5,8 @@ Read of `<results_dir>/<fingerprint>/result.json`, where `?` may be missing in o
 `sparsity_target`, `sparsity_realised`, `flops_ratio`, `kv_bytes_ratio?`, `kv_policy?`,
 `added_parameters?`, `options?`, `seconds?`, `realised?.per_layer[].{layer attention mlp}`,
 `perplexity.*.{value low high dense documents? metric?}`,
-`accuracy.*.{value stderr dense n chance? metric? log_probability? log_probability_stderr?
-dense_log_probability? sparsity_realised? shared_contexts?}`,
+`accuracy.*.{value stderr dense n chance? metric? margin? margin_stderr?
+dense_margin? sparsity_realised? shared_contexts?}`,
 `stages[].{name seconds tokens steps peak_memory_bytes figures?}`,
 `speed?.{prefill decode settings}` (see `Store.speed`) and `identity` (see `groups.content`).
 Beside it: `config.yaml`, `items.parquet?` and `routing?/`.
@@ -46,8 +46,9 @@ RATIO = ["ratio", "ratio_low", "ratio_high"]
 """A perplexity over the dense model's on the same documents, with its 95 % interval."""
 DIFFERENCE = ["difference", "difference_low", "difference_high"]
 """An accuracy less the dense model's on the same items, with its 95 % interval."""
-LOG_PROBABILITY = "log_probability"
-"""Measure of the right choice's log-probability: in tables, not in pictures."""
+MARGIN = "margin"
+"""Measure of choices: log-likelihood of the right one less the best other's, nats; in tables, not
+in pictures."""
 TRUE_ERROR = "true error"
 """Said of a method that decides by what no method can know, in every table and picture."""
 SAME_DENSE = 1e-3
@@ -120,7 +121,7 @@ class Store:
     def measures(self) -> pd.DataFrame:
         """One row per point and measure.
 
-        `measure` (perplexity | accuracy | log_probability, of the right one of an item's choices),
+        `measure` (perplexity | accuracy | margin, see `MARGIN`),
         `name`, `metric`, `shown` (both for a reader), `value`, `realised_here` (sparsity of the
         tokens that were read for it: with `shared_contexts` a context once for all choices),
         `low`, `high` (the 95 % interval of a perplexity alone, one standard error of an
@@ -164,6 +165,26 @@ class Store:
             seeds=("seed", "nunique"), fingerprints=("fingerprint", joined)
         )
         return _mapped(means.reset_index(), np.exp).merge(made_of.reset_index(), on=POINT)
+
+    def ratios(self, rows: pd.DataFrame, others: pd.DataFrame) -> np.ndarray:
+        """Divide perplexities of `averaged` by others, place by place: [rows, value, low, high].
+
+        Both of a place have one text; the interval, over documents, is missing without them.
+        """
+        by = [*POINT, "name"]
+        found = np.column_stack([rows["value"].to_numpy() / others["value"].to_numpy()] * 3)
+        found[:, 1:] = np.nan
+        if self.items.empty:
+            return found
+        texts = self.items[self.items["measure"] == "perplexity"]
+        documents = dict(_item_means(texts, by))
+        keys = [frame[by].itertuples(index=False, name=None) for frame in (rows, others)]
+        for place, (one, other) in enumerate(zip(*keys, strict=True)):
+            if one in documents and other in documents:
+                both = documents[one].join(documents[other], rsuffix="_other", how="inner")
+                sums = both[["value", "value_other", "weight"]].to_numpy().T
+                found[place] = perplexity_ratio(*sums)[:3]
+        return found
 
     def with_option(self, *names: str) -> pd.DataFrame:
         """Perplexities averaged over seeds with options of their method, None where it has none."""
@@ -323,24 +344,15 @@ def _measures(record: Record) -> Iterator[dict[str, Any]]:
         yield row | ends | {"n": entry.get("documents")}
     for name, entry in record["accuracy"].items():
         yield from _of_items(_measure("accuracy", name, entry), entry["stderr"], entry["n"])
-        if "log_probability" in entry:
-            row = _measure(LOG_PROBABILITY, name, {"metric": LOG_PROBABILITY, **_logs(entry)})
-            yield from _of_items(row, entry["log_probability_stderr"], entry["n"])
+        if "margin" in entry:
+            figures = {"value": entry["margin"], "dense": entry["dense_margin"]}
+            row = _measure(MARGIN, name, {"metric": MARGIN, **figures})
+            yield from _of_items(row, entry["margin_stderr"], entry["n"])
 
 
 def _of_items(row: dict[str, Any], stderr: float | None, n: int) -> Iterator[dict[str, Any]]:
     half = stderr or 0.0
     yield row | {"low": row["value"] - half, "high": row["value"] + half, "n": n}
-
-
-def _logs(entry: Record) -> dict[str, float]:
-    """The mean log-probability of the right choice as a measure of its own."""
-    chance = entry.get("chance")
-    return {
-        "value": entry["log_probability"],
-        "dense": entry["dense_log_probability"],
-        "chance": np.log(chance) if chance else np.nan,
-    }
 
 
 def _measure(measure: str, name: str, entry: Record) -> dict[str, Any]:
@@ -384,7 +396,9 @@ def _item_means(items: pd.DataFrame, by: list[str]) -> Iterator[tuple[Any, pd.Da
     means = items.groupby([group, "item"])[["value", "dense", "weight"]].mean().dropna()
     names = items[by].itertuples(index=False, name=None)
     keys: dict[Any, Any] = dict(zip(group, names, strict=True))
-    return ((keys[place], own) for place, own in means.groupby("group", sort=False))
+    return (
+        (keys[place], own.droplevel("group")) for place, own in means.groupby("group", sort=False)
+    )
 
 
 def _interval(measure: str, items: pd.DataFrame) -> dict[str, float]:
@@ -400,8 +414,7 @@ def _ends(names: list[str], found: Interval) -> dict[str, float]:
 
 
 def _shown(name: Any, metric: Any) -> str:
-    said = str(metric).replace("_perplexity", " perplexity")
-    return f"{name} {said.replace(LOG_PROBABILITY, 'log-probability')}"
+    return f"{name} {str(metric).replace('_perplexity', ' perplexity')}"
 
 
 def _stages(record: Record) -> Iterator[dict[str, Any]]:

@@ -119,7 +119,7 @@ def accuracy_difference(right: np.ndarray, other_right: np.ndarray) -> Interval:
 
     Args:
         right, other_right: 0 or 1 of each item, or its mean over seeds [items]; of any other
-            figure of an item, a log-probability say, the interval is that of `ratio_of_sums`.
+            figure of an item, a margin say, the interval is that of `ratio_of_sums`.
 
     Returns:
         right less other_right; p is McNemar's exact one, or a t test's where seeds were averaged.

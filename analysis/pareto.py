@@ -24,7 +24,7 @@ from matplotlib.axes import Axes
 from analysis.cli import run
 from analysis.drawing import style, tables
 from analysis.drawing.style import Looks
-from analysis.frames import DENSE, DIFFERENCE, LOG_PROBABILITY, MEASURE, RATIO, Store, joined
+from analysis.frames import DENSE, DIFFERENCE, MARGIN, MEASURE, RATIO, Store, joined
 from analysis.tradeoff import heights, measure_panels
 from analysis.view import STAR, Panel, View
 
@@ -36,7 +36,7 @@ def rows(store: Store) -> pd.DataFrame:
     measured = store.averaged
     if measured.empty:
         return measured
-    measured = measured[measured["measure"] != LOG_PROBABILITY]
+    measured = measured[measured["measure"] != MARGIN]
     found = with_dense(measured)
     found = found[~found["true_error"]].reset_index(drop=True)
     found["executed"] = 1.0 - found["sparsity_realised"]

@@ -23,7 +23,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from analysis.cli import run
 from analysis.drawing import style, tables
 from analysis.drawing.style import Looks
-from analysis.frames import DENSE, LOG_PROBABILITY
+from analysis.frames import DENSE, MARGIN
 from analysis.view import Panel, View
 
 AXES = {"sparsity_realised": "realised sparsity", "flops_ratio": "FLOPs (routed / dense)"}
@@ -52,7 +52,7 @@ def measure_panels(
         draw: called with the rows of a measure, the column of the cost, axes and looks.
         caption: with `{measure}` and `{cost}`.
     """
-    pictured = rows[rows["measure"] != LOG_PROBABILITY]
+    pictured = rows[rows["measure"] != MARGIN]
     ordered = pictured.sort_values(["measure", "name"], ascending=[False, True], kind="stable")
     return [
         Panel(caption.format(measure=shown, cost=label), partial(_draw, draw, chosen, cost, label))

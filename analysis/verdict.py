@@ -30,7 +30,7 @@ from analysis import tradeoff
 from analysis.cli import run
 from analysis.drawing import tables
 from analysis.drawing.style import Looks
-from analysis.frames import DENSE, HOW, LOG_PROBABILITY, MEASURE, POINT, RATIO, Store, joined
+from analysis.frames import DENSE, HOW, MARGIN, MEASURE, POINT, RATIO, Store, joined
 from analysis.pareto import undominated, with_dense
 from analysis.tradeoff import heights, measure_panels
 from analysis.view import STAR, Panel, View
@@ -61,7 +61,7 @@ def rows(store: Store) -> pd.DataFrame:
         return pd.DataFrame()
     timed = timed[(timed["decisions"] != "random") & (timed["trained"] != "False")]
     measured = store.averaged
-    found = with_dense(measured[measured["measure"] != LOG_PROBABILITY])
+    found = with_dense(measured[measured["measure"] != MARGIN])
     for phase in PHASES:
         own = _timed(timed[timed["phase"] == phase], phase)
         found = found.merge(own, on=POINT, how="left")

@@ -26,7 +26,7 @@ import pandas as pd
 from analysis import tradeoff, training_time
 from analysis.cli import parse, run_main
 from analysis.drawing import tables
-from analysis.frames import LOG_PROBABILITY, AnalysisError, Store, by_setting
+from analysis.frames import MARGIN, AnalysisError, Store, by_setting
 from analysis.report import VIEWS, of_setting
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ def _run_sets(points: pd.DataFrame) -> list[Any]:
 def _tradeoffs(averaged: pd.DataFrame) -> list[Any]:
     """One scatter per measure and cost."""
     wr = _library()
-    pictured = averaged[averaged["measure"] != LOG_PROBABILITY]
+    pictured = averaged[averaged["measure"] != MARGIN]
     kinds: Any = pictured[["measure", "name", "shown"]].drop_duplicates()
     return [
         wr.ScatterPlot(

@@ -348,6 +348,6 @@ def merge_dense(scores: dict[str, Any], dense: dict[str, Any]) -> dict[str, Any]
             "dense": beside["value"],
             "dense_stderr": beside["stderr"],
         }
-        if "log_probability" in entry:
-            record["accuracy"][task]["dense_log_probability"] = beside["log_probability"]
+        if "margin" in entry:
+            record["accuracy"][task]["dense_margin"] = beside["margin"]
     return record

@@ -32,8 +32,8 @@ class Items:
     values: list[float]
     weights: list[float]
     """Words or tokens that a document's nll is over; 1 for items."""
-    log_probabilities: list[float] = field(default_factory=list)
-    """Of the right one of each item's choices, nats; none for other tasks."""
+    margins: list[float] = field(default_factory=list)
+    """`choice_margin` of each item; none for other tasks."""
 
 
 @dataclass
@@ -77,10 +77,9 @@ def scores_of(name: str, done: Mapping[str, Any], *, built_in: bool = False) -> 
         "metrics": {key: float(results[key]) for key in _numbers(results)},
         "shots": shots.pop() if len(shots) == 1 else None,
     }
-    if items.log_probabilities:
-        logs = np.array(items.log_probabilities)
-        entry["log_probability"] = float(logs.mean())
-        entry["log_probability_stderr"] = _stderr(float(logs.mean()), logs.tolist())
+    if items.margins:
+        mean = float(np.mean(items.margins))
+        entry |= {"margin": mean, "margin_stderr": _stderr(mean, items.margins)}
     return TaskScores("accuracy", entry, items)
 
 
@@ -105,7 +104,7 @@ def _mean_results(done: Mapping[str, Any], tasks: Sequence[str]) -> dict[str, fl
 
 
 def _items(done: Mapping[str, Any], tasks: Sequence[str], metric: str, filter_name: str) -> Items:
-    items, logs = Items("accuracy", metric, [], [], []), list[float | None]()
+    items, margins = Items("accuracy", metric, [], [], []), list[float | None]()
     for task in tasks:
         for sample in done["samples"][task]:
             value = sample.get(metric)
@@ -113,17 +112,17 @@ def _items(done: Mapping[str, Any], tasks: Sequence[str], metric: str, filter_na
                 items.keys.append(f"{task}/{sample['doc_id']}/{sample['doc_hash'][:8]}")
                 items.values.append(float(value))
                 items.weights.append(1.0)
-                logs.append(log_probability(sample))
-    items.log_probabilities = [log for log in logs if log is not None]
-    if len(items.log_probabilities) < len(logs):
-        items.log_probabilities = []
+                margins.append(choice_margin(sample))
+    known = [margin for margin in margins if margin is not None]
+    items.margins = known if len(known) == len(margins) else []
     return items
 
 
-def log_probability(sample: Mapping[str, Any]) -> float | None:
-    """Log-probability of the right one among an item's choices, nats.
+def choice_margin(sample: Mapping[str, Any]) -> float | None:
+    """Subtract the best other choice's log-likelihood from the right one's, nats.
 
-    It moves before the choice does, so that the same items tell more of a small loss.
+    Above 0 where the choice is right. It moves before the choice does, so that the same items tell
+    more of a small loss; unlike the right one's alone, it does not rise with all choices.
 
     Args:
         sample: of lm-eval's log: `target` is the right one's place, `filtered_resps` has
@@ -138,8 +137,8 @@ def log_probability(sample: Mapping[str, Any]) -> float | None:
         return None
     if "acc_mutual_info" in sample:  # each choice a second time, without its context
         return None
-    logs = np.array([float(score) for score, _ in answers])
-    return float(logs[right] - np.logaddexp.reduce(logs))
+    scores = [float(score) for score, _ in answers]
+    return scores.pop(right) - max(scores)
 
 
 def _stderr(value: float, values: Sequence[float]) -> float | None:

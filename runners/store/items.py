@@ -19,10 +19,10 @@ def write_items(
 ) -> None:
     """One row per item: what two methods are compared on, item by item.
 
-    Columns: `measure` (accuracy | perplexity | log_probability), `name` of the task or text,
-    `metric`, `item` (the same for the same item in every point), `value` (right or wrong; nll in
-    nats of a document; log-probability of the right choice), `weight` (tokens or words of a
-    document, else 1), `dense` (the value of the dense model).
+    Columns: `measure` (accuracy | perplexity | margin), `name` of the task or text, `metric`,
+    `item` (the same for the same item in every point), `value` (right or wrong; nll in nats of a
+    document; the right choice's margin in nats), `weight` (tokens or words of a document, else 1),
+    `dense` (the value of the dense model).
 
     Args:
         items: `scores.Items` as a dictionary, by task or text.
@@ -31,8 +31,8 @@ def write_items(
     frames = []
     for name, own in items.items():
         frames.append(_frame(own["measure"], name, own["metric"], own, dense[name], "values"))
-        if own["log_probabilities"]:
-            kind, column = "log_probability", "log_probabilities"
+        if own["margins"]:
+            kind, column = "margin", "margins"
             frames.append(_frame(kind, name, kind, own, dense[name], column))
     table = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=list(COLUMNS))
     buffer = io.BytesIO()

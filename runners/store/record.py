@@ -34,7 +34,7 @@ class Record:
     """By text: value, 95 % interval (low, high), the dense model's value."""
     accuracy: Mapping[str, Mapping[str, Any]] | None = None
     """By task: value, stderr, metric (`acc`, `acc_norm`, ...), n, the dense model's value and
-    stderr; of a choice the mean log-probability of the right one; how sparsity was counted."""
+    stderr; of choices the mean margin of the right one; how sparsity was counted."""
     sparsity_realised: float | None = None
     """Share of bypassed (token, unit) pairs on the test text."""
     realised: Mapping[str, Any] | None = None

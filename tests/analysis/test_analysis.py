@@ -264,7 +264,8 @@ def test_ablation_is_relative_to_the_whole_method(tmp_path):
     write(ablation.VIEW, Paths(tmp_path, tmp_path / "plots"))
     found = pd.read_csv(tmp_path / "plots/ablation-tiny-sotu-quick.csv")
     assert list(found["without"]) == ["all parts", "refit", "a, b"]
-    assert list(found["ratio"]) == pytest.approx([1.0, 1.2, 2.0])
+    assert list(found["of_whole"]) == pytest.approx([1.0, 1.2, 2.0])
+    assert list(found["ratio"]) == pytest.approx([1.5, 1.8, 3.0])
     assert set(found["training_s"]) == {100.0}
     assert found["flops_ratio"].between(0.0, 1.0).all(), "a part that costs FLOPs must show it"
 

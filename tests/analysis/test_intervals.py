@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from analysis import pareto, significance, tradeoff
+from analysis import ablation, pareto, significance, tradeoff
 from analysis.drawing import style
 from analysis.frames import Store
 from analysis.intervals import accuracy_difference, mcnemar, perplexity_ratio
@@ -204,33 +204,52 @@ def test_tables_show_the_paired_interval(shown):
     assert any("x dense" in words and "[" in words for words in listed)
 
 
-def test_log_probabilities_are_a_measure_of_tables_alone(tmp_path):
+def test_margins_are_a_measure_of_tables_alone(tmp_path):
     draw = np.random.default_rng(0)
     own, dense = -draw.exponential(1.2, 80), -draw.exponential(1.0, 80)
     task = {"value": 0.5, "stderr": 0.05, "dense": 0.6, "n": 80, "metric": "acc", "chance": 0.25}
-    task |= {"log_probability": own.mean(), "log_probability_stderr": 0.1}
-    task |= {"dense_log_probability": dense.mean(), "sparsity_realised": 0.46}
+    task |= {"margin": own.mean(), "margin_stderr": 0.1}
+    task |= {"dense_margin": dense.mean(), "sparsity_realised": 0.46}
     accuracy = {"piqa": task | {"shared_contexts": True}}
     path = write_point(tmp_path, "informed", 0.3, perplexity=30.0, accuracy=accuracy)
-    items = {"measure": "log_probability", "name": "piqa", "metric": "log_probability"}
+    items = {"measure": "margin", "name": "piqa", "metric": "margin"}
     rows = [
         items | {"item": f"i{i}", "value": v, "dense": d, "weight": 1.0}
         for i, (v, d) in enumerate(zip(own, dense, strict=True))
     ]
     pd.DataFrame(rows).to_parquet(path / "items.parquet")
     store = Store(tmp_path)
-    row = store.averaged.set_index("measure").loc["log_probability"]
+    row = store.averaged.set_index("measure").loc["margin"]
     expected = accuracy_difference(own, dense)
     assert row.difference == pytest.approx(expected.value) == pytest.approx((own - dense).mean())
     ends = row.difference_low, row.difference_high
     assert ends == pytest.approx((expected.low, expected.high), rel=0.1)
     half = stats.t.ppf(0.975, 79) * stats.sem(own - dense)
     assert row.difference_high - row.difference == pytest.approx(half, rel=0.15)
-    assert "piqa log-probability - dense" in tradeoff.table(store.averaged)[1]
-    assert set(significance.compare(store.items)["shown"]) == {"piqa log-probability"}
+    assert "piqa margin - dense" in tradeoff.table(store.averaged)[1]
+    assert set(significance.compare(store.items)["shown"]) == {"piqa margin"}
     with style.paper():
         figure = tradeoff.VIEW.draw(store.averaged, "title")
-    assert not any("log-prob" in axes.get_ylabel() for axes in figure.axes)
+    assert not any("margin" in axes.get_ylabel() for axes in figure.axes)
     assert set(pareto.rows(store)["measure"]) == {"perplexity", "accuracy"}
     (entry,) = records_of(store, store.points)["entries"]
     assert any("realised 0.460 there, each context counted once" in f for f in entry["figures"])
+
+
+def test_an_ablation_is_paired_with_the_whole_method(tmp_path):
+    draw = np.random.default_rng(0)
+    whole = 300 + draw.normal(40, 5, 12)
+    for parts, nll in (([], whole), (["refit"], whole + 10 + draw.normal(0, 1, 12))):
+        options = {"variant": str(parts), "options": {"without": parts}}
+        point(tmp_path, "informed_plus", np.ones(9), np.ones(9), nll, **options)
+    store = Store(tmp_path)
+    found = ablation.rows(store).set_index("without")
+    part = found.loc["refit"]
+    expected = perplexity_ratio(nll, whole, np.full(12, 100.0))
+    assert part.of_whole == pytest.approx(expected.value)
+    ends = part.of_whole_low, part.of_whole_high
+    assert ends == pytest.approx((expected.low, expected.high), rel=0.01)
+    assert part.of_whole_high - part.of_whole_low < (part.ratio_high - part.ratio_low) / 2
+    readable = ablation.table(ablation.rows(store))[1].set_index("without")
+    assert readable.loc["all parts", "x whole"] == "1.000"
+    assert readable.loc["refit", "x whole"].startswith(f"{expected.value:.3f} [")

@@ -178,11 +178,12 @@ def test_holm():
     assert holm(np.array([0.9, 0.8])) == pytest.approx([1.0, 1.0])
 
 
-def point(folder, method: str, values, dense, nll, seed: int = 0, target: float = 0.3) -> None:
+def point(folder, method: str, values, dense, nll, seed=0, target=0.3, **changes) -> None:
     accuracy = {"value": values.mean(), "stderr": 0.03, "dense": dense.mean(), "n": len(dense)}
     per_token = [sum(nll) / len(nll) / 100, (600 + len(nll) - 1) / 200]
     perplexity, beside = np.exp(per_token)
     record = {"perplexity": perplexity, "dense": beside, "accuracy": {"piqa": accuracy}}
+    record |= changes
     path = write_point(folder, method, target, seed=seed, **record)
     task = {"measure": "accuracy", "name": "piqa", "metric": "acc", "weight": 1.0}
     text = {"measure": "perplexity", "name": "sotu", "metric": "nll", "weight": 100.0}

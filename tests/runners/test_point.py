@@ -120,11 +120,11 @@ def test_a_scaled_budget_takes_more_steps_and_reads_more_text(trained, tiny_conf
 def test_record_has_the_dense_value_beside_each():
     entry = {"value": 3.0, "low": 2.0, "high": 4.0}
     score = {"value": 0.5, "stderr": 0.1, "n": 9}
-    score["log_probability"] = -1.5
-    beside = {"value": 0.7, "stderr": 0.2, "log_probability": -0.5}
+    score["margin"] = -1.5
+    beside = {"value": 0.7, "stderr": 0.2, "margin": -0.5}
     dense = {"perplexity": {"t": {"value": 2.5}}, "accuracy": {"q": beside}}
     record = merge_dense({"perplexity": {"t": entry}, "accuracy": {"q": score}, "other": 1}, dense)
     assert record["perplexity"] == {"t": {**entry, "dense": 2.5}}
-    dense_figures = {"dense": 0.7, "dense_stderr": 0.2, "dense_log_probability": -0.5}
+    dense_figures = {"dense": 0.7, "dense_stderr": 0.2, "dense_margin": -0.5}
     assert record["accuracy"] == {"q": {**score, **dense_figures}}
     assert record["other"] == 1

@@ -20,7 +20,7 @@ from runners.evaluation.builtin_tasks import (
     write_builtin_tasks,
 )
 from runners.evaluation.harness import HarnessModel
-from runners.evaluation.scores import log_probability
+from runners.evaluation.scores import choice_margin
 from runners.evaluation.tasks import TaskSet, check_tasks
 from runners.point_config import DataConfig
 from tests.conftest import documents, eval_config
@@ -145,7 +145,7 @@ def test_a_task_counts_right_answers(tiny_llama, tokenizer, tmp_path):
     harness = HarnessModel(tiny_llama, tokenizer, batch_size=8)
     scores = TaskSet(settings, TEXT, 0, tmp_path).run(harness, name)
     found = scores.entry
-    right, logs = [], []
+    right, margins = [], []
     for item in GENERATORS[name](TEXT, 0)[:limit]:
         encode = lambda text: tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
         start = encode(item["context"])
@@ -153,16 +153,16 @@ def test_a_task_counts_right_answers(tiny_llama, tokenizer, tmp_path):
             log_likelihood(tiny_llama, start, encode(f" {choice}"))[0] for choice in item["choices"]
         ]
         right.append(float(own.index(max(own)) == item["gold"]))
-        logs.append(torch.tensor(own).log_softmax(0)[item["gold"]].item())
+        margins.append(own.pop(item["gold"]) - max(own))
     share = sum(right) / limit
     assert found["value"] == pytest.approx(share)
     assert found["stderr"] == pytest.approx((share * (1 - share) / (limit - 1)) ** 0.5)
     assert (found["n"], found["chance"], found["metric"]) == (limit, 0.25, "acc")
     assert scores.items.values == right
-    assert scores.items.log_probabilities == pytest.approx(logs, abs=1e-3)
-    assert found["log_probability"] == pytest.approx(sum(logs) / limit, abs=1e-3)
-    stderr = torch.tensor(logs).std().item() / limit**0.5
-    assert found["log_probability_stderr"] == pytest.approx(stderr, rel=0.01)
+    assert scores.items.margins == pytest.approx(margins, abs=1e-3)
+    assert found["margin"] == pytest.approx(sum(margins) / limit, abs=1e-3)
+    stderr = torch.tensor(margins).std().item() / limit**0.5
+    assert found["margin_stderr"] == pytest.approx(stderr, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -175,8 +175,8 @@ def test_a_task_counts_right_answers(tiny_llama, tokenizer, tmp_path):
         {"target": 0, "acc_mutual_info": 1.0, "filtered_resps": [(-1.0, True), (-2.0, False)]},
     ],
 )
-def test_no_log_probability_of_what_is_no_choice(sample):
-    assert log_probability(sample) is None
+def test_no_margin_of_what_is_no_choice(sample):
+    assert choice_margin(sample) is None
 
 
 def test_word_problems_are_generated(tiny_llama, tokenizer, tmp_path):

@@ -23,8 +23,8 @@ def test_items_are_paired_by_key_and_choices_have_a_second_figure(tmp_path):
     assert found.to_numpy().tolist() == [
         ["accuracy", "q", "acc", "a", 1.0, 1.0, 0.0],
         ["accuracy", "q", "acc", "b", 0.0, 1.0, 1.0],
-        ["log_probability", "q", "log_probability", "a", -0.1, 1.0, -0.7],
-        ["log_probability", "q", "log_probability", "b", -2.0, 1.0, -0.5],
+        ["margin", "q", "margin", "a", -0.1, 1.0, -0.7],
+        ["margin", "q", "margin", "b", -2.0, 1.0, -0.5],
         ["perplexity", "t", "nll", "d", 30.0, 9.0, 20.0],
     ]
 
