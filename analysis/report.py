@@ -22,6 +22,7 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from analysis import (
+    equal_flops,
     kv,
     layers,
     pareto,
@@ -40,7 +41,17 @@ from analysis.view import View, looks_of
 
 log = logging.getLogger(__name__)
 
-SCRIPTS = (verdict, tradeoff, pareto, training_time, speedup, kv, layers, significance)
+SCRIPTS = (
+    verdict,
+    equal_flops,
+    tradeoff,
+    pareto,
+    training_time,
+    speedup,
+    kv,
+    layers,
+    significance,
+)
 VIEWS: tuple[View, ...] = (*(script.VIEW for script in SCRIPTS), training_time.CURVE)
 """What a report shows of a setting, in this order."""
 OPTIONAL = (kv.VIEW, training_time.CURVE)

@@ -1,5 +1,7 @@
 """Quality against sparsity and against FLOPs: one line per method, the dense model beside it.
 
+The first table is at equal FLOPs (`analysis/equal_flops.py`), the second of every point.
+
 python analysis/tradeoff.py results_dir=results [out_dir=results/plots]
 """
 
@@ -11,7 +13,7 @@ from pathlib import Path
 if __name__ == "__main__":  # run the code of this clone, whichever clone's environment it is
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -20,7 +22,8 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-from analysis.cli import run
+from analysis import equal_flops
+from analysis.cli import parse, run_main, write
 from analysis.drawing import style, tables
 from analysis.drawing.style import Looks
 from analysis.frames import DENSE, MARGIN
@@ -175,5 +178,13 @@ VIEW = View(
     more={DENSE: style.DASHED},
 )
 
+
+def main(arguments: Sequence[str]) -> None:
+    """Write both views."""
+    paths = parse(arguments)[0]
+    write(equal_flops.VIEW, paths)
+    write(VIEW, paths)
+
+
 if __name__ == "__main__":
-    run(VIEW, __doc__)
+    run_main(main, __doc__)
