@@ -29,24 +29,26 @@ class ChannelSparse(Method):
 
     paper = "arXiv 2408.14690, arXiv 2505.19427"
     flops_only = True
+    share: Tensor
+    """Of the channels, that each token runs."""
 
     def __init__(self, *, sparsity: Sparsity, policy: Literal["teal", "wina"] = "wina") -> None:
         super().__init__(sparsity=sparsity)
         self.policy = policy
 
     def setup(self, shape: Shape) -> None:
-        """Find the share of channels that saves the target.
+        """Take the sizes.
 
         Raises:
-            ValueError: the MLPs have less than that.
+            ValueError: the MLPs have less FLOPs than are to be saved.
         """
         super().setup(shape)
+        self.register_buffer("share", torch.zeros(()))
         mlp = 3 * shape.width * shape.mlp_width
         attention = 2 * shape.width * shape.head_dim * (shape.heads + shape.kv_heads)
-        self.share = 1.0 - self.sparsity * (mlp + attention) / mlp
-        if self.share <= 0.0:
-            most = mlp / (mlp + attention)
-            raise ValueError(f"MLPs are {most:.3f} of the units' FLOPs: sparsity must be below")
+        self.most = mlp / (mlp + attention)
+        if self.sparsity >= self.most:
+            raise ValueError(f"MLPs are {self.most:.3f} of the units' FLOPs: ask for less")
 
     def sites(self) -> Sequence[Site]:
         assert self.shape is not None, "setup() comes first"
@@ -70,13 +72,14 @@ class ChannelSparse(Method):
         return self._product(functional.silu(gate) * up, down_DF)
 
     def calibrate(self, probe: Probe, sparsity: float) -> None:
-        """Leave the dense model; what is saved is known from the sizes.
+        """Leave the dense model; the share of channels follows from the sizes.
 
         Raises:
             UserError: an MLP is no SwiGLU.
         """
         for site in self.sites():
             probe.swiglu(site)
+        self.share.fill_(self._kept(sparsity))
         self.threshold.fill_(0.0 if sparsity else float("-inf"))
 
     def achievable(self, sparsity: float) -> float:
@@ -86,17 +89,20 @@ class ChannelSparse(Method):
     def cost(self, site: Site) -> SiteCost:
         assert self.shape is not None, "setup() comes first"
         width, neurons = self.shape.width, self.shape.mlp_width
-        weights = 2 * self._count(width) * neurons + self._count(neurons) * width
-        return SiteCost(approximate=2.0 * weights)
+        share = float(self.share) or self._kept(self.sparsity)  # 0: not calibrated yet
+        count = {channels: max(1, round(share * channels)) for channels in (width, neurons)}
+        return SiteCost(approximate=2.0 * (2 * count[width] * neurons + count[neurons] * width))
+
+    def _kept(self, sparsity: float) -> float:
+        """Share of channels at which the MLPs save this share of all units' FLOPs."""
+        return max(1.0 - sparsity / self.most, 0.0)
 
     def _product(self, x: Tensor, weight: Tensor) -> Tensor:
         """Multiply the largest channels of x [.., I] by a weight [O, I]."""
         size = x.detach().float().abs()
         if self.policy == "wina":
             size = size * torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32)
-        index = size.topk(self._count(x.shape[-1]), dim=-1).indices
-        kept = torch.zeros_like(x).scatter(-1, index, x.gather(-1, index))
-        return functional.linear(kept, weight)
-
-    def _count(self, channels: int) -> int:
-        return max(1, round(self.share * channels))
+        # how many is known on the device alone: a number here would wait for it at every unit
+        last = (self.share * x.shape[-1]).round().long().clamp_min(1) - 1
+        least = size.sort(dim=-1, descending=True).values.index_select(-1, last.view(1))
+        return functional.linear(x.where(size >= least, 0.0), weight)

@@ -9,6 +9,7 @@ from methods.channel_sparse import ChannelSparse
 from methods.engine.measure.flops import flops_ratio
 from methods.engine.routed import attach, routed
 from runners.corpus.rows import ProbeText
+from runners.training.flops_target import calibrate_saving
 from runners.training.probe import ModelProbe
 from tests.methods.by_hand import ByHand
 from tests.methods.conftest import small_ids, small_model
@@ -40,7 +41,7 @@ def test_every_token_runs_mlps_on_its_largest_channels(policy, mode):
 
     def mlp(layer, x_D):
         def times(values, projection):
-            return product(values, projection.weight, method.share, policy)
+            return product(values, projection.weight, float(method.share), policy)
 
         gate, up = times(x_D, layer.mlp.gate_proj), times(x_D, layer.mlp.up_proj)
         return times(gate * torch.sigmoid(gate) * up, layer.mlp.down_proj)
@@ -74,3 +75,17 @@ def test_the_target_is_the_share_of_the_units_flops_that_is_saved(sparsity):
 def test_more_than_the_mlps_have_is_refused():
     with pytest.raises(ValueError, match=r"MLPs are 0\.\d+ of the units' FLOPs"):
         attach(small_model(), ChannelSparse(sparsity=0.9))
+
+
+def test_a_saved_share_of_all_flops_is_found():
+    """`target=flops` moves the share of channels; what was found is saved with the method."""
+    model = small_model()
+    method = attach(model, ChannelSparse(sparsity=0.1)).eval()
+    text = ProbeText(*(small_ids(4, 16),) * 3)
+    found = calibrate_saving(method, ModelProbe(model, method, text), 0.2, 16)
+    assert found["flops_saved"] == pytest.approx(0.2, abs=0.015)  # whole channels
+    again = attach(model, ChannelSparse(sparsity=0.1)).eval()
+    again.load_state_dict(method.state_dict())
+    site = method.sites()[0]
+    assert again.cost(site) == method.cost(site)
+    assert float(again.share) < 0.9
