@@ -166,7 +166,7 @@ def compare(
     if first is None or any(other.model is not first.model for other in models.values()):
         raise UserError("compare needs one routed model or more, all of one base model")
     quick = _group("eval", "quick")
-    quick["perplexity"]["tokens_per_document"] = tokens_per_text
+    quick["perplexity"] |= {"tokens_per_document": tokens_per_text, "windows_per_document": None}
     settings = parse_section(EvalConfig, {**quick, "tasks": []}, "eval.")
     base, documents = Base(first.model, first.tokenizer, "", "", None), _documents(texts)
     measure = partial(evaluate, settings, base, documents, data="texts", seed=0, cache_dir=Path())

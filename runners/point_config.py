@@ -14,6 +14,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -144,7 +145,17 @@ class PerplexityConfig(WindowConfig):
     """Perplexity of the test documents, each by itself."""
 
     documents_limit: Positive | None
-    tokens_per_document: Annotated[int, Ge(2)]
+    tokens_per_document: Annotated[int, Ge(2)] | None
+    """First ones that may be read."""
+    windows_per_document: Positive | None = None
+    """Of these, spread evenly from the first one."""
+
+    @property
+    def most_tokens(self) -> float:
+        """That are read of a document at most."""
+        windows = self.windows_per_document
+        first = math.inf if self.tokens_per_document is None else self.tokens_per_document
+        return min(first, math.inf if windows is None else windows * self.context)
 
 
 @dataclass(frozen=True)

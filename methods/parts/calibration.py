@@ -14,6 +14,8 @@ from methods.types import OutOfReach, Probe, RoutedScores
 log = logging.getLogger(__name__)
 
 MOST_PASSES = 16
+FIRST_SHARE = 0.125
+"""Of the calibration text, on which the search begins."""
 
 
 class Found(NamedTuple):
@@ -68,7 +70,7 @@ def calibrate_threshold(probe: Probe, sparsity: float, *, tolerance: float = 0.0
     """
     if sparsity == 0.0:
         return Found(-math.inf, 0.0)
-    part = probe.sample()
+    part = probe.sample(FIRST_SHARE)
     found = realising_threshold(part, sparsity, tolerance=4 * tolerance)
     if part is probe:
         return found

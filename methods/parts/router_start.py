@@ -20,6 +20,8 @@ EPSILON = 1e-6
 SHIFT_STEP = 0.3
 """Of the scores, which are logarithms: a factor of 1.35 in expected harm."""
 MOST_SHIFTS = 6
+SHIFT_SHARE = 0.125
+"""Of the calibration text: each shift that is tried needs several passes over it."""
 TOLERANCE = 0.004
 """Accepted distance of the realised sparsity from the target, at each shift that is tried."""
 
@@ -95,7 +97,7 @@ def shift_kinds(probe: Probe, routers: PerSite[Router], threshold: Tensor, spars
         routers: their heads are changed in place.
         threshold: the method's; left where the target is realised.
     """
-    part = probe.sample()
+    part = probe.sample(SHIFT_SHARE)
     sites = [site for site in probe.shape.units() if site in routers]
     if not {"attention", "mlp"} <= {site.kind for site in sites}:
         return

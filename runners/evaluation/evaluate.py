@@ -97,7 +97,8 @@ def evaluate(
     with scope:
         own = settings.perplexity
         kept, tokens = documents[: own.documents_limit], own.tokens_per_document
-        entry, items = _perplexity(base, kept, own, tokens, joined=False)
+        how: dict[str, Any] = {"most": own.windows_per_document, "joined": False}
+        entry, items = _perplexity(base, kept, own, tokens, **how)
         figures["perplexity"][name], figures["items"][name] = entry, vars(items)
         usage = _usage(model)
         for text, (entry, items) in _texts(settings, base):
@@ -145,10 +146,11 @@ def _perplexity(
     sizes: WindowConfig,
     tokens: int | None,
     *,
+    most: int | None = None,
     joined: bool = True,
 ) -> tuple[dict[str, Any], Items]:
     """An entry of the record, and its documents apart, so that the record stays small."""
-    how: dict[str, Any] = {"tokens": tokens, "joined": joined}
+    how: dict[str, Any] = {"tokens": tokens, "most": most, "joined": joined}
     entry = perplexity(base.model, base.tokenizer, documents, sizes, **how)
     found = entry.pop("per_document")
     names, nlls, weights = ([part[key] for part in found] for key in ("name", "nll", "tokens"))

@@ -53,15 +53,17 @@ def perplexity(
     sizes: WindowConfig,
     *,
     tokens: int | None = None,
+    most: int | None = None,
     joined: bool = False,
 ) -> dict[str, Any]:
     """Measure exp(mean negative log-likelihood per token) with a 95 % interval over documents.
 
-    The first token of a document is never scored, every other one exactly once: input windows of
+    The first token of a document is never scored, every other one at most once: input windows of
     `context` tokens start every `stride` tokens, and each scores the next tokens that no earlier
-    window has scored. Joined, it is the protocol of the pruning and quantisation papers (with
-    `stride = context`): the documents are one text, joined by blank lines, no window knows where a
-    document ends, and the interval is over windows, as blocks of neighbouring tokens.
+    window has scored. Of more than `most` windows of a document, so many are read. Joined, it is
+    the protocol of the pruning and quantisation papers (with `stride = context`): the documents are
+    one text, joined by blank lines, no window knows where a document ends, and the interval is over
+    windows, as blocks of neighbouring tokens.
 
     Args:
         model: causal LM, routed or not; its mode (eval) is the caller's.
@@ -69,6 +71,7 @@ def perplexity(
             forward pass are right-padded and masked, fewer where memory does not suffice.
         tokens: first ones of each document, or of the joined text, special tokens that the
             tokenizer adds included; None for all.
+        most: windows of a document, spread evenly over it from its first one; None for all.
 
     Returns:
         `{value, low, high, tokens, documents, oom_halvings, per_document: [{name, nll, tokens}]}`;
@@ -82,7 +85,8 @@ def perplexity(
     windows: list[Window] = []
     for index, text in enumerate(["\n\n".join(texts)] if joined else texts):
         ids = first_tokens(tokenizer, text, tokens)
-        windows += windows_of(ids, index, context=sizes.context, stride=sizes.stride)
+        cut = windows_of(ids, index, context=sizes.context, stride=sizes.stride)
+        windows += cut if most is None else spread(cut, most)
     names = [document.name for document in documents]
     if joined:
         windows = [replace(window, document=index) for index, window in enumerate(windows)]
@@ -141,6 +145,13 @@ def windows_of(ids: Sequence[int], document: int, *, context: int, stride: int) 
         windows.append(Window(document, start, tuple(ids[start:end]), tuple(ids[scored : end + 1])))
         scored = end + 1
     return windows
+
+
+def spread(windows: Sequence[Window], most: int) -> Sequence[Window]:
+    """Take `most` of a document's windows at equal distances, the first one among them."""
+    if len(windows) <= most:
+        return windows
+    return [windows[index * len(windows) // most] for index in range(most)]
 
 
 @torch.no_grad()

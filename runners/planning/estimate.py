@@ -197,7 +197,7 @@ class Planner:
         assert method.shape is not None
         tokens, planned.not_estimated = evaluation_tokens(config, self.options)
         settings = config.eval.perplexity
-        row = min(settings.context, settings.tokens_per_document)
+        row = int(min(settings.context, settings.most_tokens))
         flops = tokens * _flops_per_token(method.shape, row)
         rows = settings.batch_size * settings.context
         sizes = {**held, "activations": int(rows * _alive(method.shape) * dtype.itemsize)}
@@ -278,7 +278,7 @@ def evaluation_tokens(config: PointConfig, options: Mapping[str, Any]) -> tuple[
 
 def _document_tokens(config: PointConfig, options: Mapping[str, Any]) -> float:
     """Of the data's own test split; a local one is measured."""
-    data, most = config.data, config.eval.perplexity.tokens_per_document
+    data, most = config.data, config.eval.perplexity.most_tokens
     limit = config.eval.perplexity.documents_limit
     if data.source == "hub" and data.dir is None:
         known = _least(options["documents"], data.documents_limit)

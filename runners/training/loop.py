@@ -37,7 +37,7 @@ from runners.training.state import Batches, Checkpoint, Position, StageState
 
 log = logging.getLogger(__name__)
 
-START_SHARE = 0.125
+START_SHARE = 0.0625
 """Of the calibration text, for the thresholds at which a gradient stage begins; the point's own is
 calibrated after it, on all of it."""
 

@@ -55,6 +55,23 @@ def test_equals_brute_force(tiny_llama, tokenizer, context, stride, batch_size):
         assert entry["nll"] == pytest.approx(sum(losses), rel=1e-4)
 
 
+@pytest.mark.parametrize(("most", "starts"), [(1, [0]), (2, [0, 64]), (3, [0, 32, 80]), (9, None)])
+def test_windows_at_equal_distances_from_the_first(tiny_llama, tokenizer, most, starts):
+    text = documents(1)[0].text[:120]
+    ids = torch.tensor(tokenizer(text)["input_ids"])[None]
+    assert 7 * 16 < ids.shape[1] <= 8 * 16
+    expected = []
+    for start in range(0, ids.shape[1], 16) if starts is None else starts:
+        window = ids[:, start : start + 17]
+        with torch.no_grad():
+            logits = tiny_llama(input_ids=window[:, :-1]).logits[0]
+        expected += torch.nn.functional.cross_entropy(logits, window[0, 1:], reduction="none")
+    sizes = WindowConfig(16, 16, 4)
+    found = perplexity(tiny_llama, tokenizer, [Document("d", text)], sizes, most=most)
+    assert found["tokens"] == len(expected)
+    assert found["per_document"][0]["nll"] == pytest.approx(float(sum(expected)), rel=1e-4)
+
+
 @pytest.mark.parametrize("count", [10, 22, 100])
 def test_the_interval_covers_what_it_says(count):
     """Of documents of unequal lengths whose losses a token differ, in 93 to 97 %."""
