@@ -93,7 +93,8 @@ def _timed(speed: pd.DataFrame, phase: str) -> pd.DataFrame:
 def _said(case: dict[Any, Any]) -> str:
     """How a case was timed, in words."""
     how = [case["device"], case["dtype"]]
-    how += [f"{case['threads']} threads" if case["device"] and case["threads"] else ""]
+    if case["threads"]:
+        how += [f"{case['threads']} thread" + "s" * (case["threads"] != "1")]
     how += ["CUDA graphs" if case["graphs"] == "True" else ""]
     return ", ".join([f"batch {case['batch']}", f"{case['tokens']} tokens", *filter(None, how)])
 

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from matplotlib import image
 
-from analysis import ablation, kv, layers, tradeoff, training_time, two_by_two
+from analysis import ablation, kv, layers, pareto, tradeoff, training_time, two_by_two
 from analysis.cli import Paths, write
 from analysis.drawing import style, tables
 from analysis.frames import AnalysisError, Store
@@ -93,6 +93,15 @@ def test_figure_has_each_line_its_errors_and_the_dense_reference(store):
     assert drawn["informed"].has_yerr
     assert panel.get_yscale() == "log"
     assert [axes.xaxis_inverted() for axes in figure.axes] == [False, True, False, True]
+    assert panel.get_ylim()[1] == 10, "what is of no use is beyond the axis"
+    named = {text.get_text() for text in panel.texts}
+    assert named == {"informed", "\N{BLACK UP-POINTING TRIANGLE} random 79.2, 500, 3.2e3"}
+
+
+def test_costs_fall_to_the_right_in_every_picture(store):
+    with style.paper():
+        figure = pareto.VIEW.draw(pareto.rows(Store(store)), "title")
+    assert all(axes.xaxis_inverted() for axes in figure.axes)
 
 
 def test_figure_files_are_not_blank(store, tmp_path):
