@@ -12,12 +12,18 @@ from torch import Tensor
 from methods.base import Budget, Probe, Shape, Site, Stage
 from methods.options import Count, LoraSpec, Natural, Positive, Sparsity
 from methods.parts.routed_method import RoutedMethod
-from methods.parts.static_order import block_influence, greedy_loss, unit_influence
+from methods.parts.static_order import best_cuts, block_influence, greedy_loss, unit_influence
 
 log = logging.getLogger(__name__)
 
 Policy = Literal[
-    "uniform", "early_exit", "block_influence", "greedy_ppl", "attention_first", "random"
+    "uniform",
+    "early_exit",
+    "block_influence",
+    "greedy_ppl",
+    "attention_first",
+    "contiguous",
+    "random",
 ]
 
 
@@ -32,7 +38,9 @@ class LayerSkip(RoutedMethod):
             Men et al., arXiv 2403.03853); `greedy_ppl` drops the block whose loss hurts least,
             again and again, never the first or the last (SLEB, Song et al., arXiv 2402.09025);
             `attention_first` drops attention sublayers that turn the stream least, then MLPs
-            (LLM-Drop, He et al., arXiv 2406.15786); `early_exit` drops the last blocks;
+            (LLM-Drop, He et al., arXiv 2406.15786); `contiguous` drops the one block of layers
+            that turns the stream least (Gromov et al., arXiv 2403.17887), which ReplaceMe and
+            LinearPatch patch; `early_exit` drops the last blocks;
             `uniform` drops at an even stride; `random` draws the blocks.
         seed: of `random`.
         tokens: text that `greedy_ppl` scores each candidate on.
@@ -40,7 +48,7 @@ class LayerSkip(RoutedMethod):
         lora_lr: of that stage.
     """
 
-    paper = "arXiv 2403.03853, 2402.09025, 2406.15786"
+    paper = "arXiv 2403.03853, 2402.09025, 2406.15786, 2403.17887"
     order: Tensor
 
     def __init__(
@@ -98,6 +106,9 @@ class LayerSkip(RoutedMethod):
         dropped, nearest = self._count(sparsity), self.achievable(sparsity)
         if self.policy == "uniform":
             self.order.copy_(uniform_order(len(self.order), dropped))
+        if self.policy == "contiguous":
+            first = best_cuts(probe)[min(dropped, len(self.order) - 1)]
+            self.order.copy_(torch.arange(len(self.order)).roll(-first))
         self.threshold.fill_(dropped - 0.5)
         if abs(nearest - sparsity) > 1e-6:
             log.warning(

@@ -154,6 +154,18 @@ def test_greedy_drops_the_block_whose_loss_hurts_least_each_round(model):
     assert method.order.tolist() == [*chosen, 4, 0]
 
 
+@pytest.mark.parametrize("dropped", [1, 2, 3])
+def test_contiguous_drops_the_block_that_turns_the_stream_least(model, dropped):
+    method = fitted(model, policy="contiguous", sparsity=dropped / LAYERS)
+    streams = [s.flatten(0, 1).double() for s in hidden_streams(model, small_ids(6, 16, seed=2))]
+    angles = {}
+    for first in range(1, LAYERS - dropped + 1):
+        pair = streams[first], streams[first + dropped]
+        angles[first] = float(torch.cosine_similarity(*pair, dim=-1).arccos().mean())
+    first = min(angles, key=angles.__getitem__)
+    assert dropped_layers(method) == set(range(first, first + dropped))
+
+
 def test_early_exit_keeps_a_prefix_and_random_follows_its_seed(model):
     assert dropped_layers(fitted(model, policy="early_exit")) == {3, 4}
     draws = {tuple(fitted(model, policy="random", seed=s).order.tolist()) for s in range(6)}

@@ -44,6 +44,7 @@ from runners.tracking.base import Safe
 from runners.training.state import Batches, Checkpoint
 from tests.analysis.store import write_point
 from tests.conftest import ROOT, compose_tiny
+from tests.methods.conftest import small_model
 from tests.runners.faults.test_survive_loop import limited, train
 
 PAGE = (ROOT / "docs/errors.md").read_text()
@@ -149,6 +150,11 @@ def out_of_reach(scene: Scene) -> None:
     config = PointConfig.parse(scene.config("method=mod", "sparsity=0.7"))
     model, _ = tiny_model()
     point.check_reach(point.build_method(config, model), "mod")
+
+
+def no_hadamard_matrix(scene: Scene) -> None:
+    config = PointConfig.parse(scene.config("method=linear_patch", "sparsity=0.5"))
+    point.build_method(config, small_model(width=52))
 
 
 def another_family(scene: Scene) -> None:
@@ -299,6 +305,7 @@ CASES: dict[str, Provoke] = {
     "sparsity must": command("sparsity=30"),
     "method ...: sparsity": out_of_reach,
     "method ...: target=flops": saves_too_little,
+    "method linear_patch: no Hadamard": no_hadamard_matrix,
     "no adapter": another_family,
     "cannot write results_dir": unwritable,
     "device_map must be": command("device_map=everywhere"),
