@@ -112,7 +112,7 @@ class BudgetConfig:
     """That a method reads in all before its calibration: its gradient stages get more steps until
     it does. None: as many as the recipe's."""
     scale: Above0 = 1.0
-    """Times the steps of every gradient stage and `fit_tokens`."""
+    """Times the steps of every gradient stage, `fit_tokens` and `tokens`."""
 
     @property
     def scaled(self) -> BudgetConfig:
@@ -122,8 +122,9 @@ class BudgetConfig:
             for name, own in vars(self).items()
             if isinstance(own, StageConfig)
         }
-        tokens = max(1, round(self.scale * self.fit_tokens))
-        return replace(self, scale=1.0, fit_tokens=tokens, **stages)
+        fit = max(1, round(self.scale * self.fit_tokens))
+        every = None if self.tokens is None else max(1, round(self.scale * self.tokens))
+        return replace(self, scale=1.0, fit_tokens=fit, tokens=every, **stages)
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,8 @@ def test_a_scaled_budget_takes_more_steps_and_reads_more_text(trained, tiny_conf
     assert longer.budget.fit_tokens == 4 * plain.budget.fit_tokens
     assert longer.budget.calibration_tokens == plain.budget.calibration_tokens
     assert longer.fingerprint != plain.fingerprint
+    alike = PointConfig.parse(tiny_config("budget.scale=4", "budget.tokens=5000"))
+    assert alike.budget.tokens == 20000 and longer.budget.tokens is None
     trained()
     point, cached = trained("budget.scale=2")
     assert point.budget.lora.steps == 6 and len(point.probe.text.train) == 32
