@@ -111,7 +111,10 @@ def train(config: PointConfig, built: Built, folder: RunFolder, tracker: Safe) -
     for stage, key in stage_keys(config, built):
         spent = sum(report["tokens"] for report in trained.stages)
         if stage.lora is not None:
-            attach_lora(built.base.model, method, stage.lora, seed=config.seed)
+            try:
+                attach_lora(built.base.model, method, stage.lora, seed=config.seed)
+            except ValueError as error:
+                raise UserError(f"method {config.method.name}: {error}") from error
         kept = Checkpoint(products.checkpoint(key), config.store.checkpoint_seconds)
         run = partial(_run, loop, stage, kept, allowance.of(stage, spent))
         report = products.load_or_run(key, method, run)

@@ -167,7 +167,7 @@ def describe(adapter: nn.Module | None) -> dict[str, Any] | None:
 
 def _places(model: PreTrainedModel, spec: LoraSpec) -> list[Place]:
     family = require_family(model.config.model_type)
-    wanted = [family.projection.format(role) for role in spec.targets]
+    wanted = sorted({family.projection(role) for role in spec.targets})
     for part in layers_of(model):
         names = {name.rpartition(".")[2] for name, _ in part.layer.named_modules()}
         if missing := sorted(set(wanted) - names):

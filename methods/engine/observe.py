@@ -37,7 +37,7 @@ def observed(model: PreTrainedModel, visit: Callable[[UnitView], None]) -> Itera
         if unit.attends:
             view.keys = lambda: projected_keys(unit.part.attention, view.x_ND)
         else:
-            view.neurons = lambda: neurons_of(unit.part.mlp, view.x_ND)
+            view.neurons = lambda: neurons_of(unit.part, view.x_ND)
         visit(view)
         return after
 

@@ -13,11 +13,21 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from methods.base import BrokenContract, Method, Site
-from methods.engine.cache.forecast_keys import forecast_keys
-from methods.engine.decoder.families import LayerParts, layers_of, shape_of, windows_of
+import torch
+from torch import Tensor
+
+from methods.base import BrokenContract, Decision, KVPolicy, Method, RouteContext, Site
+from methods.engine.cache.forecast_keys import forecast_keys, require_apart
+from methods.engine.decoder.families import (
+    LayerParts,
+    UnsupportedModel,
+    layers_of,
+    require_family,
+    shape_of,
+    windows_of,
+)
 from methods.engine.decoder.inputs import ForwardCall
-from methods.engine.decoder.placement import place_on_devices, placed, spread
+from methods.engine.decoder.placement import input_device, place_on_devices, placed, spread
 from methods.engine.decoder.swap import Executor, swapped
 from methods.engine.execute.gathered import GatheredExecutor
 from methods.engine.execute.masked import MaskedExecutor
@@ -146,6 +156,77 @@ def _without_fused(kernels: Kernels) -> Kernels:
 
 
 def attach(model: PreTrainedModel, method: Method) -> Method:
-    """Create the method's modules for this model and put them where its layers are."""
+    """Create the method's modules for this model and put them where its layers are.
+
+    Raises:
+        UnsupportedModel: no adapter for the family, or one that gives other numbers.
+        ValueError: the method does not fit the model.
+    """
     method.setup(shape_of(model.config))
+    if method.kv_policy == "forecast":
+        require_apart(layers_of(model)[0].attention)
+    require_equal(model)
     return place_on_devices(model, method)
+
+
+class _Everything(Method):
+    """Routes every unit and bypasses none."""
+
+    def route(self, site: Site, x_BTD: Tensor, ctx: RouteContext) -> Decision:
+        return self.decide(torch.ones(x_BTD.shape[:2], device=x_BTD.device))
+
+
+CHECKED_TOKENS = 8
+_EQUAL: set[tuple[str, ...]] = set()
+"""Models that were found equal, by class, precision, config and family."""
+
+
+@torch.no_grad()
+def require_equal(model: PreTrainedModel) -> None:
+    """Compare a forward with nothing bypassed with the untouched model's, once for each config.
+
+    A family whose line is wrong, or whose code has changed, runs and gives other numbers. Weights
+    that are not there (of a plan, or offloaded, which would all be fetched) are not asked.
+
+    Raises:
+        UnsupportedModel: they differ.
+    """
+    family = require_family(model.config.model_type)
+    key = (type(model).__name__, str(model.dtype), model.config.to_json_string(), repr(family))
+    there = all(weight.device.type != "meta" for weight in model.parameters())
+    if key in _EQUAL or not there or getattr(model, "routing", None) is not None:
+        return
+    trained, device = model.training, input_device(model)
+    ids = torch.arange(1, CHECKED_TOKENS + 1, device=device)[None] % model.config.vocab_size
+    model.eval()
+    try:
+        dense = model(input_ids=ids).logits.float()
+        for mode, policy, tolerance in _trials(model):
+            everything = _Everything(sparsity=0.0)
+            everything.kv_policy = policy
+            everything.setup(shape_of(model.config))
+            with routed(model, everything, mode):
+                found = model(input_ids=ids).logits.float()
+            error = float((found - dense).abs().max() / dense.abs().max())
+            if not error <= tolerance:
+                raise UnsupportedModel(
+                    f"the adapter of {model.config.model_type} gives other numbers than the model: "
+                    f"logits differ by {error:.1e} of the largest in mode {mode} with nothing "
+                    "bypassed (its line in methods/engine/decoder/families.py)"
+                )
+    finally:
+        model.train(trained)
+    _EQUAL.add(key)
+
+
+def _trials(model: PreTrainedModel) -> list[tuple[Mode, KVPolicy, float]]:
+    """Mode, KV policy and tolerance: masked runs the model's own modules.
+
+    Under `evict` gathered execution computes attention itself though nothing is bypassed; where
+    rounding differs, an expert may be another, so that only float32 is compared.
+    """
+    own: list[tuple[Mode, KVPolicy, float]] = [("masked", "keep", 1e-2)]
+    sure = model.dtype == torch.float32 and not any(map(_hooked, layers_of(model)))
+    if sure and model.config._attn_implementation in ("sdpa", "eager"):
+        own.append(("gathered", "evict", 1e-3))
+    return own

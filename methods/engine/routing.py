@@ -150,7 +150,7 @@ class Routing(DecoderState):
             self.anneal,
             self.target,
             output=lambda: unit.run() - unit.residual_BTD,
-            swiglu=lambda: weights_of(unit.part.mlp),
+            swiglu=lambda: weights_of(unit.part),
             memory=call.memory,
         )
 

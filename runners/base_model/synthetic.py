@@ -30,6 +30,8 @@ def tiny_model(*, family: str = "llama", seed: int = 0) -> tuple[Any, Any]:
         "initializer_range": 0.1,
         "tie_word_embeddings": True,
     }
+    if family in FAMILIES and FAMILIES[family].experts:
+        sizes |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
     return random_model(family=family, sizes=sizes, seed=seed)
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from methods.engine.decoder.families import decoder
+from methods.engine.decoder.head import Head
 from methods.engine.decoder.offload import materialised
 from methods.engine.decoder.placement import device_of, input_device
 from runners.corpus.source import Document
@@ -179,12 +180,12 @@ def window_nlls(model: PreTrainedModel, windows: Sequence[Window]) -> list[float
 
 def _token_losses(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
     """-log p of each target, float64 [rows] on the host; logits are held in parts only."""
-    head: Any = model.get_output_embeddings()  # type: ignore[operator]
-    place = device_of(head)
+    head = Head(model)
+    place = device_of(head.module)
     hidden, targets = hidden.to(place), targets.to(place)
-    with materialised(head):
+    with materialised(head.module):
         parts = [
-            functional.cross_entropy(head(h).float(), t, reduction="none").double().cpu()
+            functional.cross_entropy(head(h), t, reduction="none").double().cpu()
             for h, t in zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)
         ]
     return torch.cat(parts)

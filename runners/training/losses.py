@@ -15,6 +15,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from methods.engine.decoder.families import decoder
+from methods.engine.decoder.head import Head
 from methods.engine.decoder.offload import materialised
 from methods.engine.decoder.placement import device_of
 
@@ -45,10 +46,10 @@ def distillation_loss(model: PreTrainedModel, ids_BT: Tensor, teacher_BTD: Tenso
         teacher_BTD: the dense model's final hidden states on the same tokens, no gradient.
     """
     hidden = hidden_states(model, ids_BT).flatten(0, 1)
-    head = model.get_output_embeddings()
+    head = Head(model)
 
     def divergence(logits: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        return _kl(logits, head(teacher).float())
+        return _kl(logits, head(teacher))
 
     return _head_loss(model, hidden, teacher_BTD.flatten(0, 1), divergence) / len(hidden)
 
@@ -74,9 +75,9 @@ def _head_loss(
     model: PreTrainedModel, hidden_ND: Tensor, targets: Tensor, loss: LogitsLoss
 ) -> Tensor:
     """Sum of `loss` over the head's logits at `hidden_ND`, differentiable in `hidden_ND` only."""
-    head = model.get_output_embeddings()
-    place = device_of(head)
-    with materialised(head):
+    head = Head(model)
+    place = device_of(head.module)
+    with materialised(head.module):
         total: Tensor = _HeadLoss.apply(hidden_ND.to(place), targets.to(place), head, loss)
     return total
 
@@ -86,17 +87,19 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, targets: Tensor, head: torch.nn.Module, loss: LogitsLoss
+        ctx: Any, hidden_ND: Tensor, targets: Tensor, head: Head, loss: LogitsLoss
     ) -> Tensor:
         wanted = ctx.needs_input_grad[0]
         total = torch.zeros((), device=hidden_ND.device)
         gradients = torch.empty_like(hidden_ND) if wanted else None
-        weight = head.get_parameter("weight")
+        weight = head.module.get_parameter("weight")
         for start in range(0, len(hidden_ND), CHUNK_TOKENS):
             rows = slice(start, start + CHUNK_TOKENS)
-            value, gradient = loss(head(hidden_ND[rows]).float(), targets[rows])
+            logits = head(hidden_ND[rows])
+            value, gradient = loss(logits, targets[rows])
             total += value
             if gradients is not None:
+                gradient = head.pulled_back(logits, gradient)
                 gradients[rows] = gradient.to(weight.dtype) @ weight
         ctx.save_for_backward(gradients)
         return total

@@ -94,7 +94,7 @@ class ModelProbe:
             UserError: it has no neurons that a forecaster could keep.
         """
         try:
-            return weights_of(layers_of(self.model)[site.layer].mlp)
+            return weights_of(layers_of(self.model)[site.layer])
         except ValueError as error:
             raise UserError(f"{site.key}: {error} (set method.neurons=0)") from error
 

@@ -45,6 +45,34 @@ def family_model(request: pytest.FixtureRequest) -> PreTrainedModel:
     return small_model(request.param)
 
 
+PLAIN = ("llama", "mistral", "qwen2", "qwen3")
+"""Families that every path covers."""
+HEADS_OF_WIDTH = ("qwen2",)
+"""Families whose heads are as wide as the model together."""
+OWN: dict[str, dict[str, Any]] = {
+    "gemma2": {"query_pre_attn_scalar": 10, "attn_logit_softcapping": 4.0},
+    "gemma3_text": {"query_pre_attn_scalar": 10, "sliding_window_pattern": 2},
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.4,
+        "residual_multiplier": 0.6,
+        "logits_scaling": 2.5,
+        "mlp_bias": True,
+    },
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "phi3": {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 20,
+        "mlp_only_layers": [1],
+    },
+    "smollm3": {"no_rope_layer_interval": 2, "mlp_bias": True},
+}
+"""What a family's config says that others do not: none of it neutral."""
+BIASED = ("gemma2", "gemma3_text", "granite", "olmo2", "qwen3_moe", "smollm3")
+
+
 def small_model(
     family: str = "llama", *, layers: int = 2, width: int = 32, **options: Any
 ) -> PreTrainedModel:
@@ -53,22 +81,22 @@ def small_model(
     Head sizes differ from width / heads where the family allows it, norms and biases from their
     neutral start, so a mix-up of sizes, norms or projections shows.
     """
-    config = AutoConfig.for_model(
-        family,
-        vocab_size=61,
-        hidden_size=width,
-        intermediate_size=48,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8 if family == "qwen2" else 12,
-        initializer_range=0.2,
-        tie_word_embeddings=False,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=None,
-        **options,
-    )
+    sizes: dict[str, Any] = {
+        "vocab_size": 61,
+        "hidden_size": width,
+        "intermediate_size": 48,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": width // 4 if family in HEADS_OF_WIDTH else 12,
+        "initializer_range": 0.2,
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+        "attention_bias": family in BIASED,
+    }
+    config = AutoConfig.for_model(family, **{**sizes, **OWN.get(family, {}), **options})
     torch.manual_seed(11)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():

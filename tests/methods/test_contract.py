@@ -10,32 +10,53 @@ from transformers import PreTrainedModel
 
 from methods.base import Method
 from methods.engine.checkpoint import from_pretrained, save_pretrained
+from methods.engine.decoder.families import FAMILIES
 from methods.engine.routed import routed
 from runners.base_model.load import build_budget
 from runners.point import build_method
 from runners.point_config import PointConfig
 from tests.conftest import token_rows
-from tests.methods.conftest import method_config, probe_for
+from tests.methods.conftest import METHODS, method_config, probe_for, small_model
 
 SPARSITY = 0.4
 
 
+FAMILY_METHOD = "informed"
+"""Routes every unit, forecasts and trains: what every family is tested with."""
+CASES = [*METHODS, *(f"{FAMILY_METHOD}-{name}" for name in sorted(FAMILIES) if name != "llama")]
 PAIRS: dict[str, tuple[PreTrainedModel, Method]] = {}
 """A model and the method that was trained on it once for all tests; each gets a copy."""
 
 
-@pytest.fixture
-def pair(config, tiny_llama, trained):
-    name = config["method"]["name"]
-    if name not in PAIRS:
-        PAIRS[name] = tiny_llama, trained(config, tiny_llama)
-    return copy.deepcopy(PAIRS[name])
+@pytest.fixture(params=CASES)
+def case(request) -> str:
+    """A method, and a family if it is another than Llama."""
+    return request.param
 
 
 @pytest.fixture
-def model(request, tiny_llama):
+def config(case):
+    return method_config(case.partition("-")[0], "sparsity=0.4")
+
+
+@pytest.fixture
+def base(case, tiny_llama):
+    """Random and frozen; of the families with everything that their config may say."""
+    family = case.partition("-")[2]
+    return small_model(family, layers=3, width=64, vocab_size=259) if family else tiny_llama
+
+
+@pytest.fixture
+def pair(case, config, base, trained):
+    if case not in PAIRS:
+        PAIRS[case] = base, trained(config, base)
+    return copy.deepcopy(PAIRS[case])
+
+
+@pytest.fixture
+def model(request, base):
     """As loaded, or beside a method that was trained on it."""
-    return request.getfixturevalue("pair")[0] if "method" in request.fixturenames else tiny_llama
+    return request.getfixturevalue("pair")[0] if "method" in request.fixturenames else base
 
 
 @pytest.fixture

@@ -58,6 +58,7 @@ def forecast_keys(
     if method.kv_policy != "forecast":
         return nullcontext()
     parts = layers_of(model)
+    require_apart(parts[0].attention)
 
     def blended(site: Site, half: int, module: nn.Module) -> _Blended:
         def estimate(x_BTD: Tensor) -> Tensor:
@@ -79,4 +80,16 @@ def forecast_keys(
 
 def projected_keys(attention: Any, x_ND: Tensor) -> Tensor:
     """K and V of these tokens before rotation and key norm, [N, 2 * K heads * head size]."""
+    require_apart(attention)
     return torch.cat([getattr(attention, name)(x_ND) for name in NAMES], dim=-1)
+
+
+def require_apart(attention: Any) -> None:
+    """Refuse an attention whose keys and values have no projections of their own.
+
+    Raises:
+        ValueError: it has one for all three (Phi-3).
+    """
+    if not all(hasattr(attention, name) for name in NAMES):
+        kind = type(attention).__name__
+        raise ValueError(f"KV policy forecast needs k_proj and v_proj, which {kind} has not")

@@ -106,6 +106,8 @@ class LayerInputs:
     past_key_values: Any
     window: int | None
     """Sliding-window size of this layer's attention, if it has one."""
+    softcap: float | None
+    """Range that its attention scores are bent to, if they are."""
     others: dict[str, Any]
     """Further keyword arguments, for the attention module itself."""
 

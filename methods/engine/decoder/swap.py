@@ -142,7 +142,7 @@ class _DecoderForward(SwappedForward):
 
 
 class _LayerForward(SwappedForward):
-    """A pre-norm decoder layer in which routed units go through the executor."""
+    """A decoder layer in which routed units go through the executor."""
 
     placement: Placement | None = None
 
@@ -187,14 +187,17 @@ class _LayerForward(SwappedForward):
             attention_mask=kwargs.pop("attention_mask", None),
             past_key_values=kwargs.pop("past_key_values", None),
             window=self.part.window,
+            softcap=self.part.softcap,
             others=kwargs,
         )
         if self.holds:
             _write_placeholder(self.part.attention, hidden_states, inputs.past_key_values)
         after = hidden_states
         for site, norm in self.units:
-            # what enters a layer may be held by who records hidden states, or by autograd
-            owned = after is not hidden_states and not torch.is_grad_enabled()
+            # what enters a layer may be held by who records hidden states, or by autograd;
+            # without a norm it is the unit's input as well
+            own = after is not hidden_states and not isinstance(norm, nn.Identity)
+            owned = own and not torch.is_grad_enabled()
             unit = Unit(site, self.part, after, norm, inputs, self.ops, owned)
             after = self.executor(unit) if site in self.sites else unit.run()
         return after

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -52,6 +52,14 @@ class Unit:
         """True for an attention unit and for a block."""
         return self.site.kind != "mlp"
 
+    def added(self, sublayer: Literal["attention", "mlp"], out: Tensor) -> Tensor:
+        """What the residual stream gets of what a sublayer gave, [..., D]."""
+        part = self.part
+        norm = part.attention_after if sublayer == "attention" else part.mlp_after
+        if norm is not None:
+            out = self.ops.norm(norm, out)
+        return out if part.multiplier == 1.0 else out * part.multiplier
+
     def run(self, inputs: LayerInputs | None = None) -> Tensor:
         """Execute for every token: the residual stream that leaves the unit, [B, T, D].
 
@@ -69,7 +77,7 @@ class Unit:
     def run_with(self, mlp: Callable[[Tensor], Tensor], inputs: LayerInputs) -> Tensor:
         """Execute for every token with this way of computing the MLP, whatever ran before."""
         if not self.attends:
-            return self.residual_BTD + mlp(self.x_BTD)
+            return self.residual_BTD + self.added("mlp", mlp(self.x_BTD))
         attended = self.part.attention(
             hidden_states=self.x_BTD,
             attention_mask=inputs.attention_mask,
@@ -77,7 +85,7 @@ class Unit:
             past_key_values=inputs.past_key_values,
             **inputs.others,
         )[0]
-        after: Tensor = self.residual_BTD + attended
+        after = self.residual_BTD + self.added("attention", attended)
         if self.site.kind == "block":
-            after = after + mlp(self.part.mlp_norm(after))
+            after = after + self.added("mlp", mlp(self.part.mlp_norm(after)))
         return after

@@ -20,6 +20,7 @@ from methods.base import KVPolicy
 from methods.engine.cache.evict import KeptKeys, layer_of
 from methods.engine.cache.growing import PreallocatedLayer, held_layer
 from methods.engine.decoder.inputs import LayerInputs
+from methods.engine.ops.linear import all_linear, weight_of
 from methods.engine.ops.rotary import Angles, angles_of
 from methods.engine.ops.row_ops import RowOps
 from methods.engine.ops.rows import Rows, take
@@ -54,8 +55,8 @@ def attend_rows(
     """Output of the attention module for `rows`, [N, D], in their order.
 
     Args:
-        attention: of a Llama-like layer: `q_proj`, `k_proj`, `v_proj`, `o_proj`, optional
-            `q_norm` and `k_norm` over the head.
+        attention: `q_proj`, `k_proj`, `v_proj` or a `qkv_proj`, and `o_proj`; optional `q_norm`
+            and `k_norm` over the head or over all heads.
         x_BTD: normalised input.
 
     Raises:
@@ -70,12 +71,12 @@ def attend_rows(
         sequences = _kept_by_executed(attention, x_ND, rows, inputs, angles, ops)
     if not rows.number:
         return x_BTD.new_zeros(0, x_BTD.shape[-1])
-    query_NHd = ops.rotate(heads_of(attention, "q", x_ND), angles)
+    query_NHd = rotated(attention, heads_of(attention, "q", x_ND), angles, ops)
     found: list[Tensor] = []
     start = 0
     for sequence in sequences:
         end = start + len(sequence.last_N)
-        found += _attend(query_NHd[start:end], sequence, attention.scaling, ops)
+        found += _attend(query_NHd[start:end], sequence, attention.scaling, ops, inputs.softcap)
         start = end
     out_NHd = found[0] if len(found) == 1 else torch.cat(found)
     projected: Tensor = attention.o_proj(out_NHd.flatten(1))
@@ -106,11 +107,12 @@ def keys_of_all(
     held = held_layer(cache, layer)
     if isinstance(held, PreallocatedLayer):  # where they stay, without a copy in between
         key_slots, value_slots = held.extend(key_BTKd.transpose(1, 2))
-        ops.rotate(key_BTKd, angles, out=key_slots.transpose(1, 2))
+        rotated(attention, key_BTKd, angles, ops, out=key_slots.transpose(1, 2))
         value_slots.copy_(value_BTKd.transpose(1, 2))
         assert held.keys is not None and held.values is not None
         return held.keys, held.values
-    key, value = ops.rotate(key_BTKd, angles).transpose(1, 2), value_BTKd.transpose(1, 2)
+    key_BTKd = rotated(attention, key_BTKd, angles, ops)
+    key, value = key_BTKd.transpose(1, 2), value_BTKd.transpose(1, 2)
     return (key, value) if cache is None else cache.update(key, value, layer)
 
 
@@ -143,7 +145,7 @@ def _kept_by_executed(
     if not rows.number:
         kept.skip(rows)
         return iter(())
-    key = ops.rotate(heads_of(attention, "k", x_ND), angles)
+    key = rotated(attention, heads_of(attention, "k", x_ND), angles, ops)
     before = kept.append(key, heads_of(attention, "v", x_ND), rows)
     return _kept_sequences(kept, before, rows, inputs.window)
 
@@ -175,16 +177,20 @@ def _kept_sequences(
 
 
 def _attend(
-    query_NHd: Tensor, sequence: SequenceKeys, scale: float, ops: RowOps
+    query_NHd: Tensor,
+    sequence: SequenceKeys,
+    scale: float,
+    ops: RowOps,
+    softcap: float | None,
 ) -> Iterator[Tensor]:
     """Scaled dot products of one sequence, a block of queries against the keys up to its last."""
     key, value = sequence.key_KSd, sequence.value_KSd
-    if sequence.mask is None:
+    if sequence.mask is None and softcap is None:
         done = ops.attend(query_NHd, key, value, sequence.last_N, scale)
         if done is not None:
             yield done
             return
-    if sequence.square:
+    if sequence.square and softcap is None:
         yield _dot(query_NHd, key, value, None, scale, True)
         return
     ends = sequence.last_N.tolist()
@@ -195,7 +201,11 @@ def _attend(
         part = slice(start, min(start + size, len(ends)))
         seen = ends[part.stop - 1] + 1
         mask_NS = mask_of(part, seen)
-        yield _dot(query_NHd[part], key[:, :seen], value[:, :seen], mask_NS, scale, False)
+        seen_keys = key[:, :seen], value[:, :seen]
+        if softcap is None:
+            yield _dot(query_NHd[part], *seen_keys, mask_NS, scale, False)
+        else:
+            yield _dot_capped(query_NHd[part], *seen_keys, mask_NS, scale, softcap)
 
 
 def _mask_of(
@@ -251,14 +261,76 @@ def _dot(
     return out[0].transpose(0, 1)
 
 
+def _dot_capped(
+    query_NHd: Tensor,
+    key_KSd: Tensor,
+    value_KSd: Tensor,
+    mask_NS: Tensor | None,
+    scale: float,
+    cap: float,
+) -> Tensor:
+    """The same with scores s bent to cap * tanh(s / cap) (Gemma 2), which no kernel here does."""
+    kv_heads, _, size = key_KSd.shape
+    query_KMd = query_NHd.view(len(query_NHd), kv_heads, -1, size).transpose(0, 1).flatten(1, 2)
+    scores_KMS = torch.tanh(query_KMd @ key_KSd.mT * (scale / cap)) * cap
+    scores_KNGS = scores_KMS.view(kv_heads, len(query_NHd), -1, key_KSd.shape[1])
+    if mask_NS is not None:
+        if mask_NS.dtype == torch.bool:
+            mask_NS = scores_KMS.new_zeros(mask_NS.shape).masked_fill_(~mask_NS, float("-inf"))
+        scores_KNGS = scores_KNGS + mask_NS[:, None]
+    shares = torch.softmax(scores_KNGS, dim=-1, dtype=torch.float32).to(value_KSd.dtype)
+    out_KMd = shares.flatten(1, 2) @ value_KSd
+    return out_KMd.view(kv_heads, len(query_NHd), -1, size).transpose(0, 1).flatten(1, 2)
+
+
 def heads_of(attention: Any, name: str, x: Tensor) -> Tensor:
     """Projection `name` (q, k or v) split into heads and normed: [..., D] -> [..., heads, d]."""
-    return split_heads(attention, name, getattr(attention, f"{name}_proj")(x))
+    fused = getattr(attention, "qkv_proj", None)
+    if fused is None:
+        return split_heads(attention, name, getattr(attention, f"{name}_proj")(x))
+    rows = rows_of_fused(attention, name)
+    if not all_linear([fused]):
+        return split_heads(attention, name, fused(x)[..., rows])
+    bias = None if fused.bias is None else fused.bias[rows]
+    return split_heads(attention, name, functional.linear(x, weight_of(fused)[rows], bias))
+
+
+def rows_of_fused(attention: Any, name: str) -> slice:
+    """Rows of `qkv_proj` that make the queries, the keys or the values."""
+    keys = attention.config.num_key_value_heads * attention.head_dim
+    queries = attention.config.num_attention_heads * attention.head_dim
+    start = {"q": 0, "k": queries, "v": queries + keys}[name]
+    return slice(start, start + (queries if name == "q" else keys))
 
 
 def split_heads(attention: Any, name: str, projected: Tensor) -> Tensor:
-    """[..., heads * d] -> [..., heads, d], normed where the family does."""
+    """[..., heads * d] -> [..., heads, d], normed where the family does: heads, or all at once."""
+    norm = getattr(attention, f"{name}_norm", None)
+    if norm is not None and norm.weight.shape[-1] != attention.head_dim:
+        projected, norm = norm(projected), None
     number = projected.shape[-1] // attention.head_dim
     heads: Tensor = projected.view(*projected.shape[:-1], number, attention.head_dim)
-    norm = getattr(attention, f"{name}_norm", None)
     return heads if norm is None else norm(heads)
+
+
+def rotated(
+    attention: Any, x: Tensor, angles: Angles, ops: RowOps, out: Tensor | None = None
+) -> Tensor:
+    """Turn heads by their positions, [..., heads, d]; not in a layer without (SmolLM3)."""
+    if getattr(attention, "use_rope", True):
+        return ops.rotate(x, angles, out)
+    return x if out is None else out.copy_(x)
+
+
+def is_llama_like(attention: Any, inputs: LayerInputs) -> bool:
+    """True if `q_proj`, `k_proj`, `v_proj` and `o_proj`, a norm of each head and a rotation of the
+    whole head are all that the attention does."""
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    size, norms = attention.head_dim, (getattr(attention, n, None) for n in ("q_norm", "k_norm"))
+    return (
+        all(hasattr(attention, name) for name in names)
+        and all(norm is None or norm.weight.shape[-1] == size for norm in norms)
+        and bool(getattr(attention, "use_rope", True))
+        and inputs.position_embeddings[0].shape[-1] == size
+        and inputs.softcap is None
+    )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from methods.base import SwiGLU
 from methods.engine.decoder.unit import Unit
-from methods.engine.execute.attention import keys_of_all, split_heads
+from methods.engine.execute.attention import is_llama_like, keys_of_all, split_heads
 from methods.engine.execute.masked import scaled
 from methods.engine.ops.choose import Kernels
 from methods.engine.ops.linear import all_linear, weight_of
@@ -49,10 +49,12 @@ class FusedExecutor:
         if self.routing.training or torch.is_grad_enabled():
             return False
         call = unit.inputs.call
-        if not (call.only_padding and call.padding()[1]):
+        if not (call.only_padding and call.padding()[1] and unit.part.adds_as_is):
             return False
         parts: list[Any] = []
         if unit.attends:
+            if not is_llama_like(unit.part.attention, unit.inputs):
+                return False
             parts += [getattr(unit.part.attention, name, None) for name in PROJECTIONS["attention"]]
         if unit.site.kind != "attention":
             mlp: Any = unit.part.mlp

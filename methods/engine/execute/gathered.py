@@ -141,17 +141,21 @@ def run_rows(unit: Unit, rows: Rows, kv_policy: KVPolicy) -> Tensor:
     """
     part, ops = unit.part, unit.ops
     if not unit.attends:
-        return swiglu(part.mlp, unit.x_BTD.flatten(0, 1), ops, rows.index_N)
+        given = swiglu(part.mlp, unit.x_BTD.flatten(0, 1), ops, rows.index_N)
+        return unit.added("mlp", given)
     attended = attend_rows(part.attention, unit.x_BTD, rows, unit.inputs, kv_policy, ops)
+    attended = unit.added("attention", attended)
     if unit.site.kind == "attention":
         return attended
     middle = take(unit.residual_BTD, rows.index_N) + attended
-    return attended + _mlp(unit, ops.norm(part.mlp_norm, middle))
+    return attended + unit.added("mlp", _mlp(unit, ops.norm(part.mlp_norm, middle)))
 
 
 def add_mlp(unit: Unit, rows: Rows, into_BTD: Tensor) -> bool:
     """into[rows] = residual[rows] + the MLP's output; False leaves it to `run_rows`."""
-    weights = None if unit.attends else weights_for_few(unit.part.mlp, unit.x_BTD, rows.number)
+    if unit.attends or not unit.part.adds_as_is:
+        return False
+    weights = weights_for_few(unit.part.mlp, unit.x_BTD, rows.number)
     if weights is not None:
         unit.ops.add_mlp(weights, unit.x_BTD, unit.residual_BTD, into_BTD, rows.index_N)
     return weights is not None

@@ -19,6 +19,7 @@ from torch.nn import functional
 from methods.base import LinearUnit, Site
 from methods.engine.decoder.inputs import LayerInputs
 from methods.engine.decoder.unit import Unit
+from methods.engine.execute.attention import is_llama_like
 from methods.engine.execute.linear_sites import LinearSites
 from methods.engine.ops.linear import all_linear, estimate, weight_of
 from methods.engine.ops.rotary import rotate
@@ -89,7 +90,9 @@ class OneToken:
         attends, feeds = unit.attends, unit.site.kind != "attention"
         attention: Any = unit.part.attention
         projections = [getattr(attention, f"{name}_proj", None) for name in "qkvo"]
-        if attends and not all_linear(projections):
+        if not unit.part.adds_as_is:
+            return None
+        if attends and not (all_linear(projections) and is_llama_like(attention, unit.inputs)):
             return None
         if feeds and not (is_swiglu(mlp) and all_linear(getattr(mlp, name) for name in NAMES)):
             return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from methods.base import Method, Site
 from methods.engine.decoder.families import layers_of
@@ -42,7 +42,9 @@ def routed_bytes(model: PreTrainedModel, method: Method, usage: Usage) -> float:
         module = part.attention if unit.kind == "attention" else part.mlp
         norm = part.attention_norm if unit.kind == "attention" else part.mlp_norm
         normed = 0 if unit in unread else usage.forwards
-        total += normed * weight_bytes(norm) + active * weight_bytes(module)
+        finish = part.attention_after if unit.kind == "attention" else part.mlp_after
+        finishing = 0 if finish is None else weight_bytes(finish)
+        total += normed * weight_bytes(norm) + active * (weight_bytes(module) + finishing)
         if unit.kind == "attention":
             context = usage.executed_context.get(unit, usage.context_of(unit.layer))
             total += context * _key_bytes(model, usage)
@@ -58,8 +60,14 @@ def routed_bytes(model: PreTrainedModel, method: Method, usage: Usage) -> float:
 
 def _key_value_weights(attention: nn.Module) -> int:
     """Bytes of what makes keys and values, the norm of keys included where a family has one."""
-    names = ("k_proj", "v_proj", "k_norm")
-    return sum(weight_bytes(part) for n, part in attention.named_children() if n in names)
+    names, children = ("k_proj", "v_proj", "k_norm"), dict(attention.named_children())
+    found = sum(weight_bytes(part) for name, part in children.items() if name in names)
+    if "qkv_proj" in children:
+        config: Any = attention.config
+        share = 2 * config.num_key_value_heads
+        rows = weight_bytes(children["qkv_proj"])
+        found += rows * share // (share + config.num_attention_heads)
+    return found
 
 
 def _added(method: Method, site: Site, usage: Usage) -> float:

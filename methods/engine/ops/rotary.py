@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -33,8 +34,14 @@ def angles_of(position_embeddings: tuple[Tensor, Tensor]) -> Angles:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding, halves paired (Su et al., arXiv 2104.09864)."""
-    half = x.shape[-1] // 2
+    """Rotary position embedding, halves paired (Su et al., arXiv 2104.09864).
+
+    Where cos and sin are narrower than x, only so much of each head is turned.
+    """
+    width = cos.shape[-1]
+    if width < x.shape[-1]:
+        return torch.cat([rotate(x[..., :width], cos, sin), x[..., width:]], dim=-1)
+    half = width // 2
     a, b = x[..., :half], x[..., half:]
     out = x * cos
     out[..., :half].addcmul_(b, sin[..., :half], value=-1)

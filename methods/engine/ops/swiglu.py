@@ -46,8 +46,8 @@ def swiglu(mlp: Any, x_RD: Tensor, ops: RowOps, index_N: Tensor | None = None) -
         return ops.mlp(weights, x_RD, index_N)
     x_ND = x_RD if index_N is None else x_RD.index_select(0, index_N)
     if not is_swiglu(mlp) or torch.is_grad_enabled():
-        delta: Tensor = mlp(x_ND)
-        return delta
+        delta: Tensor = mlp(x_ND[None])  # experts want a batch
+        return delta[0]
     down: Tensor = mlp.down_proj(ops.silu_mul(mlp.gate_proj(x_ND), mlp.up_proj(x_ND)))
     return down
 

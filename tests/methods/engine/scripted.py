@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,29 +88,69 @@ def random_maps(sites: Sequence[Site], width: int, *, seed: int = 6) -> dict[Sit
 @torch.no_grad()
 def brute_force(model: PreTrainedModel, ids_T: Tensor, method: Scripted, row: int) -> Tensor:
     """Logits [T, V] of one unpadded sequence, every skip written out token by token."""
-    stack = model.model
-    hidden = stack.embed_tokens(ids_T)
+    stack, config = model.model, model.config
+    hidden = stack.embed_tokens(ids_T) * getattr(config, "embedding_multiplier", 1.0)
     for index, layer in enumerate(stack.layers):
         kept = _kept(method, index, row, len(ids_T))
+        before, after = norms_of(layer, config.model_type)
+        factor = getattr(layer, "residual_multiplier", 1.0)
 
-        def attention(h: Tensor, layer: nn.Module = layer, kept: Tensor = kept) -> Tensor:
-            x = layer.input_layernorm(h)
-            return _attention(layer.self_attn, x, stack.rotary_emb.inv_freq, kept)
+        def attention(
+            h: Tensor,
+            layer: nn.Module = layer,
+            kept: Tensor = kept,
+            index: int = index,
+            before: Any = before,
+            after: Any = after,
+            factor: float = factor,
+        ) -> Tensor:
+            frequencies = _frequencies(stack, index)
+            given = _attention(layer.self_attn, before[0](h), frequencies, kept)
+            return factor * after[0](given)
 
-        def mlp(h: Tensor, layer: nn.Module = layer) -> Tensor:
-            return layer.mlp(layer.post_attention_layernorm(h))
+        def mlp(
+            h: Tensor,
+            layer: nn.Module = layer,
+            before: Any = before,
+            after: Any = after,
+            factor: float = factor,
+        ) -> Tensor:
+            return factor * after[1](layer.mlp(before[1](h)[None])[0])
 
         def block(h: Tensor) -> Tensor:
             attended = h + attention(h)
             return attended + mlp(attended) - h
 
-        first, second = layer.input_layernorm, layer.post_attention_layernorm
+        first, second = before
         if Site(index, "block") in method.tables:
             hidden = _step(method, Site(index, "block"), row, hidden, first(hidden), block)
             continue
         hidden = _step(method, Site(index, "attention"), row, hidden, first(hidden), attention)
         hidden = _step(method, Site(index, "mlp"), row, hidden, second(hidden), mlp)
-    return model.lm_head(stack.norm(hidden))
+    logits = model.lm_head(stack.norm(hidden)) / getattr(config, "logits_scaling", 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def norms_of(layer: Any, family: str) -> tuple[Any, Any]:
+    """Norms before attention and MLP, and after them, as each family's paper has them."""
+    if family.startswith("gemma"):
+        before = layer.input_layernorm, layer.pre_feedforward_layernorm
+        return before, (layer.post_attention_layernorm, layer.post_feedforward_layernorm)
+    nothing = (lambda h: h, lambda h: h)
+    if family == "olmo2":
+        return nothing, (layer.post_attention_layernorm, layer.post_feedforward_layernorm)
+    return (layer.input_layernorm, layer.post_attention_layernorm), nothing
+
+
+def _frequencies(stack: Any, index: int) -> Tensor:
+    """Of a layer's rotary positions, [half of what is turned]; empty where nothing is."""
+    if not getattr(stack.layers[index].self_attn, "use_rope", True):
+        return torch.empty(0)
+    rotary = stack.rotary_emb
+    if hasattr(rotary, "inv_freq"):
+        return rotary.inv_freq
+    return getattr(rotary, f"{stack.config.layer_types[index]}_inv_freq")
 
 
 def _step(method: Scripted, site: Site, row: int, hidden: Tensor, x: Tensor, delta) -> Tensor:
@@ -130,29 +171,44 @@ def _kept(method: Scripted, layer: int, row: int, tokens: int) -> Tensor:
     return torch.ones(tokens, dtype=torch.bool)
 
 
-def _attention(module: nn.Module, x_TD: Tensor, frequencies: Tensor, kept_T: Tensor) -> Tensor:
+def _attention(module: Any, x_TD: Tensor, frequencies: Tensor, kept_T: Tensor) -> Tensor:
     """Causal grouped-query attention with rotary positions, one query at a time."""
-    tokens, head_dim = len(x_TD), module.head_dim
-    q, k, v = (getattr(module, f"{name}_proj")(x_TD).view(tokens, -1, head_dim) for name in "qkv")
-    if hasattr(module, "q_norm"):
+    tokens, head_dim, config = len(x_TD), module.head_dim, module.config
+    if hasattr(module, "qkv_proj"):
+        numbers = (config.num_attention_heads, *[config.num_key_value_heads] * 2)
+        parts = module.qkv_proj(x_TD).split([n * head_dim for n in numbers], dim=-1)
+    else:
+        parts = [getattr(module, f"{name}_proj")(x_TD) for name in "qkv"]
+    q, k, v = parts
+    if config.model_type == "olmo2":
+        q, k = module.q_norm(q), module.k_norm(k)
+    q, k, v = (part.view(tokens, -1, head_dim) for part in (q, k, v))
+    if hasattr(module, "q_norm") and config.model_type != "olmo2":
         q, k = module.q_norm(q), module.k_norm(k)
     angles = torch.arange(tokens)[:, None, None] * frequencies
     q, k = _rotate(q, angles), _rotate(k, angles)
     shared = q.shape[1] // k.shape[1]
+    scale = {"granite": getattr(config, "attention_multiplier", None)}.get(config.model_type)
+    if config.model_type.startswith("gemma"):
+        scale = config.query_pre_attn_scalar**-0.5
+    cap = config.attn_logit_softcapping if config.model_type == "gemma2" else None
     heads = torch.zeros_like(q)
     for t in range(tokens):
         for h in range(q.shape[1]):
             seen = kept_T[: t + 1]
             keys, values = k[: t + 1, h // shared][seen], v[: t + 1, h // shared][seen]
-            weights = torch.softmax(keys @ q[t, h] / math.sqrt(head_dim), dim=0)
-            heads[t, h] = weights @ values
+            scores = keys @ q[t, h] * (scale or 1 / math.sqrt(head_dim))
+            scores = scores if cap is None else cap * torch.tanh(scores / cap)
+            heads[t, h] = torch.softmax(scores, dim=0) @ values
     return module.o_proj(heads.flatten(1))
 
 
 def _rotate(x: Tensor, angles: Tensor) -> Tensor:
-    a, b = x.chunk(2, dim=-1)
+    """The first numbers of each head, twice as many as there are angles."""
+    turned, rest = x[..., : 2 * angles.shape[-1]], x[..., 2 * angles.shape[-1] :]
+    a, b = turned.chunk(2, dim=-1)
     cos, sin = angles.cos(), angles.sin()
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
 
 def padded(ids_BT: Tensor, pad: Sequence[int], side: str) -> tuple[Tensor, Tensor]:

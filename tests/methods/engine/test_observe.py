@@ -10,7 +10,7 @@ import torch
 from methods.base import Site
 from methods.engine.observe import bypassed, observed, observed_routed, unit_gradients
 from tests.methods.conftest import small_ids, small_model
-from tests.methods.engine.scripted import Scripted, all_sites, brute_force, padded
+from tests.methods.engine.scripted import Scripted, all_sites, brute_force, norms_of, padded
 
 
 def module_of(model, site):
@@ -30,7 +30,9 @@ def test_views_are_the_modules_inputs_and_outputs_without_padding(family_model, 
 
         def keep(module, args, kwargs, out, site=site):
             inputs[site] = args[0] if args else kwargs["hidden_states"]
-            outputs[site] = delta(out)
+            layer = family_model.model.layers[site.layer]
+            after = norms_of(layer, family_model.config.model_type)[1][site.kind == "mlp"]
+            outputs[site] = after(delta(out)) * getattr(layer, "residual_multiplier", 1.0)
 
         module = module_of(family_model, site)
         hooks.append(module.register_forward_hook(keep, with_kwargs=True))

@@ -13,7 +13,7 @@ from methods.informed_plus import InformedPlus
 from runners.corpus.rows import ProbeText
 from runners.errors import UserError
 from runners.training.probe import ModelProbe
-from tests.methods.conftest import small_ids, small_model
+from tests.methods.conftest import PLAIN, small_ids, small_model
 from tests.methods.engine.decoder.test_placement import LAYERS, PLACES
 
 MLP = Site(1, "mlp")
@@ -44,9 +44,17 @@ def seen_at(model, probe, site):
     return view.x_ND, view.y_ND, model.model.layers[site.layer].mlp
 
 
-def test_all_neurons_are_the_mlp(family_model):
-    method = solved(family_model, neurons=1000)
-    x, y, _ = seen_at(family_model, probe_for(family_model, method), MLP)
+@pytest.mark.parametrize("family", ["gemma2", "granite", "mixtral", "olmo2", "phi3"])
+def test_an_mlp_whose_neurons_do_not_add_up_is_refused(family):
+    with pytest.raises(UserError, match=r"no neuron of it can be kept \(set method\.neurons=0"):
+        solved(small_model(family), neurons=5)
+
+
+@pytest.mark.parametrize("family", PLAIN)
+def test_all_neurons_are_the_mlp(family):
+    model = small_model(family)
+    method = solved(model, neurons=1000)
+    x, y, _ = seen_at(model, probe_for(model, method), MLP)
     assert method.forecasters.at(MLP).neurons.gate.out_features == 48
     assert torch.allclose(method.forecasters(MLP, x), y, atol=1e-4)
     assert method.forecasters.at(Site(1, "attention")).neurons is None

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import util
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from pyarrow import parquet
 from analysis import cli, frames, speedup
 from analysis.frames import AnalysisError
 from methods.base import Stage
+from methods.engine.decoder import families
 from methods.engine.decoder.placement import place_on_devices
 from methods.engine.model import RoutedModel
 from methods.random import Random
@@ -274,6 +276,12 @@ def two_dense_models(scene: Scene) -> None:
     frames.Store(scene.folder)
 
 
+def wrong_family(scene: Scene) -> None:
+    line = replace(families.FAMILIES["llama"], mlp_norm=None)
+    scene.patch.setitem(families.FAMILIES, "llama", line)
+    point.build_method(PointConfig.parse(scene.config()), tiny_model(seed=3)[0])
+
+
 def other_weights(scene: Scene) -> None:
     base = Base(*tiny_model(seed=3), "a", "mine", None)
     require_weights("saved", base, trained_on="b", check=True)
@@ -360,6 +368,7 @@ CASES: dict[str, Provoke] = {
     "no complete result": no_record,
     "nothing to show": nothing_timed,
     "the dense perplexity": two_dense_models,
+    "the adapter of": wrong_family,
     "... was trained on": other_weights,
     "... was never": uncalibrated,
     "saved=...": command("saved=FOLDER", entry="score"),

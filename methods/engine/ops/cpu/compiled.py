@@ -114,7 +114,8 @@ class CompiledRowOps(RowOps):
     def rotate(self, x: Tensor, angles: Angles, out: Tensor | None = None) -> Tensor:
         """One pass, angles read where they are; PyTorch takes three and two gathers."""
         into = torch.empty_like(x) if out is None else out
-        lies = into.stride(-1) == 1 and into.dim() in (3, 4)
+        whole = angles.cos_Pd.shape[1] == x.shape[-1]
+        lies = whole and into.stride(-1) == 1 and into.dim() in (3, 4)
         if not (lies and _plain(into) and _covered(x, angles.cos_Pd, angles.sin_Pd)):
             return super().rotate(x, angles, out)
         *_, tokens, heads, size = x.shape

@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from methods.base import Site
+from methods.engine.decoder.families import FAMILIES
 from methods.engine.measure.flops import kv_bytes_ratio, routed_flops
 from methods.engine.routed import attach, routed
 from methods.informed import Informed
 from methods.informed_plus import InformedPlus
 from tests.conftest import token_rows
 from tests.methods.by_hand import BUDGET
-from tests.methods.conftest import probe_for, small_ids, small_model
+from tests.methods.conftest import PLAIN, probe_for, small_ids, small_model
 
 
 def informed(model, *, kv_policy="forecast", threshold=0.0, **options):
@@ -43,9 +44,26 @@ def fill(method, value=None):
     return method
 
 
-def test_attention_over_the_estimates_by_hand(family_model):
+@pytest.mark.parametrize("family", sorted({*FAMILIES} - {"phi3"}))
+def test_every_path_takes_the_estimates(family):
+    model, ids = small_model(family), small_ids(2, 9)
+    method = fill(informed(model))
+    whole, usage = run(model, method, ids)
+    gathered, _ = run(model, method, ids, "gathered")
+    assert torch.allclose(gathered, whole, atol=1e-4) and 0.1 < usage.sparsity() < 0.9
+    with torch.no_grad():
+        assert not torch.allclose(whole, run(model, fill(method, 0.0), ids)[0], atol=1e-3)
+
+
+def test_one_projection_of_all_three_is_refused():
+    with pytest.raises(ValueError, match="needs k_proj and v_proj, which Phi3Attention has not"):
+        informed(small_model("phi3"))
+
+
+@pytest.mark.parametrize("family", [*PLAIN, "mixtral", "qwen3_moe"])
+def test_attention_over_the_estimates_by_hand(family):
     """The first layer's attention of the last token, from its own projections."""
-    model, ids = family_model, small_ids(1, 7)
+    model, ids = small_model(family), small_ids(1, 7)
     method = fill(informed(model))
     site, layer = Site(0, "attention"), model.model.layers[0]
     attention = layer.self_attn

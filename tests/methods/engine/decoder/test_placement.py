@@ -14,14 +14,13 @@ from transformers import DynamicCache, PreTrainedModel
 from methods.base import Method, Site
 from methods.engine.checkpoint import hash_model
 from methods.engine.decoder import swap
-from methods.engine.decoder.families import FAMILIES
 from methods.engine.decoder.offload import OnDemand, offloaded_in, offloading
 from methods.engine.decoder.placement import input_device, placed
 from methods.engine.routed import routed
 from methods.engine.routing import routing_of
 from runners.point import build_method
 from runners.point_config import PointConfig
-from tests.methods.conftest import METHODS, method_config, small_ids, small_model
+from tests.methods.conftest import METHODS, PLAIN, method_config, small_ids, small_model
 from tests.methods.engine.scripted import Scripted, all_sites, random_maps
 
 LAYERS = 3
@@ -106,16 +105,22 @@ def test_numbers_are_those_of_the_model_in_one_place(config, tmp_path):
     same_with_and_without("llama", "one layer on disk", config, ("masked", "gathered"), tmp_path)
 
 
+@pytest.mark.parametrize("family", ["gemma2", "mixtral", "phi3"])
+def test_numbers_of_families_that_differ_from_llama(family, tmp_path):
+    both = ("masked", "gathered")
+    same_with_and_without(family, "one layer on disk", "informed", both, tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("config", METHODS)
 @pytest.mark.parametrize("where", PLACES)
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", [*PLAIN, "gemma2", "mixtral"])
 def test_numbers_of_every_family_method_and_place(family, where, config, tmp_path):
     same_with_and_without(family, where, config, ("masked", "gathered"), tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", [*PLAIN, "gemma2", "mixtral"])
 @pytest.mark.parametrize("policy", ["keep", "forecast"])
 def test_numbers_under_each_kv_policy_of_forecasters(family, policy, tmp_path):
     words = (f"method.kv_policy={policy}",)

@@ -47,7 +47,7 @@ def test_equals_brute_force(family_model, policy, granularity, side):
         assert torch.allclose(out[row][real], expected, atol=2e-4), row
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=120, deadline=None, derandomize=True)
 @given(
     family=st.sampled_from(sorted(FAMILIES)),
     granularity=st.sampled_from(["unit", "block"]),
@@ -61,12 +61,28 @@ def test_equals_brute_force(family_model, policy, granularity, side):
     window=st.sampled_from([None, 5]),
     seed=st.integers(0, 1000),
     kernels=st.sampled_from(["auto", "torch"]),
+    biased=st.booleans(),
 )
 def test_equals_masked(
-    family, granularity, policy, pads, side, tokens, execute, forecast, cuts, window, seed, kernels
+    family,
+    granularity,
+    policy,
+    pads,
+    side,
+    tokens,
+    execute,
+    forecast,
+    cuts,
+    window,
+    seed,
+    kernels,
+    biased,
 ):
     """In one pass and in chunks with a cache, padded and not, from nothing to all executed."""
-    model = windowed(family, window)
+    takes = biased and family in ("llama", "qwen3")
+    model = windowed(
+        family, window, **({"attention_bias": True, "mlp_bias": True} if takes else {})
+    )
     ids, mask = padded(small_ids(len(pads), tokens, seed=seed), pads, side)
     sites = all_sites(model, granularity)
     tables = random_tables(sites, rows=len(pads), execute=execute, seed=seed)
@@ -85,12 +101,14 @@ def test_equals_masked(
 def windowed(family, window, **options):
     """A small model whose attention looks back `window` tokens, where the family can.
 
-    In all layers of Mistral, in all but the first of Qwen.
+    In all layers of Mistral, Mixtral and Phi-3, in all but the first of Qwen.
     """
-    if window is None or family == "llama":
+    if window is None or family in ("llama", "olmo2", "granite"):
         return small_model(family, **options)
-    if family != "mistral":
-        options |= {"use_sliding_window": True, "max_window_layers": 1}
+    if family.startswith(("qwen", "smollm")):
+        options |= {"use_sliding_window": True}
+    if family in ("qwen2", "qwen3"):
+        options |= {"max_window_layers": 1, **options}
     return small_model(family, sliding_window=window, **options)
 
 
