@@ -16,6 +16,7 @@ from runners.base_model.load import Base
 from runners.corpus.rows import encoder, load_rows
 from runners.errors import UserError
 from runners.point_config import DataConfig, Phase, PointConfig, SpeedConfig
+from runners.runtime.memory import give_back
 from runners.store.provenance import provenance
 from runners.store.record import Record
 from runners.timing.bench import Bench, RandomDraw
@@ -45,6 +46,7 @@ def measure(
         UserError: too little text.
     """
     model, device = base.model, input_device(base.model)
+    give_back()
     warmup, repeats = ROUNDS["cuda" if device.type == "cuda" else "cpu"]
     if isinstance(method.adapter, LoraFactors):
         method.adapter.merged = not placed(model)

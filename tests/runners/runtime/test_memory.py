@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import pytest
 import torch
 
-from runners.runtime.memory import PeakMemory
+from runners.runtime.memory import PeakMemory, give_back
 
 MIB = 2**20
 
@@ -38,3 +39,16 @@ def test_peak_without_proc(monkeypatch, tmp_path):
     monkeypatch.setattr("runners.runtime.memory._CLEAR", tmp_path / "none" / "clear")
     found = PeakMemory(torch.device("cpu")).bytes()
     assert 50 * MIB < found < 100_000 * MIB
+
+
+def test_freed_memory_is_no_part_of_the_next_peak():
+    """Pieces below the size that the system lends by itself, and one that pins the heap's end."""
+    if not hasattr(ctypes.CDLL(None), "malloc_trim"):
+        pytest.skip("glibc alone keeps freed memory in a heap")
+    pieces = [torch.ones(16 * 1024) for _ in range(3000)]
+    pinned = torch.ones(16)
+    before = resident_bytes()
+    pieces.clear()
+    give_back()
+    assert before - PeakMemory(torch.device("cpu")).bytes() > 120 * MIB
+    assert pinned.sum() == 16
