@@ -9,11 +9,22 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from methods.base import Budget, RouteContext, RoutedView, Site, Stage
-from methods.options import LoraSpec, Natural, NonNegative, Positive, Sparsity, Training
+from methods.base import Budget, RouteContext, RoutedView, Site, Stage, UnitView
+from methods.options import LoraSpec, Natural, Positive, Sparsity, Start, Training, grouped
 from methods.parts.penalties import token_rate_penalty
 from methods.parts.routed_method import RoutedMethod
 from methods.parts.routers import BottleneckRouter, PerSite
+
+TRAINING = Training(
+    lr=2.8e-4,
+    schedule="cosine",
+    warmup=0.2,
+    weight_decay=0.02,
+    betas=(0.9, 0.95),
+    tau_start=1.0,
+    tau_end=1.0,
+    penalty_weight=5.0,
+)
 
 
 class DLLM(RoutedMethod):
@@ -27,10 +38,11 @@ class DLLM(RoutedMethod):
     Args:
         router_width: of the bottleneck; 0 means D // 8, its share at the published width.
         first_layer: blocks before it are never skipped.
-        train: `routers` (and adapters), or `none` for random routers.
-        train_lr: of routers and adapters; cosine with a fifth of warm-up.
-        penalty_weight: of the L1 distance between each token's depth and the target; it rises
-            as a quarter sine over the stage.
+        start: `published`, or `closed_form`: routers as the regression of what the block adds.
+        scale: of the scores of that start: how loud they are beside the Gumbel noise.
+        train: `routers` (and adapters), or `none` for the start alone.
+        training: `Training`, of routers and adapters; its `penalty_weight` is that of the L1
+            distance between each token's depth and the target, and rises as a quarter sine.
         lora: adapters trained with the routers (`LoraSpec` fields), or None.
     """
 
@@ -43,24 +55,18 @@ class DLLM(RoutedMethod):
         self,
         *,
         sparsity: Sparsity,
-        router_width: Natural = 512,
+        router_width: Natural = 0,
         first_layer: Natural = 2,
+        start: Start = "published",
+        scale: Positive = 1.0,
         train: Literal["none", "routers"] = "routers",
-        train_lr: Positive = 2.8e-4,
-        penalty_weight: NonNegative = 5.0,
+        training: Training = TRAINING,
         lora: LoraSpec | None = None,
     ) -> None:
         routers = PerSite(lambda shape: _router(shape.width, router_width or shape.width // 8))
-        training = Training(
-            lr=train_lr,
-            schedule="cosine",
-            warmup=0.2,
-            weight_decay=0.02,
-            betas=(0.9, 0.95),
-            tau_start=1.0,
-            penalty_weight=penalty_weight,
-        )
+        training = grouped(training, TRAINING)
         super().__init__(sparsity=sparsity, routers=routers, training=training, lora=lora)
+        self.start_what, self.scale = start, scale
         self.first_layer, self.train_what = first_layer, train
 
     def sites(self) -> Sequence[Site]:
@@ -71,7 +77,12 @@ class DLLM(RoutedMethod):
         scores: Tensor = self.routers(site, ctx.residual_BTD)
         return scores
 
+    def read_unit(self, view: UnitView) -> Tensor:
+        return view.residual_ND
+
     def stages(self, budget: Budget) -> Iterable[Stage]:
+        if self.start_what == "closed_form":
+            yield from self.closed_form_stages(budget, self.scale)
         if self.train_what == "routers":
             yield self.train_stage("train", [self.routers], budget.routers, lora=self.lora)
 

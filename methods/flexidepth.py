@@ -8,10 +8,12 @@ from typing import Annotated, Literal
 from torch import nn
 
 from methods.base import Budget, Site, Stage
-from methods.options import Count, Ge, NonNegative, Positive, Sparsity, Training
+from methods.options import Count, Ge, NonNegative, Sparsity, Start, Training, grouped
 from methods.parts.narrow_ffn import NarrowFFN
 from methods.parts.routers import BottleneckRouter, PerSite
 from methods.parts.trained_bypass import TrainedBypass
+
+TRAINING = Training(lr=1e-4, schedule="cosine", warmup=0.03, betas=(0.9, 0.95))
 
 
 class FlexiDepth(TrainedBypass):
@@ -28,12 +30,12 @@ class FlexiDepth(TrainedBypass):
             reduction).
         output: `scaled` as published; `whole` keeps the branch's value and lets the gate carry
             the gradient.
-        train: `end_to_end`, or `none` for random routers and adapters.
-        train_lr: of routers and adapters together, cosine with 3 % of warm-up.
+        start: `published`, or `closed_form`: adapters as forecasters of what the block adds,
+            routers, which get a bias, as the regression of their error.
+        train: `end_to_end`, or `none` for what it starts with.
+        training: `Training`, of routers and adapters together; with `hold` 0 once for all targets,
+            at a threshold of 0, as published, where the weight alone sets the depth.
         depth_weight: of the mean over tokens of the squared sum of gates.
-        hold: gain of the controller that keeps training at the target by moving the threshold
-            after each step; 0 trains once for all targets, at a threshold of 0, as published,
-            where the weight alone sets the depth.
     """
 
     paper = "arXiv 2503.23798"
@@ -45,24 +47,25 @@ class FlexiDepth(TrainedBypass):
         first_layer: Annotated[int, Ge(-1)] = -1,
         reduction: Count = 16,
         output: Literal["scaled", "whole"] = "scaled",
+        start: Start = "published",
         train: Literal["none", "end_to_end"] = "end_to_end",
-        train_lr: Positive = 1e-4,
+        training: Training = TRAINING,
         depth_weight: NonNegative = 1e-3,
-        hold: NonNegative = 0.0,
     ) -> None:
         super().__init__(
             sparsity=sparsity,
-            routers=PerSite(lambda shape: _router(shape.width, shape.width // reduction)),
+            routers=PerSite(
+                lambda shape: _router(shape.width, shape.width // reduction, start == "closed_form")
+            ),
             adapters=PerSite(
                 lambda shape: NarrowFFN(
                     width=shape.width, hidden=shape.mlp_width // reduction, kind="swiglu"
                 )
             ),
             output=output,
+            start=start,
             depth_weight=depth_weight,
-            training=Training(
-                lr=train_lr, schedule="cosine", warmup=0.03, betas=(0.9, 0.95), hold=hold
-            ),
+            training=grouped(training, TRAINING),
         )
         self.first_layer, self.train_what = first_layer, train
 
@@ -73,12 +76,14 @@ class FlexiDepth(TrainedBypass):
         return [Site(layer, "block") for layer in range(first, layers)]
 
     def stages(self, budget: Budget) -> Iterable[Stage]:
+        if self.start_what == "closed_form":
+            yield from self.closed_form_stages(budget)
         if self.train_what == "end_to_end":
             parts, aims = [self.routers, self.adapters], self.training_options.hold > 0
             yield self.train_stage("train", parts, budget.routers, per_target=aims)
 
 
-def _router(width: int, hidden: int) -> BottleneckRouter:
-    """Linear(D, r) -> RMSNorm -> Tanh -> Linear(r, D) -> Linear(D, 1), no biases."""
-    head = nn.Sequential(nn.Linear(hidden, width, bias=False), nn.Linear(width, 1, bias=False))
+def _router(width: int, hidden: int, bias: bool) -> BottleneckRouter:
+    """Linear(D, r) -> RMSNorm -> Tanh -> Linear(r, D) -> Linear(D, 1), published without biases."""
+    head = nn.Sequential(nn.Linear(hidden, width, bias=False), nn.Linear(width, 1, bias=bias))
     return BottleneckRouter(width=width, hidden=hidden, activation=nn.Tanh(), head=head, bias=False)

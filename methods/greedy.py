@@ -20,11 +20,11 @@ from methods.options import (
     grouped,
 )
 from methods.parts.forecaster import Forecasters
-from methods.parts.gates import membership_loss, straight_through, top_share
+from methods.parts.gates import membership_loss, sigmoid_gate, straight_through, top_share
 from methods.parts.routed_method import RoutedMethod
 from methods.parts.routers import Routers
 
-ROUTER = RouterOptions()
+ROUTER, TRAINING = RouterOptions(), Training()
 
 
 class Greedy(RoutedMethod):
@@ -43,7 +43,10 @@ class Greedy(RoutedMethod):
             bypassed token gets: the router stays greedy's.
         damping: of the ridge regressions.
         train: `routers` runs the gradient stage, `none` keeps the start.
-        router_lr: of the gradient stage, constant.
+        choice: what executes in training: `top_share` of each sequence at every unit alike, as
+            published, or what lies above the `threshold`, so that units keep the shares that the
+            start gave them, and no membership is taught.
+        training: `Training`, of that stage.
         bce_weight: of the top-k membership loss.
         targets: train one model for these sparsities in turn, shared by all points of a sweep;
             empty trains for the point's own.
@@ -60,7 +63,8 @@ class Greedy(RoutedMethod):
         router: RouterOptions = ROUTER,
         damping: Positive = 1e-3,
         train: Literal["none", "routers"] = "none",
-        router_lr: Positive = 2e-3,
+        choice: Literal["top_share", "threshold"] = "top_share",
+        training: Training = TRAINING,
         bce_weight: NonNegative = 1.0,
         targets: Sequence[Sparsity] = (),
     ) -> None:
@@ -69,14 +73,14 @@ class Greedy(RoutedMethod):
             sparsity=sparsity,
             routers=Routers(kind=router.kind, hidden=router.width),
             forecasters=Forecasters(rank=rank, options=options) if bypass == "forecast" else None,
-            training=Training(lr=router_lr),
+            training=grouped(training, TRAINING),
             targets=targets,
         )
         self.router, self.damping, self.train_what = router, damping, train
-        self.bce_weight = bce_weight
+        self.choice, self.bce_weight = choice, bce_weight
 
     def route(self, site: Site, x_BTD: Tensor, ctx: RouteContext) -> Decision:
-        if not ctx.training:
+        if not ctx.training or self.choice == "threshold":
             return super().route(site, x_BTD, ctx)
         scores = self.score(site, x_BTD, ctx)
         target = self.sparsity if ctx.target is None else ctx.target
@@ -85,6 +89,9 @@ class Greedy(RoutedMethod):
         gate = straight_through(torch.sigmoid(logits) * execute, execute)
         membership = membership_loss(logits, execute, ctx.valid_BT)
         return Decision(execute, gate, scores, auxiliary=membership)
+
+    def gate(self, logits_BT: Tensor, ctx: RouteContext) -> Tensor:
+        return sigmoid_gate(logits_BT, tau=1.0)
 
     def linear(self, site: Site) -> LinearUnit | None:
         return self.linear_unit(site)

@@ -6,14 +6,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Annotated, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from methods.base import Budget, Method, RouteContext, Shape, Site, SiteCost, Stage
-from methods.options import Ge, Gt, Le, Natural, NonNegative, Positive, Sparsity, Training
+from methods.base import Budget, Method, RouteContext, Shape, Site, SiteCost, Stage, UnitView
+from methods.options import Ge, Gt, Le, Natural, NonNegative, Sparsity, Start, Training, grouped
 from methods.parts.history import HistoryEncoder, unit_rms
 from methods.parts.narrow_ffn import NarrowFFN
 from methods.parts.routers import PerSite, Routers
 from methods.parts.trained_bypass import TrainedBypass
+
+TRAINING = Training(lr=1e-4, schedule="cosine")
 
 
 class HeRo(TrainedBypass):
@@ -32,11 +34,11 @@ class HeRo(TrainedBypass):
             7 D // 32, the published share.
         output: `scaled` as published; `whole` keeps the branch's value and lets the gate carry
             the gradient.
-        train: `end_to_end`, or `none` for random routers and adapters.
-        train_lr: of routers, history and adapters together, cosine.
+        start: `published`, or `closed_form`: adapters as forecasters of the MLPs, local routers as
+            the regression of their error, a history that says nothing yet.
+        train: `end_to_end`, or `none` for what it starts with.
+        training: `Training`, of routers, history and adapters together.
         depth_weight: of the mean over tokens of the squared sum of gates.
-        hold: gain of the controller that keeps training at the target by moving the threshold
-            after each step; 0 leaves it where it began, as published.
     """
 
     paper = "HeRo, 2026"
@@ -49,10 +51,10 @@ class HeRo(TrainedBypass):
         share: Annotated[float, Gt(0.0), Le(1.0)] = 0.9,
         adapter_width: Natural = 0,
         output: Literal["scaled", "whole"] = "scaled",
+        start: Start = "published",
         train: Literal["none", "end_to_end"] = "end_to_end",
-        train_lr: Positive = 1e-4,
+        training: Training = TRAINING,
         depth_weight: NonNegative = 1e-3,
-        hold: NonNegative = 0.0,
     ) -> None:
         super().__init__(
             sparsity=sparsity,
@@ -63,8 +65,9 @@ class HeRo(TrainedBypass):
                 )
             ),
             output=output,
+            start=start,
             depth_weight=depth_weight,
-            training=Training(lr=train_lr, schedule="cosine", hold=hold),
+            training=grouped(training, TRAINING),
         )
         self.first_layer, self.share = first_layer, share
         self.history: HistoryEncoder | None = None
@@ -77,6 +80,9 @@ class HeRo(TrainedBypass):
             # From the last layer, so that a layer starts alike whatever the target adds before it.
             self.routers.create([site], shape)
             self.adapters.create([site], shape)
+        if self.start_what == "closed_form":
+            nn.init.zeros_(self.history.head.weight)
+            nn.init.zeros_(self.history.head.bias)
 
     def sites(self) -> Sequence[Site]:
         assert self.shape is not None, "setup() comes first"
@@ -92,7 +98,13 @@ class HeRo(TrainedBypass):
         ctx.memory["path"] = path
         return logit + self.routers(site, unit_rms(ctx.residual_BTD.float()))
 
+    def read_unit(self, view: UnitView) -> Tensor:
+        return unit_rms(view.residual_ND.float())
+
     def stages(self, budget: Budget) -> Iterable[Stage]:
+        if self.start_what == "closed_form":
+            for stage in self.closed_form_stages(budget):
+                yield replace(stage, per_target=True)  # the target says which layers are routed
         if self.train_what == "end_to_end":
             parts = [self.routers, self.adapters, self.history]
             yield self.train_stage("train", parts, budget.routers)

@@ -8,11 +8,23 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from methods.base import Budget, Decision, Probe, RouteContext, RoutedView, Site, SiteCost, Stage
-from methods.options import LoraSpec, Natural, NonNegative, Positive, Sparsity, Training
+from methods.base import (
+    Budget,
+    Decision,
+    Probe,
+    RouteContext,
+    RoutedView,
+    Site,
+    SiteCost,
+    Stage,
+    UnitView,
+)
+from methods.options import LoraSpec, Natural, NonNegative, Sparsity, Start, Training, grouped
 from methods.parts.gates import membership_loss, straight_through, top_share
 from methods.parts.routed_method import RoutedMethod
 from methods.parts.routers import Routers
+
+TRAINING = Training(lr=1e-3, schedule="cosine")
 
 
 class MoD(RoutedMethod):
@@ -31,8 +43,9 @@ class MoD(RoutedMethod):
         output: `scaled` multiplies the block by the sigmoid of the score, `whole` keeps its value
             and lets the score carry the gradient: a frozen model was not trained to be scaled.
         predictor_width: hidden width of the predictor; 0 means D // 4.
-        train: `routers` (and adapters), or `none` for random routers.
-        train_lr: of routers and adapters together, cosine.
+        start: `published`, or `closed_form`: scores as the regression of what the block adds.
+        train: `routers` (and adapters), or `none` for the start alone.
+        training: `Training`, of routers and adapters together.
         bce_weight: of the membership loss.
         lora: adapters trained with the routers (`LoraSpec` fields), or None.
     """
@@ -48,13 +61,15 @@ class MoD(RoutedMethod):
         decision: Literal["score", "predictor"] = "score",
         output: Literal["whole", "scaled"] = "whole",
         predictor_width: Natural = 0,
+        start: Start = "published",
         train: Literal["none", "routers"] = "routers",
-        train_lr: Positive = 1e-3,
+        training: Training = TRAINING,
         bce_weight: NonNegative = 1.0,
         lora: LoraSpec | None = None,
     ) -> None:
-        training = Training(lr=train_lr, schedule="cosine")
+        training = grouped(training, TRAINING)
         super().__init__(sparsity=sparsity, routers=Routers(), training=training, lora=lora)
+        self.start_what = start
         if decision == "predictor" and output == "scaled":
             raise ValueError(
                 "output=scaled needs decision=score: a predictor tells who, not how much"
@@ -84,7 +99,12 @@ class MoD(RoutedMethod):
         gate = straight_through(torch.sigmoid(scores - self.threshold) * execute, execute)
         return self._scaled(Decision(execute, gate, logits, auxiliary=membership), scores)
 
+    def read_unit(self, view: UnitView) -> Tensor:
+        return view.residual_ND
+
     def stages(self, budget: Budget) -> Iterable[Stage]:
+        if self.start_what == "closed_form":
+            yield from self.closed_form_stages(budget)
         if self.train_what == "routers":
             parts = [self.routers, self.predictors]
             yield self.train_stage("train", parts, budget.routers, lora=self.lora)

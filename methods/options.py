@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 KVPolicy = Literal["keep", "evict", "forecast"]
 RouterKind = Literal["linear", "mlp"]
+Start = Literal["published", "closed_form"]
+"""Where a baseline's training begins: as its paper has it, or as informed routing's does."""
 Activation = Literal["silu", "identity"]
 Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
 """Linear maps of a decoder layer that adapters may change."""
@@ -136,8 +138,10 @@ class Training:
     weight_decay: NonNegative = 0.01
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     """Of AdamW."""
-    hold: NonNegative = 0.0
-    """Gain of the controller that moves the threshold after each step; 0 leaves it."""
+    hold: Share = 0.0
+    """Above 0 keeps training at the target: after each step the threshold is set to the quantile
+    of its scores, at a share that moves by so much of what the step missed the target by. 0 leaves
+    the threshold where the stage began."""
     tau_start: Positive = 5.0
     """Temperature of the gate's gradient at the stage's first step, then linear (paper: 5)."""
     tau_end: Positive = 1.0

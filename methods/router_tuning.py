@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
 from methods.base import Budget, Kind, Probe, RouteContext, RoutedView, Shape, Site, Stage
-from methods.options import Gt, Le, Natural, NonNegative, Positive, Sparsity, Training
+from methods.options import Gt, Le, Natural, NonNegative, Sparsity, Start, Training, grouped
 from methods.parts.gates import straight_through
 from methods.parts.penalties import capacity_penalty
 from methods.parts.routed_method import RoutedMethod
 from methods.parts.routers import Routers
+
+TRAINING = Training(lr=1e-5, schedule="cosine", warmup=0.03)
 
 
 class RouterTuning(RoutedMethod):
@@ -30,8 +33,10 @@ class RouterTuning(RoutedMethod):
             half, or as many as leave each routed unit at most `share` of its tokens to bypass: a
             half of the attention is no more than a quarter of all units.
         share: see `layers`.
-        train: `routers`, or `none` for the zero start, which cannot tell tokens apart.
-        router_lr: cosine with 3 % of warm-up (published: 1e-5).
+        start: `published`, or `closed_form`: routers, which get a bias, as the regression of what
+            a skip would miss.
+        train: `routers`, or `none` for the start; the published one cannot tell tokens apart.
+        training: `Training`, of the routers.
         gradient_scale: of sum over units of relu(execute rate - its target).
     """
 
@@ -44,12 +49,17 @@ class RouterTuning(RoutedMethod):
         part: Kind = "attention",
         layers: Natural = 0,
         share: Annotated[float, Gt(0.0), Le(1.0)] = 0.8,
+        start: Start = "published",
         train: Literal["none", "routers"] = "routers",
-        router_lr: Positive = 1e-5,
+        training: Training = TRAINING,
         gradient_scale: NonNegative = 1.0,
     ) -> None:
-        training = Training(lr=router_lr, schedule="cosine", warmup=0.03)
-        super().__init__(sparsity=sparsity, routers=Routers(bias=False), training=training)
+        super().__init__(
+            sparsity=sparsity,
+            routers=Routers(bias=start == "closed_form"),
+            training=grouped(training, TRAINING),
+        )
+        self.start_what = start
         self.part, self.layers, self.share = part, layers, share
         self.train_what, self.gradient_scale = train, gradient_scale
 
@@ -71,13 +81,19 @@ class RouterTuning(RoutedMethod):
         return straight_through(torch.sigmoid(logits_BT), logits_BT >= 0)
 
     def stages(self, budget: Budget) -> Iterable[Stage]:
+        if self.start_what == "closed_form":
+            for stage in self.closed_form_stages(budget):
+                yield replace(stage, per_target=True)  # the target says which layers are routed
         if self.train_what == "routers":
             yield self.train_stage("routers", [self.routers], budget.routers)
 
     def start(self, probe: Probe, sparsity: float) -> None:
-        """Begin at 0, where all execute: every score of a zero router is the same, so that no
+        """Begin at 0 from zero routers, where all execute: every score is the same, so that no
         threshold would realise the target; the loss brings the rate down from there."""
-        self.threshold.zero_()
+        if self.start_what == "closed_form":
+            super().start(probe, sparsity)
+        else:
+            self.threshold.zero_()
 
     def _routed_loss(self, view: RoutedView) -> Tensor:
         target = 1.0 - view.sparsity / self.reach()

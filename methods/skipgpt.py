@@ -7,10 +7,21 @@ from typing import Literal
 
 from torch import Tensor
 
-from methods.base import Budget, RouteContext, Site, Stage
-from methods.options import LoraSpec, Natural, NonNegative, Positive, RouterKind, Sparsity, Training
+from methods.base import Budget, RouteContext, Site, Stage, UnitView
+from methods.options import (
+    LoraSpec,
+    Natural,
+    Positive,
+    RouterKind,
+    Sparsity,
+    Start,
+    Training,
+    grouped,
+)
 from methods.parts.routed_method import RoutedMethod
 from methods.parts.routers import Routers
+
+TRAINING = Training()
 
 
 class SkipGPT(RoutedMethod):
@@ -23,11 +34,11 @@ class SkipGPT(RoutedMethod):
     Args:
         router: `linear` (paper: D -> 2) or `mlp` (published code: D -> D/4 -> ReLU -> 2).
         router_width: hidden width of `mlp`; 0 means D // 4.
-        train: `routers`, or `none` for random routers.
-        router_lr: of router tuning, constant (paper: 2e-3).
-        tau_start: Gumbel temperature at the stage's first step, then linear (5).
-        tau_end: at its last (1).
-        penalty_weight: of |(1 - s) - mean execute rate| (paper 8, published code 20).
+        start: `published`, or `closed_form`: routers as the regression of what a skip would miss.
+        scale: of the scores of that start: how loud they are beside the Gumbel noise.
+        train: `routers`, or `none` for the start alone.
+        training: `Training`, of the routers (paper: lr 2e-3, constant, Gumbel temperature 5 to 1,
+            penalty weight 8; published code 20).
         lora: of the second stage (`LoraSpec` fields), or None for router tuning alone.
         lora_lr: its learning rate.
     """
@@ -40,22 +51,22 @@ class SkipGPT(RoutedMethod):
         sparsity: Sparsity,
         router: RouterKind = "linear",
         router_width: Natural = 0,
+        start: Start = "published",
+        scale: Positive = 1.0,
         train: Literal["none", "routers"] = "routers",
-        router_lr: Positive = 2e-3,
-        tau_start: Positive = 5.0,
-        tau_end: Positive = 1.0,
-        penalty_weight: NonNegative = 8.0,
+        training: Training = TRAINING,
         lora: LoraSpec | None = None,
         lora_lr: Positive = 2e-4,
     ) -> None:
         routers = Routers(kind=router, hidden=router_width, outputs=2)
-        training = Training(
-            lr=router_lr, tau_start=tau_start, tau_end=tau_end, penalty_weight=penalty_weight
-        )
         super().__init__(
-            sparsity=sparsity, routers=routers, training=training, lora=lora, lora_lr=lora_lr
+            sparsity=sparsity,
+            routers=routers,
+            training=grouped(training, TRAINING),
+            lora=lora,
+            lora_lr=lora_lr,
         )
-        self.train_what = train
+        self.start_what, self.scale, self.train_what = start, scale, train
 
     def score(self, site: Site, x_BTD: Tensor, ctx: RouteContext) -> Tensor:
         if site.kind == "attention":
@@ -63,7 +74,13 @@ class SkipGPT(RoutedMethod):
         scores: Tensor = self.routers(site, ctx.memory["layer_input"])
         return scores
 
+    def read_unit(self, view: UnitView) -> Tensor:
+        assert view.layer_input_ND is not None
+        return view.layer_input_ND
+
     def stages(self, budget: Budget) -> Iterable[Stage]:
+        if self.start_what == "closed_form":
+            yield from self.closed_form_stages(budget, self.scale)
         if self.train_what == "routers":
             yield self.train_stage("routers", [self.routers], budget.routers)
         yield from self.lora_stages(budget)

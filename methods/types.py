@@ -157,6 +157,8 @@ class UnitView:
     """The unit's output, before the residual addition."""
     residual_ND: Tensor
     """Residual stream that enters the unit."""
+    layer_input_ND: Tensor | None = None
+    """Residual stream that enters the unit's layer, under the dense forward."""
     execute_N: Tensor | None = None
     """bool, under the routed forward: which tokens execute the unit."""
     keys: Callable[[], Tensor] | None = None
@@ -310,7 +312,8 @@ class Stage:
     targets: Sequence[float] = ()
     """Train for several target sparsities in turn; each step runs at the threshold of its own."""
     hold: float = 0.0
-    """Gain of a controller: after each step the threshold of its target moves by `hold` times
-    (target - realised sparsity), so that training runs at the target whatever the scores do."""
+    """Above 0, training runs at the target whatever the scores do: the next step's threshold is
+    the quantile of this step's scores at a share that moves by `hold` times (target - realised
+    sparsity). 0 leaves the threshold where the stage began."""
     report: Callable[[Probe], dict[str, float]] | None = None
     """Figures worth keeping in the result record, measured after the stage."""

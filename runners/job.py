@@ -89,8 +89,8 @@ def _work(config: PointConfig, folder: RunFolder, job: Job) -> Built:
         folder.complete(record)
         mirror(tracker, folder.path, record.to_json())
     log.info("%s: %s", config.label, record.headline)
-    if record.drift:
-        log.warning("%s: %s", config.label, record.drift)
+    for line in record.warnings:
+        log.warning("%s: %s", config.label, line)
     return built
 
 

@@ -29,11 +29,17 @@ def observed(model: PreTrainedModel, visit: Callable[[UnitView], None]) -> Itera
     The forward is the dense one; `visit` sees valid tokens only.
     """
 
+    layer_input_ND: Tensor | None = None
+
     def executor(unit: Unit) -> Tensor:
+        nonlocal layer_input_ND
         after = unit.run()
         keep = unit.inputs.call.valid_BT
         delta = after - unit.residual_BTD
-        view = UnitView(unit.site, unit.x_BTD[keep], delta[keep], unit.residual_BTD[keep])
+        residual_ND = unit.residual_BTD[keep]
+        if unit.attends:
+            layer_input_ND = residual_ND
+        view = UnitView(unit.site, unit.x_BTD[keep], delta[keep], residual_ND, layer_input_ND)
         if unit.attends:
             view.keys = lambda: projected_keys(unit.part.attention, view.x_ND)
         else:
@@ -60,7 +66,7 @@ def observed_routed(
                 unit.x_BTD[keep],
                 delta[keep],
                 unit.residual_BTD[keep],
-                decision.execute_BT[keep],
+                execute_N=decision.execute_BT[keep],
             )
         )
 

@@ -139,12 +139,10 @@ class Forecasters(PerSite[Forecaster]):
         kept = {site: self.at(site).neurons for site in probe.shape.units() if site in self}
         keep_neurons(probe, {site: own for site, own in kept.items() if own is not None})
 
-        def pair(view: UnitView) -> tuple[Tensor, Tensor] | None:
-            if view.site not in self:
-                return None
+        def pair(view: UnitView) -> tuple[Tensor, Tensor]:
             return view.x_ND, self.at(view.site).remainder(view.x_ND, view.y_ND)
 
-        moments = site_moments(probe, pair)
+        moments = site_moments(probe, pair, self)
         solved: dict[Site, Components] = {}
         for site in list(moments):  # each is let go once solved: they are the memory of the fit
             solved[site] = moments.pop(site).components(self.damping)

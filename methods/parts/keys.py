@@ -58,13 +58,11 @@ class KeyForecasts(PerSite[nn.Linear]):
         """One dense pass, then one float64 solve per site."""
         forecasters = self._read[0]
 
-        def pair(view: UnitView) -> tuple[Tensor, Tensor] | None:
-            if view.site not in self:
-                return None
+        def pair(view: UnitView) -> tuple[Tensor, Tensor]:
             assert view.keys is not None
             return forecasters.at(view.site).code(view.x_ND), view.keys()
 
-        for site, sums in site_moments(probe, pair).items():
+        for site, sums in site_moments(probe, pair, self).items():
             weight, bias, _ = sums.ridge(forecasters.damping)
             self.at(site).weight.copy_(weight.T)
             self.at(site).bias.copy_(bias)

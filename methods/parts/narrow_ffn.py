@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -9,7 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from methods.parts.ridge import site_moments
+from methods.parts.routers import PerSite
 from methods.types import Probe, Site, UnitView
+
+LINEAR = 6.0
+"""Where SiLU is a line within 2 % of its slope, and about the identity."""
 
 
 class NarrowFFN(nn.Module):
@@ -44,6 +50,36 @@ class NarrowFFN(nn.Module):
             inner = functional.silu(self.gate(wide)) * inner
         output: Tensor = self.up(inner)
         return output.to(x.dtype)
+
+    @torch.no_grad()
+    def set_linear(self, down_Dr: Tensor, up_rD: Tensor, mean_D: Tensor, bias_D: Tensor) -> None:
+        """Make it nearly (x - mean) @ down @ up + bias, where SiLU is nearly a line.
+
+        `silu` runs its inner units around `LINEAR`. `swiglu` has no biases: its gates stay there
+        by the share of x that lies along its mean, and one inner unit makes the constant.
+
+        Args:
+            down_Dr: of r inner units at most, one less of `swiglu`; (x - mean) @ down deviates
+                by about 1.
+        """
+        rank = down_Dr.shape[1]
+        sigmoid = 1.0 / (1.0 + math.exp(-LINEAR))
+        value, slope = LINEAR * sigmoid, sigmoid * (1.0 + LINEAR * (1.0 - sigmoid))
+        self.into.weight.zero_()
+        self.up.weight.zero_()
+        if self.gate is None:
+            self.into.weight[:rank] = down_Dr.T
+            self.into.bias.fill_(LINEAR)
+            self.into.bias[:rank] -= mean_D @ down_Dr
+            self.up.weight[:, :rank] = up_rD.T / slope
+            self.up.bias.copy_(bias_D - value / slope * up_rD.sum(0))
+            return
+        one_D = mean_D / mean_D.square().sum()
+        self.gate.weight.copy_((LINEAR * one_D).expand_as(self.gate.weight))
+        self.into.weight[:rank] = down_Dr.T / value
+        self.into.weight[rank] = one_D / value
+        self.up.weight[:, :rank] = up_rD.T
+        self.up.weight[:, rank] = bias_D - mean_D @ down_Dr @ up_rD
 
 
 def no_neurons(width: int, count: int) -> NarrowFFN:
@@ -90,3 +126,24 @@ def keep_neurons(probe: Probe, kept: Mapping[Site, NarrowFFN]) -> None:
         own.gate.weight.copy_(mlp.gate_FD[best])
         own.into.weight.copy_(mlp.up_FD[best])
         own.up.weight.copy_(mlp.down_DF[:, best])
+
+
+def fit_linear(probe: Probe, adapters: PerSite[NarrowFFN], damping: float) -> None:
+    """Start each adapter as the closed-form forecaster of its own inner width.
+
+    The reduced-rank ridge regression of what the unit (or the block) adds on its normalised input,
+    which a trained adapter otherwise has to find from nothing.
+
+    Args:
+        damping: ridge penalty relative to the mean variance of the input.
+    """
+    moments = site_moments(probe, lambda view: (view.x_ND, view.y_ND), adapters)
+    for site in list(moments):
+        sums, adapter = moments.pop(site), adapters.at(site)
+        hidden = adapter.into.out_features - (adapter.gate is not None)
+        found = sums.components(damping)
+        down_Dr, up_rD, _ = found.take(hidden)
+        scatter = sums.xx / sums.count - torch.outer(found.mean_x, found.mean_x)
+        size_r = (down_Dr * (scatter @ down_Dr)).sum(0).clamp_min(1e-12).sqrt()
+        parts = (down_Dr / size_r, up_rD * size_r[:, None], found.mean_x, found.mean_y)
+        adapter.set_linear(*(part.float() for part in parts))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -94,23 +94,45 @@ class Components:
         return down, top.T.contiguous(), self.mean_y - self.mean_x @ down @ top.T
 
 
+def at_sites(
+    visit: Callable[[UnitView], None], sites: Container[Site]
+) -> Callable[[UnitView], None]:
+    """Visit the units of `sites` alone, a block as one: its input, and what both halves add."""
+    attention: dict[int, UnitView] = {}
+
+    def seen(view: UnitView) -> None:
+        layer, kind = view.site
+        if view.site in sites:
+            visit(view)
+        elif Site(layer, "block") in sites and kind == "attention":
+            attention[layer] = view
+        elif Site(layer, "block") in sites:
+            first = attention.pop(layer)
+            total_ND = first.y_ND + view.y_ND
+            residual_ND = first.residual_ND
+            visit(UnitView(Site(layer, "block"), first.x_ND, total_ND, residual_ND, residual_ND))
+
+    return seen
+
+
 def site_moments(
-    probe: Probe, pair: Callable[[UnitView], Pair | None], *, dtype: torch.dtype = torch.float64
+    probe: Probe,
+    pair: Callable[[UnitView], Pair],
+    sites: Container[Site],
+    *,
+    dtype: torch.dtype = torch.float64,
 ) -> dict[Site, Moments]:
-    """Sum (input [N, D], output [N, P]) of every unit that has such a pair, in one dense pass."""
+    """Sum (input [N, D], output [N, P]) of each of the sites, in one dense pass."""
     moments: dict[Site, Moments] = {}
 
     def visit(view: UnitView) -> None:
-        found = pair(view)
-        if found is None:
-            return
-        x, y = found
+        x, y = pair(view)
         if view.site not in moments:
             sizes = {"inputs": x.shape[-1], "outputs": y.shape[-1]}
             moments[view.site] = Moments(**sizes, device=x.device, dtype=dtype)
         moments[view.site].add(x, y)
 
-    probe.stream(visit)
+    probe.stream(at_sites(visit, sites))
     return moments
 
 

@@ -22,6 +22,7 @@ from methods.base import (
     SiteCost,
     Stage,
     StageBudget,
+    UnitView,
 )
 from methods.options import KVPolicy, LoraSpec, RouterOptions, Sparsity, Training, grouped
 from methods.parts.forecaster import Forecasters
@@ -32,6 +33,10 @@ from methods.parts.router_start import fit_recoverability, shift_stage
 from methods.parts.routers import PerSite
 
 TRAINING = Training()
+CLOSED_FORM = RouterOptions(kind_shift=True)
+"""The start that informed routing gets, of a method that has no options of its own for it."""
+DAMPING = 1e-3
+"""Of that start's regressions, relative to the mean variance of what they read."""
 
 
 class RoutedMethod(Method):
@@ -95,6 +100,10 @@ class RoutedMethod(Method):
         """What the router reads of the unit's normalised input [..., D]; all of it by default."""
         return x
 
+    def read_unit(self, view: UnitView) -> Tensor:
+        """Give what the router reads of a unit under the dense forward, [N, D]."""
+        return self.read(view.site, view.x_ND)
+
     def gate(self, logits_BT: Tensor, ctx: RouteContext) -> Tensor:
         """Turn score - threshold into a gate of 0 and 1 that carries the gradient of training.
 
@@ -152,31 +161,44 @@ class RoutedMethod(Method):
         budget: Budget,
         *,
         damping: float,
-        missed_by: Forecasters | None,
+        missed_by: PerSite[Any] | None,
+        scale: float = 1.0,
     ) -> Iterable[Stage]:
         """The start without a gradient: forecasters, routers, their kinds' shift, keys and values.
 
         Args:
             damping: of the routers' regression.
             missed_by: whose error the routers regress; None for a skip's, the unit's output.
+            scale: of the scores.
         """
         if self.forecasters is not None:
             yield self.forecasters.stage(budget.forecasters, self._solve)
         if options.start == "recoverability":
 
             def fit(probe: Probe) -> None:
-                weighted, read = options.sensitivity, self.read
+                how: dict[str, Any] = {"sensitivity": options.sensitivity, "scale": scale}
                 fit_recoverability(
-                    probe, self.routers, missed_by, damping=damping, sensitivity=weighted, read=read
+                    probe, self.routers, missed_by, damping=damping, read=self.read_unit, **how
                 )
 
-            features = [self.routers.at(site).head.in_features for site in self.sites()]
+            features = [self.routers.at(site).read_by_head for site in self.sites()]
             held = 8 * sum(number**2 for number in features)  # a square matrix of doubles a site
             yield Stage("router_start", fit=fit, fit_bytes=held)
             if options.kind_shift:
-                yield shift_stage(self.routers, self.threshold, self.targets, self.sparsity)
+                yield shift_stage(self.routers, self.threshold, self.targets, self.sparsity, scale)
         if self.keys is not None:
             yield self.keys.stage("keys")
+
+    def closed_form_stages(self, budget: Budget, scale: float = 1.0) -> Iterable[Stage]:
+        """`start_stages` of a baseline with `start=closed_form`.
+
+        Args:
+            scale: of the scores: how loud they are beside the noise of a gate that samples.
+        """
+        missed_by = self.bypasses
+        yield from self.start_stages(
+            CLOSED_FORM, budget, damping=DAMPING, missed_by=missed_by, scale=scale
+        )
 
     def train_stage(
         self, name: str, parts: Iterable[nn.Module | None], budget: StageBudget, **how: Any

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from methods.parts.calibration import realising_threshold
-from methods.parts.forecaster import Forecasters
 from methods.parts.ridge import site_moments
 from methods.parts.routers import PerSite, Router
-from methods.types import Probe, Site, Stage, UnitView
+from methods.types import Probe, Stage, UnitView
 
 ROUTER_SHARE = 0.5
 """Share of the fitting text that a router reads: it has one output where a forecaster has D."""
@@ -28,12 +28,13 @@ TOLERANCE = 0.004
 
 def fit_recoverability(
     probe: Probe,
-    routers: PerSite[Router],
-    forecasters: Forecasters | None,
+    routers: PerSite[Any],
+    bypasses: PerSite[Any] | None,
     *,
     damping: float = 1e-3,
     sensitivity: bool = True,
-    read: Callable[[Site, Tensor], Tensor] = lambda site, x: x,
+    read: Callable[[UnitView], Tensor] = lambda view: view.x_ND,
+    scale: float = 1.0,
 ) -> None:
     """Set each router's last layer by ridge regression so that its score is the expected harm.
 
@@ -43,49 +44,56 @@ def fit_recoverability(
     of the residual stream.
 
     Args:
-        forecasters: what bypassed tokens get; None means skip, an estimate of zero.
+        routers: of units or of blocks; each has `features` and `set_head`.
+        bypasses: what bypassed tokens get; None means skip, an estimate of zero.
         damping: ridge penalty relative to the mean variance of the router's features.
-        read: what the routers read, from (site, normalised input).
+        read: what the routers read of a unit.
+        scale: of the scores; no decision depends on it, but noise that training adds does.
     """
 
-    def pair(view: UnitView) -> tuple[Tensor, Tensor] | None:
-        if view.site not in routers:
-            return None
-        features = routers.at(view.site).features(read(view.site, view.x_ND))
-        target = log_error(view, forecasters)
+    def pair(view: UnitView) -> tuple[Tensor, Tensor]:
+        features = routers.at(view.site).features(read(view))
+        target = log_error(view, bypasses)
         if not sensitivity:
             target = target - (view.residual_ND.float().norm(dim=-1) + EPSILON).log()
         return features, target[:, None]
 
     slopes = probe.sensitivity() if sensitivity else {}  # its backward passes before the sums
-    moments = site_moments(probe.sample(ROUTER_SHARE), pair)
+    moments = site_moments(probe.sample(ROUTER_SHARE), pair, routers)
     for site, sums in moments.items():
         weight, bias, _ = sums.ridge(damping)
-        shift = math.log(max(slopes[site], 1e-30)) if sensitivity else 0.0
-        routers.at(site).set_head(weight[:, 0].float(), float(bias[0]) + shift)
+        # what a block adds is what its MLP's output adds to, so that their gradient is the same
+        shift = math.log(max(slopes[site.units[-1]], 1e-30)) if sensitivity else 0.0
+        routers.at(site).set_head(scale * weight[:, 0].float(), scale * (float(bias[0]) + shift))
 
 
-def log_error(view: UnitView, forecasters: Forecasters | None) -> Tensor:
+def log_error(view: UnitView, bypasses: PerSite[Any] | None) -> Tensor:
     """log ||y - estimate|| of each token, float32 [N]; the estimate of skip is zero."""
     error = view.y_ND.float()
-    if forecasters is not None:
-        error = error - forecasters(view.site, view.x_ND).float()
+    if bypasses is not None:
+        error = error - bypasses(view.site, view.x_ND).float()
     return (error.norm(dim=-1) + EPSILON).log()
 
 
 def shift_stage(
-    routers: PerSite[Router], threshold: Tensor, targets: Sequence[float], sparsity: float
+    routers: PerSite[Router],
+    threshold: Tensor,
+    targets: Sequence[float],
+    sparsity: float,
+    scale: float = 1.0,
 ) -> Stage:
     """`shift_kinds` as a stage: at the middle one of `targets`, or at the point's own target."""
     target = sorted(targets)[len(targets) // 2] if targets else sparsity
 
     def fit(probe: Probe) -> None:
-        shift_kinds(probe, routers, threshold, target)
+        shift_kinds(probe, routers, threshold, target, scale)
 
     return Stage("kind_shift", fit=fit, per_target=not targets)
 
 
-def shift_kinds(probe: Probe, routers: PerSite[Router], threshold: Tensor, sparsity: float) -> None:
+def shift_kinds(
+    probe: Probe, routers: PerSite[Router], threshold: Tensor, sparsity: float, scale: float = 1.0
+) -> None:
     """Move the MLP scores to where the routed model loses least at the target.
 
     A score is what one bypass costs by itself. Costs of the same kind add up to more than their
@@ -96,6 +104,7 @@ def shift_kinds(probe: Probe, routers: PerSite[Router], threshold: Tensor, spars
     Args:
         routers: their heads are changed in place.
         threshold: the method's; left where the target is realised.
+        scale: of the scores.
     """
     part = probe.sample(SHIFT_SHARE)
     sites = [site for site in probe.shape.units() if site in routers]
@@ -113,7 +122,7 @@ def shift_kinds(probe: Probe, routers: PerSite[Router], threshold: Tensor, spars
         return part.routed_loss()
 
     best = loss()
-    direction = -SHIFT_STEP
+    step = direction = -SHIFT_STEP * scale
     for tried in range(MOST_SHIFTS):
         move(direction)
         found = loss(near=float(threshold) + direction / 2)
@@ -121,6 +130,6 @@ def shift_kinds(probe: Probe, routers: PerSite[Router], threshold: Tensor, spars
             best = found
             continue
         move(-direction)
-        if tried > 0 or direction > 0:
+        if tried > 0 or direction != step:
             return
-        direction = SHIFT_STEP
+        direction = -step

@@ -32,8 +32,8 @@ class PerSite(nn.Module, Generic[M]):
             if self.make is not None:
                 self.modules_by_site[site.key] = self.make(shape)
 
-    def __contains__(self, site: Site) -> bool:
-        return site.key in self.modules_by_site
+    def __contains__(self, site: object) -> bool:
+        return isinstance(site, Site) and site.key in self.modules_by_site
 
     def at(self, site: Site) -> M:
         """Return the module of one site."""
@@ -87,6 +87,8 @@ class Router(nn.Module):
             nn.init.kaiming_uniform_(self.inner.weight, nonlinearity="relu")
             nn.init.zeros_(self.inner.bias)
         self.head = nn.Linear(inner, outputs, bias=bias)
+        self.read_by_head = inner
+        """Width of `features`."""
 
     def features(self, x: Tensor) -> Tensor:
         """Compute the input of the last layer, float32: [..., D] -> [..., inner]."""
@@ -156,9 +158,33 @@ class BottleneckRouter(nn.Module):
             raise ValueError(f"a router needs a hidden width of at least 1, not {hidden}")
         self.down = nn.Linear(width, hidden, bias=bias)
         self.norm = nn.RMSNorm(hidden, eps=1e-5)
-        self.activation, self.head = activation, head
+        self.activation, self.head, self.read_by_head = activation, head, hidden
+
+    def features(self, x: Tensor) -> Tensor:
+        """Compute the head's input, float32: [..., D] -> [..., r]."""
+        features: Tensor = self.activation(self.norm(self.down(x.float())))
+        return features
 
     def forward(self, x: Tensor) -> Tensor:
         """Score tokens, float32: [..., D] -> [...]."""
-        logits = self.head(self.activation(self.norm(self.down(x.float()))))
+        logits = self.head(self.features(x))
         return logits[..., 1] - logits[..., 0] if logits.shape[-1] == 2 else logits[..., 0]
+
+    @torch.no_grad()
+    def set_head(self, weight: Tensor, bias: float) -> None:
+        """Make the score `features @ weight + bias` (weight: [r]).
+
+        Of a head of two maps, the first changes by the least that does it.
+        """
+        if isinstance(self.head, nn.Sequential):
+            inner, last = cast(tuple[nn.Linear, nn.Linear], tuple(self.head))
+            row = last.weight[0]
+            missing = weight - row @ inner.weight
+            inner.weight += torch.outer(row, missing) / row.square().sum()
+            last.bias.fill_(bias)
+            return
+        head = cast(nn.Linear, self.head)
+        head.weight.zero_()
+        head.weight[1] = weight
+        head.bias.zero_()
+        head.bias[1] = bias

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from methods.base import Decision, RouteContext, RoutedView, Site
-from methods.options import Sparsity, Training
+from methods.base import Budget, Decision, Probe, RouteContext, RoutedView, Site, Stage
+from methods.options import Sparsity, Start, Training
 from methods.parts.gates import straight_through
-from methods.parts.narrow_ffn import NarrowFFN
+from methods.parts.narrow_ffn import NarrowFFN, fit_linear
 from methods.parts.penalties import depth_penalty
-from methods.parts.routed_method import RoutedMethod
+from methods.parts.routed_method import DAMPING, RoutedMethod
 from methods.parts.routers import PerSite
 
 
@@ -26,6 +27,8 @@ class TrainedBypass(RoutedMethod):
         adapters: of each site.
         output: `scaled` as published; `whole` keeps the branch's value and lets the gate carry
             the gradient.
+        start: `published` leaves routers and adapters at random; `closed_form` makes each adapter
+            the forecaster of its width, and each router the regression of that forecaster's error.
         depth_weight: of the mean over tokens of the squared sum of gates.
         training: of the gradient stage.
     """
@@ -37,11 +40,13 @@ class TrainedBypass(RoutedMethod):
         routers: PerSite,
         adapters: PerSite[NarrowFFN],
         output: Literal["scaled", "whole"],
+        start: Start,
         depth_weight: float,
         training: Training,
     ) -> None:
         super().__init__(sparsity=sparsity, routers=routers, training=training)
-        self.adapters, self.output, self.depth_weight = adapters, output, depth_weight
+        self.adapters, self.output = adapters, output
+        self.start_what, self.depth_weight = start, depth_weight
 
     @property
     def bypasses(self) -> PerSite[NarrowFFN]:
@@ -55,6 +60,13 @@ class TrainedBypass(RoutedMethod):
         if ctx.training:
             decision.gate_BT = straight_through(gate_BT, execute_BT)
         return decision
+
+    def closed_form_stages(self, budget: Budget, scale: float = 1.0) -> Iterable[Stage]:
+        def fit(probe: Probe) -> None:
+            fit_linear(probe, self.adapters, DAMPING)
+
+        yield Stage("adapters", fit=fit)
+        yield from super().closed_form_stages(budget, scale)
 
     def _gate(self, decision: Decision) -> Tensor:
         return torch.sigmoid(decision.scores_BT - self.threshold)

@@ -9,6 +9,8 @@ from typing import Any, Literal
 SCHEMA_VERSION = 1
 DRIFT = 0.02
 """Realised and aimed sparsity further apart than this are told of."""
+OFF_TARGET = 0.03
+"""The same of the sparsity that a gradient stage ran at."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,30 @@ class Record:
             metric = entry["metric"]
             parts.append(f"{task} {metric} {entry['value']:.3f} (dense {entry['dense']:.3f})")
         return ", ".join(parts)
+
+    @property
+    def warnings(self) -> list[str]:
+        """Lines about what makes the point no fair one at its target."""
+        told = [] if self.drift is None else [self.drift]
+        return told + [
+            f"stage {name} trained at sparsity {realised:.3f}, not at {aimed:.3f}, where the "
+            "method is judged: method.training.hold=0.5 keeps it there"
+            for name, realised, aimed in self.off_target
+        ]
+
+    @property
+    def off_target(self) -> list[tuple[str, float, float]]:
+        """(stage, sparsity that it trained at, its target) where the two are far apart.
+
+        A stage that trains for no target is compared with the point's.
+        """
+        found = []
+        for stage in self.stages or ():
+            realised, aimed = stage.get("sparsity"), stage.get("target")
+            aimed = self.sparsity_target if aimed is None else aimed
+            if realised is not None and abs(realised - aimed) > OFF_TARGET:
+                found.append((stage["name"], realised, aimed))
+        return found
 
     @property
     def drift(self) -> str | None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from statistics import fmean
 from typing import Any
 
 import numpy
@@ -29,6 +30,7 @@ from runners.runtime.distributed import (
     shared_gradients,
 )
 from runners.runtime.memory import PeakMemory, attempt
+from runners.runtime.processes import world_size
 from runners.runtime.progress import progress
 from runners.runtime.signals import Stop, deferred
 from runners.training.flops_target import Saved, calibrate_saving
@@ -66,6 +68,10 @@ class StageReport:
     micro_batch: int | None = None
     """Rows of a training pass; fewer than the budget's where memory did not suffice."""
     oom_halvings: int = 0
+    sparsity: float | None = None
+    """Realised by the later half of the steps, on average."""
+    target: float | None = None
+    """Of those steps; None where the stage trains for no target, or is routed nowhere."""
     figures: dict[str, float] = field(default_factory=dict)
     cached: bool = False
 
@@ -218,6 +224,11 @@ class Loop:
             report.steps, report.final_loss = at.step, at.loss
             report.micro_batch, report.oom_halvings = at.micro_batch, at.oom_halvings
             report.tokens = at.step * (stage.budget.tokens // stage.budget.steps)
+            late = [step for step in at.curve[at.step // 2 :] if "target" in step]
+            if late:
+                report.sparsity = fmean(step["sparsity"] for step in late)
+                if stage.per_target or stage.targets:
+                    report.target = fmean(step["target"] for step in late)
         report.seconds, tokens, report.peak_memory_bytes = cost.read().values()
         report.tokens += tokens
         report.figures = stage.report(self.probe) if stage.report else {}
@@ -293,7 +304,7 @@ class Loop:
         state.adamw.step()
         state.adamw.zero_grad(set_to_none=True)
         realised = 1.0 - float(rate)
-        at.thresholds[target] += stage.hold * (target - realised)
+        self._hold(stage, at, target, realised)
         at.step += 1
         tokens = budget.tokens / budget.steps
         speed = tokens / (time.perf_counter() - began)
@@ -302,6 +313,25 @@ class Loop:
             figures |= {"sparsity": realised, "target": target}
         at.curve.append(figures)
         return True
+
+    def _hold(self, stage: Stage, at: Position, target: float, realised: float) -> None:
+        """Put the threshold of the next step at this target where this step's scores realise it.
+
+        A quantile follows scores of any scale, which a controller of the threshold itself does
+        not; the share that it is taken at is the controller's, because gates that sample realise
+        another share than their scores.
+        """
+        if not stage.hold:
+            return
+        at.shares[target] = at.shares.get(target, target) + stage.hold * (target - realised)
+        at.shares[target] = min(max(at.shares[target], 0.0), 1.0)
+        found = self.passes.threshold_for(at.shares[target])
+        if found is None:
+            return
+        mean = torch.tensor(found / world_size(), dtype=torch.float64, device=self.device)
+        all_reduce([mean])
+        if math.isfinite(mean):
+            at.thresholds[target] = float(mean)
 
     def _gradients(
         self, stage: Stage, budget: StageBudget, state: StageState, target: float, stop: Stop

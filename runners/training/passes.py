@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from methods.base import Method, RoutedView, Site, Stage, UnitView
+from methods.base import Decision, Method, RoutedView, Site, Stage, UnitView
 from methods.engine.decoder.families import decoder
 from methods.engine.observe import observed
 from methods.engine.routed import routed
 from methods.engine.routing import Routing, routing_of
+from methods.parts.calibration import weighted_quantile
 from runners.runtime.distributed import all_reduce, is_distributed, local_rows
 from runners.training.losses import distillation_loss, hidden_states, language_model_loss
 from runners.training.state import RandomState
@@ -27,6 +28,22 @@ class Passes:
 
     def __init__(self, model: PreTrainedModel, method: Method, objective: Objective) -> None:
         self.model, self.method, self.objective = model, method, objective
+        self._scored: list[tuple[Tensor, float]] = []
+        """Scores of the last step, valid tokens only, and the units that each decides for."""
+        self._pairs = 0
+        """(token, unit) pairs of the last step."""
+
+    def threshold_for(self, share: float) -> float | None:
+        """Give the threshold that bypasses this share of all units by the last step's scores.
+
+        None if nothing was scored, or the stage holds no target.
+        """
+        if not self._scored:
+            return None
+        home = self._scored[0][0].device
+        scores = torch.cat([own.to(home) for own, _ in self._scored])
+        weights = torch.cat([torch.full_like(own, units) for own, units in self._scored])
+        return weighted_quantile(scores, weights.to(home), share * self._pairs)
 
     def micro_batches(
         self, stage: Stage, batches: Sequence[Tensor], rows: int, anneal: float, target: float
@@ -39,6 +56,7 @@ class Passes:
             batches: of the step.
             rows: of a pass at most.
         """
+        self._scored, self._pairs = [], 0
         parts = [part for b in batches for part in b[local_rows(len(b))].split(rows)]
         total = sum(map(len, batches))
         shares = [len(part) / total for part in parts]
@@ -82,6 +100,9 @@ class Passes:
             routing = routing_of(self.model)
             routing.training = not stage.hard
             routing.anneal, routing.target = anneal, target
+            if stage.hold and not rates:
+                routing.observer = self._keep_scores
+                self._pairs += batch.numel() * len(routing.counters.shape.units())
             if rates:
                 task = hidden_states(self.model, batch).new_zeros(())
             elif teacher is None:
@@ -89,6 +110,10 @@ class Passes:
             else:
                 task = distillation_loss(self.model, batch, teacher)
             return (counted_view if stage.hard else routed_view)(routing, task, target)
+
+    def _keep_scores(self, site: Site, decision: Decision, valid_BT: Tensor) -> None:
+        scores = decision.scores_BT.detach()[valid_BT].float()
+        self._scored.append((scores, float(len(site.units))))
 
     def _dense_loss(self, stage: Stage, batch: Tensor) -> Tensor:
         """Sum over units; the model runs without gradient, the loss of each unit with it."""

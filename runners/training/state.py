@@ -33,7 +33,7 @@ class Position:
     """How far a stage is."""
 
     thresholds: dict[float, float]
-    """By target; what the controller moves."""
+    """By target; where the next step at it decides."""
     micro_batch: int
     """Rows of a pass."""
     step: int = 0
@@ -42,6 +42,8 @@ class Position:
     """Of the last step."""
     oom_halvings: int = 0
     """How often memory did not suffice for the micro-batch."""
+    shares: dict[float, float] = field(default_factory=dict)
+    """By target; the share of the scores that its threshold is to lie above, where it is held."""
     curve: list[dict[str, float]] = field(default_factory=list)
     """Figures of the finished steps."""
 
@@ -179,8 +181,9 @@ class StageState:
                     moments.setdefault(int(index), {})[key] = value
         self.adamw.load_state_dict({**self.adamw.state_dict(), "state": moments})
         position = about["position"]
-        thresholds = {float(target): value for target, value in position["thresholds"].items()}
-        self.at = Position(**{**position, "thresholds": thresholds})
+        for name in ("thresholds", "shares"):
+            position[name] = {float(target): value for target, value in position[name].items()}
+        self.at = Position(**position)
         self.batches.order = tensors[ORDER]
         RandomState(tensors, about["random"]).put(self.batches.device)
 

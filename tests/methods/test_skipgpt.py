@@ -41,7 +41,7 @@ def test_both_routers_read_the_residual_that_enters_the_layer(model):
 
 @pytest.mark.parametrize("rate", [0.2, 0.9])
 def test_loss_is_the_task_and_the_weighted_distance_to_the_target(rate):
-    method = SkipGPT(sparsity=0.25, penalty_weight=8.0)
+    method = SkipGPT(sparsity=0.25)
     view = RoutedView(torch.tensor(2.0), torch.tensor(rate), {}, torch.zeros(()), 0.25)
     assert float(method._routed_loss(view)) == pytest.approx(2.0 + 8.0 * abs(0.75 - rate))
 

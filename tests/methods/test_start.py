@@ -38,7 +38,7 @@ def begins(model, *words):
         ("d_llm",),
         ("hero",),
         ("skipgpt",),
-        ("flexidepth", "method.hold=0.5"),
+        ("flexidepth", "method.training.hold=0.5"),
         ("informed", "method.train=routers", "method.router.start=none", "method.targets=[]"),
     ],
     ids=" ".join,
@@ -51,7 +51,9 @@ def test_training_begins_at_its_target(tiny_llama, words):
         assert realised == pytest.approx(0.4, abs=0.02), stage
 
 
-@pytest.mark.parametrize("name", ["mod", "router_tuning", "flexidepth"])
+@pytest.mark.parametrize(
+    "name", ["mod_published", "router_tuning_published", "flexidepth_published"]
+)
 def test_where_the_threshold_decides_nothing_it_begins_at_zero(tiny_llama, name):
     """Expert choice, routers that cannot tell tokens apart, and a training for no target."""
     assert [threshold for _, threshold, _ in begins(tiny_llama, name)] == [0.0]

@@ -22,7 +22,7 @@ from tests.nursery import Step
 from tests.runners.toy import toy
 
 BUDGET = "budget.routers={steps:2,batch_size:128,seq_len:256,accumulate:2}"
-METHOD = ("method=router_tuning", "method.router_lr=1e-3", "sparsity=0.2")
+METHOD = ("method=router_tuning_published", "method.training.lr=1e-3", "sparsity=0.2")
 """Its gates draw no noise, which would differ from part to part; its penalty bends."""
 WORDS = (*SHRUNK, "tracking=off", *METHOD, "checkpoint_seconds=0", BUDGET)
 

@@ -23,7 +23,7 @@ QUIET = {
         *("method.train=none", "method.lora={rank: 2, alpha: 4, dropout: 0.0, targets: [q, v]}"),
         "sparsity=0.4",
     ),
-    "router_tuning": ("method=router_tuning", "method.router_lr=1e-3", "sparsity=0.2"),
+    "router_tuning": ("method=router_tuning_published", "method.training.lr=1e-3", "sparsity=0.2"),
 }
 """Recipes that draw no noise, which differs from process to process: unit-wise regression and
 hard decisions, and soft decisions under a penalty that bends."""
