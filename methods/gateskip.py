@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from methods.base import Budget, Decision, Probe, RouteContext, RoutedView, Site, Stage, UnitView
-from methods.options import Gt, Le, LoraSpec, NonNegative, Positive, Sparsity, Training
+from methods.options import Gt, Le, LoraSpec, NonNegative, Positive, Sparsity, Start, Training
 from methods.parts.gates import top_share
 from methods.parts.routed_method import RoutedMethod
 from methods.parts.router_start import fit_recoverability
@@ -59,7 +59,7 @@ class GateSkip(RoutedMethod):
         *,
         sparsity: Sparsity,
         gate: Literal["scalar", "vector"] = "scalar",
-        start: Literal["published", "closed_form"] = "published",
+        start: Start = "published",
         damping: Positive = 1e-3,
         train: Literal["none", "end_to_end"] = "end_to_end",
         train_lr: Positive = 2e-4,

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Annotated, Literal
 
 from torch import Tensor, nn
 
-from methods.base import Budget, Method, RouteContext, Shape, Site, SiteCost, Stage, UnitView
+from methods.base import Budget, RouteContext, Shape, Site, SiteCost, Stage, UnitView
 from methods.options import Ge, Gt, Le, Natural, NonNegative, Sparsity, Start, Training, grouped
 from methods.parts.history import HistoryEncoder, unit_rms
 from methods.parts.narrow_ffn import NarrowFFN
 from methods.parts.routers import PerSite, Routers
-from methods.parts.trained_bypass import TrainedBypass
+from methods.parts.trained_bypass import LaterMLPs
 
 TRAINING = Training(lr=1e-4, schedule="cosine")
 
 
-class HeRo(TrainedBypass):
+class HeRo(LaterMLPs):
     """History-aware routing of MLPs (HeRo, 2026); attention stays dense.
 
     The score of a token at a layer is a local logit of the residual stream after attention plus a
@@ -57,6 +57,8 @@ class HeRo(TrainedBypass):
         depth_weight: NonNegative = 1e-3,
     ) -> None:
         super().__init__(
+            first_layer=first_layer,
+            share=share,
             sparsity=sparsity,
             routers=Routers(),
             adapters=PerSite(
@@ -69,28 +71,15 @@ class HeRo(TrainedBypass):
             depth_weight=depth_weight,
             training=grouped(training, TRAINING),
         )
-        self.first_layer, self.share = first_layer, share
         self.history: HistoryEncoder | None = None
         self.train_what = train
 
     def setup(self, shape: Shape) -> None:
-        Method.setup(self, shape)
         self.history = HistoryEncoder(width=shape.width, layers=shape.layers)
-        for site in reversed(self.sites()):
-            # From the last layer, so that a layer starts alike whatever the target adds before it.
-            self.routers.create([site], shape)
-            self.adapters.create([site], shape)
+        super().setup(shape)
         if self.start_what == "closed_form":
             nn.init.zeros_(self.history.head.weight)
             nn.init.zeros_(self.history.head.bias)
-
-    def sites(self) -> Sequence[Site]:
-        assert self.shape is not None, "setup() comes first"
-        layers, first = self.shape.layers, self.first_layer
-        if first < 0:
-            needed = 2 * self.sparsity * layers / self.share
-            first = max(0, min(layers // 2, int(layers - needed)))
-        return [Site(layer, "mlp") for layer in range(first, layers)]
 
     def score(self, site: Site, x_BTD: Tensor, ctx: RouteContext) -> Tensor:
         assert self.history is not None, "setup() comes first"
@@ -103,8 +92,7 @@ class HeRo(TrainedBypass):
 
     def stages(self, budget: Budget) -> Iterable[Stage]:
         if self.start_what == "closed_form":
-            for stage in self.closed_form_stages(budget):
-                yield replace(stage, per_target=True)  # the target says which layers are routed
+            yield from self.closed_form_stages(budget)
         if self.train_what == "end_to_end":
             parts = [self.routers, self.adapters, self.history]
             yield self.train_stage("train", parts, budget.routers)

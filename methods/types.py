@@ -102,6 +102,8 @@ class RouteContext:
     output: Callable[[], Tensor] | None = None
     """Computes what the unit would add to every token's residual stream, [B, T, D]. An oracle
     may look; a method that does has not saved anything yet."""
+    layer_input_BTD: Tensor | None = None
+    """The residual stream that enters the layer: its attention has since added to it at an MLP."""
     swiglu: Callable[[], SwiGLU] | None = None
     """Gives the weights of the layer's MLP; raises ValueError where they are more than matrices."""
     memory: dict[str, Any] = field(default_factory=dict)

@@ -150,6 +150,7 @@ class Routing(DecoderState):
             self.anneal,
             self.target,
             output=lambda: unit.run() - unit.residual_BTD,
+            layer_input_BTD=unit.layer_input_BTD,
             swiglu=lambda: weights_of(unit.part),
             memory=call.memory,
         )

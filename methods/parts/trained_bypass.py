@@ -1,14 +1,26 @@
-"""Methods that train what a bypassed token takes, chosen by a gate (FlexiDepth, HeRo)."""
+"""Methods that train what a bypassed token takes, chosen by a gate (FlexiDepth, HeRo,
+DiffSkip)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from methods.base import Budget, Decision, Probe, RouteContext, RoutedView, Site, Stage
+from methods.base import (
+    Budget,
+    Decision,
+    Method,
+    Probe,
+    RouteContext,
+    RoutedView,
+    Shape,
+    Site,
+    Stage,
+)
 from methods.options import Sparsity, Start, Training
 from methods.parts.gates import straight_through
 from methods.parts.narrow_ffn import NarrowFFN, fit_linear
@@ -75,3 +87,37 @@ class TrainedBypass(RoutedMethod):
         assert view.valid_BT is not None
         gates = map(self._gate, view.decisions.values())
         return view.task_loss + depth_penalty(gates, view.valid_BT, weight=self.depth_weight)
+
+
+class LaterMLPs(TrainedBypass):
+    """MLPs of the later layers, each with an adapter in its place (HeRo, DiffSkip).
+
+    Args:
+        first_layer: routed from here on; -1 is the latter half, or from as early as leaves each
+            routed MLP at most `share` of its tokens to bypass.
+        share: see `first_layer`.
+        options: of `TrainedBypass`.
+    """
+
+    def __init__(self, *, first_layer: int, share: float, **options: Any) -> None:
+        super().__init__(**options)
+        self.first_layer, self.share = first_layer, share
+
+    def setup(self, shape: Shape) -> None:
+        Method.setup(self, shape)
+        for site in reversed(self.sites()):
+            # From the last layer, so that a layer starts alike whatever the target adds before it.
+            self.routers.create([site], shape)
+            self.adapters.create([site], shape)
+
+    def sites(self) -> Sequence[Site]:
+        assert self.shape is not None, "setup() comes first"
+        layers, first = self.shape.layers, self.first_layer
+        if first < 0:
+            needed = 2 * self.sparsity * layers / self.share
+            first = max(0, min(layers // 2, int(layers - needed)))
+        return [Site(layer, "mlp") for layer in range(first, layers)]
+
+    def closed_form_stages(self, budget: Budget, scale: float = 1.0) -> Iterable[Stage]:
+        for stage in super().closed_form_stages(budget, scale):
+            yield replace(stage, per_target=True)  # the target says which layers are routed

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from methods.base import RoutedView, Site
-from methods.engine.routed import attach
+from methods.engine.routed import attach, routed
 from methods.gateskip import GateSkip
 from runners.corpus.rows import ProbeText
 from runners.training.probe import ModelProbe
@@ -54,6 +54,8 @@ def test_executed_tokens_are_scaled_and_others_skip(model, gate):
     own, decisions = evaluate(model, method, ids)
     executed = by_hand(model, method, lambda site, g: decisions[site].execute_BT)
     assert torch.allclose(own, executed(ids), atol=1e-4)
+    with torch.no_grad(), routed(model, method, "gathered"):
+        assert torch.allclose(model(input_ids=ids).logits, own, atol=1e-4)
     rate = torch.stack([d.execute_BT for d in decisions.values()]).float().mean()
     assert 0.3 < rate < 0.9
 

@@ -198,7 +198,7 @@ class _LayerForward(SwappedForward):
             # without a norm it is the unit's input as well
             own = after is not hidden_states and not isinstance(norm, nn.Identity)
             owned = own and not torch.is_grad_enabled()
-            unit = Unit(site, self.part, after, norm, inputs, self.ops, owned)
+            unit = Unit(site, self.part, after, norm, inputs, self.ops, owned, hidden_states)
             after = self.executor(unit) if site in self.sites else unit.run()
         return after
 

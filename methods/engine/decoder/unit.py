@@ -27,6 +27,8 @@ class Unit:
     ops: RowOps
     owned: bool = False
     """True if nobody else holds the residual stream: it may be overwritten."""
+    layer_input_BTD: Tensor | None = None
+    """The residual stream that entered the layer, which nobody overwrites."""
     after_BTD: Tensor | None = None
     """What `run` gave on the layer's own inputs, once it was asked."""
     _x_BTD: Tensor | None = None
