@@ -36,7 +36,12 @@ from runners.store.record import Record
 from runners.store.run_folder import RunFolder
 from runners.store.stage_cache import StageCache, content_key
 from runners.tracking.base import Safe
-from runners.training.flops_target import Saved, calibrate_saving, sparsity_saving
+from runners.training.flops_target import (
+    Saved,
+    calibrate_saving,
+    retarget,
+    sparsity_saving,
+)
 from runners.training.loop import Allowance, Loop, recipe
 from runners.training.probe import ModelProbe
 from runners.training.state import Checkpoint
@@ -124,7 +129,7 @@ def train(config: PointConfig, built: Built, folder: RunFolder, tracker: Safe) -
         trained.stages.append(report)
     figures = trained.stages[-1]["figures"]
     trained.realised = figures.get("realised")
-    method.sparsity = figures.get("sparsity", method.sparsity)
+    retarget(method, figures.get("sparsity", method.sparsity))
     return trained
 
 

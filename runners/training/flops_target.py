@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from typing import NamedTuple
 
-from methods.base import Method, OutOfReach, Probe, Site
+from methods.base import Method, OutOfReach, Probe, RoutedScores, Site
 from methods.engine.measure.counters import Usage
 from methods.engine.measure.flops import flops_ratio
 
@@ -67,6 +67,8 @@ def estimated_saving(method: Method, sparsity: float, row: int) -> float:
     context = row * (row + 1) // 2
     usage = Usage(shape=method.shape, tokens=row, context=context, forwards=1)
     sites = list(method.sites())
+    if method.flops_only:  # every token takes every unit in part, as its sparsity says
+        return _saved_in_part(method, sparsity, usage)
     if method.static():
         away = [site for i, site in enumerate(sites) if int((i + 1) * share) > int(i * share)]
         usage.dropped = frozenset(unit for site in away for unit in site.units)
@@ -77,6 +79,24 @@ def estimated_saving(method: Method, sparsity: float, row: int) -> float:
         for site in sites:
             _bypass(usage, site, share)
     return 1.0 - flops_ratio(method, usage)
+
+
+def _saved_in_part(method: Method, sparsity: float, usage: Usage) -> float:
+    before, method.sparsity = method.sparsity, sparsity
+    usage.estimated = frozenset(method.sites())
+    usage.executed |= dict.fromkeys(usage.estimated, 0)
+    try:
+        return 1.0 - flops_ratio(method, usage)
+    finally:
+        method.sparsity = before
+
+
+def retarget(method: Method, sparsity: float) -> None:
+    """Make a sparsity the method's own, unless it would route other sites than it has learned."""
+    before, sites = method.sparsity, list(method.sites())
+    method.sparsity = sparsity
+    if list(method.sites()) != sites:
+        method.sparsity = before
 
 
 def _bypass(usage: Usage, site: Site, share: float) -> None:
@@ -104,25 +124,25 @@ def calibrate_saving(method: Method, probe: Probe, saved: float, row: int) -> di
     """
     low, high, guess = 0.0, min(method.reach(), 0.999), method.sparsity
     tried: dict[float, float] = {}
-    while True:
-        method.sparsity = guess
-        method.calibrate(probe, guess)
-        seen = probe.routed_scores(float(method.threshold))
-        found = 1.0 - seen.flops_ratio
-        tried[guess] = found
-        last = len(tried) >= MOST_CALIBRATIONS
-        if abs(found - saved) <= TOLERANCE or last:
+    while guess not in tried and len(tried) < MOST_CALIBRATIONS:
+        seen = _calibrated(method, probe, guess)
+        found = tried[guess] = 1.0 - seen.flops_ratio
+        if abs(found - saved) <= TOLERANCE:
             break
         low, high = (guess, high) if found < saved else (low, guess)
         slope = estimated_saving(method, guess + STEP, row) - estimated_saving(method, guess, row)
         step = (saved - found) * STEP / max(slope, 1e-3)
         guess = guess + step if low < guess + step < high else (low + high) / 2
     best = min(tried, key=lambda s: abs(tried[s] - saved))
-    if best != guess:
-        method.sparsity = best
-        method.calibrate(probe, best)
-        seen = probe.routed_scores(float(method.threshold))
+    if best != next(reversed(tried)):
+        seen = _calibrated(method, probe, best)
+    retarget(method, best)
     if abs(tried[best] - saved) > 2 * TOLERANCE:
         said = "target=flops: asked to save %.3f of the dense FLOPs, the nearest found is %.3f"
         log.warning(said, saved, tried[best])
     return {"sparsity": best, "realised": seen.sparsity, "flops_saved": 1.0 - seen.flops_ratio}
+
+
+def _calibrated(method: Method, probe: Probe, sparsity: float) -> RoutedScores:
+    method.calibrate(probe, sparsity)
+    return probe.routed_scores(float(method.threshold))

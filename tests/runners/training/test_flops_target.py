@@ -6,17 +6,21 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from methods.engine.measure.flops import flops_ratio
 from methods.engine.routed import attach, routed
+from methods.layer_skip import LayerSkip
 from methods.random import Random
+from methods.router_tuning import RouterTuning
 from methods.static_forecast import StaticForecast
+from methods.types import RoutedScores
 from runners.errors import UserError
 from runners.job import run_point
 from runners.point import build
 from runners.point_config import PointConfig
-from runners.training.flops_target import estimated_saving
+from runners.training.flops_target import calibrate_saving, estimated_saving, retarget
 from tests.conftest import token_rows
 
 
@@ -27,7 +31,13 @@ def result(config: dict) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("method", "share"), [("informed", 0.08), ("greedy", 0.08), ("random", 0.2), ("d_llm", 0.02)]
+    ("method", "share"),
+    [
+        ("informed", 0.08),
+        ("greedy", 0.08),
+        ("random", 0.2),
+        ("d_llm", 0.02),
+    ],
 )
 def test_calibration_saves_the_share_that_was_asked(tiny_config, method, share):
     words = (f"method={method}", "target=flops", f"sparsity={share}")
@@ -40,6 +50,11 @@ def test_calibration_saves_the_share_that_was_asked(tiny_config, method, share):
     # what is saved and read again is the sparsity that the search found
     assert record["options"]["sparsity"] == found["sparsity"]
     assert record["realised"]["achievable"] == pytest.approx(found["sparsity"])
+
+
+def test_a_method_without_a_sparsity_of_units_finds_its_channels(tiny_config):
+    record = result(tiny_config("method=channel_sparse", "target=flops", "sparsity=0.1"))
+    assert 1.0 - record["flops_ratio"] == pytest.approx(0.1, abs=0.01)
 
 
 def test_a_method_in_steps_takes_the_nearest(tiny_config):
@@ -65,6 +80,27 @@ def test_static_units_save_their_keys_and_values_too(tiny_llama):
     routed_units = attach(tiny_llama, Random(sparsity=0.5))
     static = attach(tiny_llama, StaticForecast(sparsity=0.5, rank=1))
     assert estimated_saving(static, 0.5, 64) > estimated_saving(routed_units, 0.5, 64) + 0.02
+
+
+def test_a_search_at_the_end_of_what_is_allowed_ends(tiny_llama):
+    method = attach(tiny_llama, LayerSkip(sparsity=0.999, policy="uniform"))
+
+    class Probe:
+        def routed_scores(self, threshold: float) -> RoutedScores:
+            return RoutedScores(0.75, torch.zeros(0), torch.zeros(0), 1.0, flops_ratio=0.6)
+
+    found = calibrate_saving(method, Probe(), 0.5, 64)
+    assert found == {"sparsity": 0.999, "realised": 0.75, "flops_saved": pytest.approx(0.4)}
+
+
+def test_a_method_whose_sites_follow_from_its_sparsity_keeps_them(tiny_llama):
+    """Routers were made, and trained, for the sites of the first estimate."""
+    method = attach(tiny_llama, RouterTuning(sparsity=0.3))
+    sites = method.sites()
+    retarget(method, 0.45)
+    assert method.sparsity == 0.3 and method.sites() == sites and len(sites) == 3
+    retarget(method, 0.29)
+    assert method.sparsity == 0.29 and method.sites() == sites
 
 
 def test_more_than_can_be_saved_is_one_line_before_training(tiny_config):
