@@ -20,7 +20,13 @@ from methods.options import (
 )
 from methods.parts.forecaster import Forecasters
 from methods.parts.routed_method import RoutedMethod
-from methods.parts.static_order import best_cuts, count_below, expected_harm, greedy_loss
+from methods.parts.static_order import (
+    best_cuts,
+    count_below,
+    expected_harm,
+    greedy_loss,
+    split_by_loss,
+)
 
 FORECASTER, TRAINING = ForecasterOptions(), Training()
 Order = Literal["expected_harm", "greedy_loss", "contiguous"]
@@ -39,11 +45,13 @@ class StaticForecast(RoutedMethod):
             `greedy_loss` adds the unit whose forecast raises the LM loss least (forward
             selection, the forecasts of the others in place); `contiguous` is the one block of
             layers that turns the residual stream least (arXiv 2403.17887).
+        kind_split: of `expected_harm`: how many of the bypassed units are MLPs is found on the LM
+            loss, as `kind_shift` of informed routing does; else harms of both kinds are compared.
         rank: of the forecasters.
         forecaster: `ForecasterOptions`: how they are fitted.
-        tokens: training text that `greedy_loss` scores each candidate on.
+        tokens: training text that `kind_split` and `greedy_loss` score each candidate on.
         group: units that a round of `greedy_loss` takes.
-        candidates: units that a round tries, by expected harm.
+        candidates: units that a round tries, of both kinds in turn by expected harm.
         train: `forecasters` distils them, `none` keeps the closed form.
         targets: train one set of forecasters for these sparsities in turn, shared by all points
             of a sweep; empty trains for the point's own.
@@ -63,7 +71,8 @@ class StaticForecast(RoutedMethod):
         order: Order = "expected_harm",
         rank: Count = 64,
         forecaster: ForecasterOptions = FORECASTER,
-        tokens: Count = 512,
+        kind_split: bool = True,
+        tokens: Count = 1024,
         group: Count = 6,
         candidates: Count = 12,
         train: Literal["none", "forecasters"] = "none",
@@ -82,6 +91,7 @@ class StaticForecast(RoutedMethod):
             lora_lr=lora_lr,
         )
         self.order, self.damping, self.trains = order, options.damping, train == "forecasters"
+        self.kind_split = kind_split
         self.tokens, self.group, self.candidates = tokens, group, max(group, candidates)
 
     def setup(self, shape: Shape) -> None:
@@ -134,21 +144,28 @@ class StaticForecast(RoutedMethod):
             for layers, first in enumerate(best_cuts(probe)):
                 self.maps[2 * layers : 2 * layers + 2, 2 * first : 2 * (first + layers)] = True
             return
-        order = sorted(sites, key=expected_harm(probe, self.forecasters).__getitem__)
+        harm = expected_harm(probe, self.forecasters)
+        order = sorted(sites, key=harm.__getitem__)
+
+        def loss(bypassed: list[Site]) -> float:
+            self._bypass(bypassed)
+            self.calibrate(probe, len(bypassed) / len(sites))
+            return probe.routed_loss(self.tokens)
+
+        attention, mlps = ([s for s in order if s.kind == kind] for kind in ("attention", "mlp"))
         if self.order == "greedy_loss":
+            both = [site for pair in zip(attention, mlps, strict=True) for site in pair]
+            order = greedy_loss(both, loss, group=self.group, candidates=self.candidates)
+        maps = [order[:count] for count in range(len(order) + 1)]
+        if self.order == "expected_harm" and self.kind_split:
+            maps = split_by_loss(attention, mlps, loss)
+        for bypassed in maps:
+            self._bypass(bypassed)
 
-            def loss(bypassed: list[Site]) -> float:
-                self._bypass(len(bypassed), bypassed)
-                self.calibrate(probe, len(bypassed) / len(sites))
-                return probe.routed_loss(self.tokens)
-
-            order = greedy_loss(order, loss, group=self.group, candidates=self.candidates)
-        for count in range(len(order) + 1):
-            self._bypass(count, order[:count])
-
-    def _bypass(self, count: int, bypassed: Sequence[Site]) -> None:
-        row = [site in bypassed for site in self.sites()]
-        self.maps[count] = torch.tensor(row, device=self.maps.device)
+    def _bypass(self, sites: Sequence[Site]) -> None:
+        """Make these the map of so many units."""
+        row = [site in sites for site in self.sites()]
+        self.maps[len(sites)] = torch.tensor(row, device=self.maps.device)
 
     def _routed_loss(self, view: RoutedView) -> Tensor:
         return view.task_loss

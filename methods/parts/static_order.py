@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -12,6 +13,9 @@ from torch.nn import functional
 from methods.parts.forecaster import Forecasters
 from methods.parts.router_start import ROUTER_SHARE, log_error
 from methods.types import Probe, Site, UnitView
+
+ANCHORS = (0.25, 0.5, 0.75)
+"""Shares of all units at which the split between attention and MLPs is found."""
 
 
 def block_influence(probe: Probe) -> dict[Site, float]:
@@ -89,6 +93,44 @@ def expected_harm(probe: Probe, forecasters: Forecasters) -> dict[Site, float]:
     probe.sample(ROUTER_SHARE).stream(visit)
     slopes = probe.sensitivity()
     return {s: float(sums[s]) / counts[s] + math.log(max(slopes[s], 1e-30)) for s in sums}
+
+
+def split_by_loss(
+    attention: Sequence[Site], mlps: Sequence[Site], loss: Callable[[list[Site]], float]
+) -> list[list[Site]]:
+    """Find the best n units of two orders, n = 0 .. all: the first so many of each.
+
+    Harms are comparable within a kind only: attention bypassed in layer after layer costs a text
+    its context, which no single bypass shows (`shift_kinds` does the same for routers). At the
+    `ANCHORS` the number of MLPs walks down the loss; between them it is interpolated.
+
+    Args:
+        attention, mlps: best first.
+        loss: of a model that bypasses these sites.
+    """
+    units, known = len(attention) + len(mlps), {0: 0}
+
+    def taken(count: int, number: int) -> list[Site]:
+        return [*attention[: count - number], *mlps[:number]]
+
+    for count in sorted({round(share * units) for share in ANCHORS} - {0, units}):
+        least, most = max(0, count - len(attention)), min(count, len(mlps))
+        before = max(known)
+        number = known[before] * count // before if before else count // 2
+        number, losses = min(max(number, least), most), dict[int, float]()
+        step = max(1, count // 6)
+        while step:
+            near = {min(max(n, least), most) for n in (number - step, number, number + step)}
+            losses |= {n: loss(taken(count, n)) for n in sorted(near - losses.keys())}
+            best = min(losses, key=losses.__getitem__)
+            number, step = best, step if best != number else step // 2
+        known[count] = number
+    known[units] = len(mlps)
+    numbers = [0]
+    for (low, start), (high, end) in pairwise(sorted(known.items())):
+        rise = (end - start) / (high - low)
+        numbers += [round(start + rise * n) for n in range(1, high - low + 1)]
+    return [taken(count, number) for count, number in enumerate(numbers)]
 
 
 def best_cuts(probe: Probe) -> list[int]:

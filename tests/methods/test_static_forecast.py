@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from methods.base import Budget, Site, StageBudget
 from methods.engine.routed import attach, routed
-from methods.parts.static_order import greedy_loss
+from methods.parts.static_order import greedy_loss, split_by_loss
 from methods.static_forecast import StaticForecast
 from runners.training.loop import Loop
 from tests.methods.conftest import small_ids, small_model
@@ -64,7 +64,7 @@ def outputs(model, ids):
 
 
 def test_expected_harm_is_the_log_error_and_the_log_slope(model):
-    method = trained(model)
+    method = trained(model, kind_split=False)
     probe = probe_of(model, method)
     slopes = probe.sensitivity()
     harm = {}
@@ -92,6 +92,39 @@ def test_greedy_loss_adds_the_forecast_that_hurts_least(model):
             losses[site] = float(functional.cross_entropy(logits.flatten(0, 1), target))
         chosen.append(min(losses, key=losses.__getitem__))
     assert set(bypassed(method)) == set(chosen)
+
+
+def test_the_kinds_share_a_map_as_the_loss_says():
+    attention, mlps = ([Site(i, kind) for i in range(12)] for kind in ("attention", "mlp"))
+    best = {6: 1, 12: 9, 18: 7}
+    asked = []
+
+    def loss(away):
+        asked.append(away)
+        number = sum(site.kind == "mlp" for site in away)
+        return float((number - best[len(away)]) ** 2)
+
+    maps = split_by_loss(attention, mlps, loss)
+    assert [len(away) for away in maps] == list(range(25))
+    for away in maps:
+        taken = [[s for s in away if s.kind == kind] for kind in ("attention", "mlp")]
+        assert taken == [attention[: len(taken[0])], mlps[: len(taken[1])]]
+    counts = {n: sum(s.kind == "mlp" for s in maps[n]) for n in (6, 9, 12, 18, 21, 24)}
+    assert counts == {6: 1, 9: 5, 12: 9, 18: 7, 21: 10, 24: 12}
+    assert len(asked) < 30
+
+
+@pytest.mark.parametrize("sparsity", [0.2, 0.5])
+def test_the_split_is_no_worse_than_the_harms_of_both_kinds(model, sparsity):
+    ids, losses = small_ids(4, 16, seed=1), {}
+    for kind_split in (True, False):
+        method = trained(model, sparsity=sparsity, kind_split=kind_split, tokens=64)
+        with torch.no_grad(), routed(model, method):
+            logits = model(input_ids=ids).logits[:, :-1]
+        losses[kind_split] = float(
+            functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+        )
+    assert losses[True] <= losses[False] + 1e-6
 
 
 def test_greedy_rounds_take_groups_of_the_first_candidates():
