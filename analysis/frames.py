@@ -138,7 +138,8 @@ class Store:
         `RATIO` and `DIFFERENCE` are of the mean of the seeds; their intervals are over documents
         and items alone, of these trained models.
         """
-        columns = ["sparsity_realised", "flops_ratio", "kv_bytes_ratio", "training_s", "chance"]
+        columns = ["sparsity_realised", "flops_ratio", "kv_bytes_ratio", "training_s"]
+        columns += ["tokens_read", "chance"]
         means = self.over_seeds(self.measures, MEASURE, [*columns, *VALUES, "dense"])
         return _beside_dense(means, self.items, POINT)
 
@@ -319,6 +320,7 @@ def _point(record: Record) -> dict[str, Any]:
         "kv_policy": record.get("kv_policy", "keep"),
         "added_parameters": record.get("added_parameters"),
         "training_s": sum(stage["seconds"] for stage in record["stages"]),
+        "tokens_read": sum(stage["tokens"] for stage in record["stages"]),
         "fingerprint": str(identity["fingerprint"]),
     }
 

@@ -154,6 +154,7 @@ def table(part: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
             "target": f"{target:.2f}",
             "realised": tables.known(first.sparsity_realised),
             "FLOPs": f"{first.flops_ratio:.3f}",
+            "tokens read": f"{first.tokens_read:,.0f}",
         }
         for entry in cast("Any", point.sort_values("measure", ascending=False).itertuples()):
             row[entry.shown] = tables.figure(entry)
@@ -169,7 +170,8 @@ VIEW = View(
     "Shaded where lines are few, and beside `/ dense` and `- dense`: 95 % interval of the ratio or "
     "difference to dense on the same documents and items, of these trained models. Bars, and "
     "beside the figures: with several seeds, their standard deviation; with one, that interval "
-    "(figures: 95 % of a perplexity alone, one standard error of an accuracy).",
+    "(figures: 95 % of a perplexity alone, one standard error of an accuracy). Tokens read: in all "
+    "stages, the calibration included (stage by stage under Training time).",
     "no point was evaluated: run runners/sweep.py",
     lambda store: store.averaged,
     table,

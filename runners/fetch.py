@@ -20,8 +20,9 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from runners.evaluation.fetching import check_fetch, fetch
+from runners.launching.check import check_writable
 from runners.launching.command_line import launch, one_line_errors
-from runners.options import parse_section
+from runners.options import parse_section, parse_value
 from runners.point_config import EvalConfig
 from runners.runtime.signals import listening
 
@@ -31,12 +32,22 @@ def main(cfg: DictConfig) -> None:
     """Hydra entry."""
     config: Any = OmegaConf.to_container(cfg, resolve=True)
     with one_line_errors(), listening():
-        fetch(*_asked(config), Path(config["out_dir"]).expanduser())
+        settings, revisions, folder = _asked(config)
+        fetch(settings, revisions, folder)
 
 
-def _asked(config: Mapping[str, Any]) -> tuple[EvalConfig, Mapping[str, str]]:
-    return parse_section(EvalConfig, config["eval"]), config["revisions"] or {}
+def _asked(config: Mapping[str, Any]) -> tuple[EvalConfig, Mapping[str, str], Path]:
+    settings = parse_section(EvalConfig, config["eval"])
+    revisions = parse_value(Mapping[str, str] | None, config["revisions"], "revisions")
+    folder = parse_value(str, config["out_dir"], "out_dir")
+    return settings, revisions or {}, Path(folder).expanduser()
+
+
+def _check(config: Mapping[str, Any]) -> None:
+    settings, revisions, folder = _asked(config)
+    check_fetch(settings, revisions)
+    check_writable("out_dir", str(folder))
 
 
 if __name__ == "__main__":
-    launch(main, "fetch", lambda config: check_fetch(*_asked(config)))
+    launch(main, "fetch", _check)

@@ -514,6 +514,10 @@ PATHS = (
 NOT_SAVED = "holds no saved routed model"
 
 
+FROM_SAVED = ("saved_sha256", "trained_on_sha256", "recalibrate")
+"""Keys that a saved routed model's folder fills in."""
+
+
 def resolve(cfg: DictConfig) -> dict[str, Any]:
     """Give Hydra's config as JSON types, without interpolations."""
     found = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
@@ -525,8 +529,11 @@ def _normalised(config: Mapping[str, Any]) -> dict[str, Any]:
     """One form of what is the same: a saved model named by its folder is filled in, numbers are
     rounded, the dense model has no target."""
     found = {key: value for key, value in config.items() if key != "experiment"}
-    if "saved" in found and "saved_sha256" not in found:
+    given = [key for key in FROM_SAVED if key in found]
+    if "saved" in found and not given:
         found |= _from_saved(found)
+    elif given and len(given) < len(FROM_SAVED):  # a record's own config has all of them
+        raise UserError(f"{', '.join(given)} cannot be given: what saved= names says it")
     found = {key: _rounded(_expanded(value, key)) for key, value in found.items()}
     if found["method"].get("name") == "dense":
         found["sparsity"], found["reserve"] = 0.0, 1

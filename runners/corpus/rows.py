@@ -155,7 +155,7 @@ def read_documents(
     """
     stages = (budget.forecasters, budget.routers, budget.lora)
     # the fits and, after them, the stage that reads most
-    train = budget.fit_tokens + max(stage.tokens for stage in stages)
+    train = budget.fit_tokens + max(budget.tokens or 0, *(stage.tokens for stage in stages))
     counted, most = itertools.count(1), max(test_limit or 0, TASK_DOCUMENTS)
     enough: dict[str, Callable[[Document], bool]] = {
         "train": after_tokens(train, budget.seq_len, encode),

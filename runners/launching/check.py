@@ -68,10 +68,10 @@ def check_point(config: Mapping[str, Any]) -> PointConfig:
     if here:
         _check_device(point.placement.device)
     for key in ("results_dir", "cache_dir"):
-        _check_writable(key, getattr(point.store, key))
+        check_writable(key, getattr(point.store, key))
     check_tracking(point.tracking)
     if point.speed is not None:
-        _check_speed(point.speed)
+        _check_speed(point.speed, point.placement.device, here=here)
     check_evaluation(point.eval)
     return point
 
@@ -137,8 +137,12 @@ def check_evaluation(settings: EvalConfig) -> None:
         )
 
 
-def _check_writable(key: str, folder: str | None) -> None:
-    """The nearest folder above that is there takes new files."""
+def check_writable(key: str, folder: str | None) -> None:
+    """The nearest folder above that is there takes new files.
+
+    Raises:
+        UserError: it does not.
+    """
     if folder is None:
         return
     there = Path(folder).absolute()
@@ -164,7 +168,12 @@ def _check_device(name: str) -> None:
         raise UserError(f"device={name} is not available; auto, cpu, cuda or cuda:<number>")
 
 
-def _check_speed(speed: SpeedConfig) -> None:
+def _check_speed(speed: SpeedConfig, device: str, *, here: bool) -> None:
+    if speed.graphs is True and here:
+        import torch
+
+        if device == "cpu" or not torch.cuda.is_available():
+            raise UserError("speed.graphs=true needs a model on CUDA; speed.graphs=auto decides")
     if speed.in_sweep and world_size() > 1:
         raise UserError("speed is measured in one process: leave speed=sweep out, or the launcher")
     if speed.kernels == "compiled":

@@ -10,7 +10,7 @@ import pytest
 
 from analysis import equal_flops
 from analysis.frames import Store
-from tests.analysis.store import write_point
+from tests.analysis.store import stage, write_point
 from tests.conftest import ROOT
 
 
@@ -51,7 +51,8 @@ def test_seeds_are_one_point(tmp_path):
 
 
 def test_tradeoff_writes_it_too_and_shares_are_asked_for(tmp_path):
-    write_point(tmp_path, "informed", 0.3, perplexity=30.0, flops_ratio=0.85)
+    stages = [stage("fit", 1.0), stage("calibrate", 2.0)]
+    write_point(tmp_path, "informed", 0.3, perplexity=30.0, flops_ratio=0.85, stages=stages)
 
     def run(script: str, *words: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, ROOT / "analysis" / script, f"results_dir={tmp_path}", *words]
@@ -60,6 +61,8 @@ def test_tradeoff_writes_it_too_and_shares_are_asked_for(tmp_path):
     assert run("tradeoff.py").returncode == 0
     (written,) = (tmp_path / "plots").glob("equal_flops-*.md")
     assert "| sotu perplexity | informed |  |  |  |  |" in written.read_text()
+    (beside,) = (tmp_path / "plots").glob("tradeoff-*.md")
+    assert "| FLOPs | tokens read |" in beside.read_text() and "| 2,000 |" in beside.read_text()
     assert run("equal_flops.py", "flops=0.85,0.5").returncode == 0
     assert "| sotu perplexity | informed | 1.500 |  |" in written.read_text()
     wrong = run("equal_flops.py", "flops=most")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -96,6 +97,9 @@ def test_of_test_text_at_least_what_the_tasks_are_made_of(tmp_path, tokenizer):
         for split, read in found.items():
             assert checked[split][: len(read)] == read, "the check reads what the point reads"
     assert len(found["train"]) < 300
+    longer = replace(budget, tokens=10 * budget.fit_tokens)
+    read = read_documents(data, longer, 4, 0, encoder(tokenizer))["train"]
+    assert len(found["train"]) < len(read), "text for the steps that the tokens in all may bring"
 
 
 def test_enough_is_one_row_of_every_document(tokenizer):
