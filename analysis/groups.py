@@ -21,7 +21,7 @@ Record = Mapping[str, Any]
 Flat = Mapping[str, Any]
 BLOCK = re.compile(r"^(?=[^\s#-])", re.MULTILINE)
 """A top-level key of a block-style YAML file begins here."""
-WHERE = frozenset("results_dir cache_dir tracking force hydra experiment".split())
+WHERE = frozenset("results_dir cache_dir tracking force hydra experiment tune".split())
 """Top-level keys of a config that say where and how loudly."""
 NO_FIGURE = WHERE | frozenset(
     "saved saved_sha256 retry_failed checkpoint_seconds speed device_map max_memory seed "
@@ -41,6 +41,8 @@ OF_THE_METHOD = frozenset(
 """Top-level keys that tell the lines of a picture apart; all others tell pictures apart."""
 OF_THE_LINE = frozenset({"budget.scale"})
 """Single keys that tell lines apart though their group tells pictures apart."""
+PUBLISHED = "_published"
+"""Ends the name of a method's file in conf/method that has the recipe of its paper."""
 SHOWN = 4
 """Differences that a label names; it counts the others."""
 LONGEST = 40
@@ -147,5 +149,6 @@ def show(value: Any) -> str:
 
 def label(method: str, *parts: str) -> str:
     """Name a line or a row: the method, and what is said of it in brackets."""
-    said = ", ".join(filter(None, parts))
+    published = "as published" if method.endswith(PUBLISHED) else ""
+    method, said = method.removesuffix(PUBLISHED), ", ".join(filter(None, [published, *parts]))
     return f"{method} ({said})" if said else method

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
 
-from methods.base import Budget, LinearUnit, Site, Stage
+from methods.base import Budget, Decision, LinearUnit, RouteContext, RoutedView, Site, Stage
 from methods.options import (
     Count,
     ForecasterOptions,
     KVPolicy,
     LoraSpec,
+    NonNegative,
     Positive,
     RouterOptions,
     Sparsity,
@@ -43,6 +46,8 @@ class Informed(RoutedMethod):
         targets: train one model for these sparsities in turn, shared by all points of a sweep;
             empty trains for the point's own.
         training: `Training`: the options of that stage (paper: lr 2e-3, constant).
+        cosine_weight: of the published regulariser of routers in training, which makes it dear to
+            bypass what turns the residual stream (published code: 0.1).
         lora: `LoraSpec` of the paper's optional stage 3; None for none.
         lora_lr: of that stage (paper: 2e-4, cosine).
         kv_policy: `keep` (bypassed tokens write K and V), `evict` (they do not) or `forecast` (a
@@ -62,6 +67,7 @@ class Informed(RoutedMethod):
         train: Literal["none", "forecasters", "routers", "end_to_end"] = "none",
         targets: Sequence[Sparsity] = (),
         training: Training = TRAINING,
+        cosine_weight: NonNegative = 0.0,
         lora: LoraSpec | None = None,
         lora_lr: Positive = 2e-4,
         kv_policy: KVPolicy = "keep",
@@ -81,7 +87,7 @@ class Informed(RoutedMethod):
         self.bypass, self.router, self.damping = bypass, router, forecaster.damping
         self.trains_routers = train in ("routers", "end_to_end")
         self.trains_forecasters = bypass == "forecast" and train in ("forecasters", "end_to_end")
-        self.train_what = train
+        self.train_what, self.cosine_weight = train, cosine_weight
 
     @property
     def bypasses(self) -> PerSite[Any] | None:
@@ -89,6 +95,22 @@ class Informed(RoutedMethod):
 
     def linear(self, site: Site) -> LinearUnit | None:
         return self.linear_unit(site)
+
+    def route(self, site: Site, x_BTD: Tensor, ctx: RouteContext) -> Decision:
+        decision = super().route(site, x_BTD, ctx)
+        if ctx.training and self.cosine_weight:
+            assert ctx.output is not None
+            with torch.no_grad():
+                after_BTD = ctx.residual_BTD + ctx.output()
+                turn_BT = 1 - functional.cosine_similarity(ctx.residual_BTD, after_BTD, dim=-1)
+            bypassed_BT = (1 - decision.gate_BT) * ctx.valid_BT
+            turned = (turn_BT.float() * bypassed_BT).sum()
+            decision.auxiliary = turned / (bypassed_BT.detach().sum() + 1)
+        return decision
+
+    def _routed_loss(self, view: RoutedView) -> Tensor:
+        # published: the mean over layers of what attention and MLP give together
+        return super()._routed_loss(view) + 2 * self.cosine_weight * view.auxiliary
 
     def stages(self, budget: Budget) -> Iterable[Stage]:
         """Forecasters, the routers' start, gradient training, then (optionally) LoRA."""

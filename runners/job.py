@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import logging
+import math
 import shutil
 import tempfile
 import time
@@ -107,6 +108,30 @@ def _untimed(
         for phase, size in speed.cases()
         if again or not folder.is_timed(phase, {**size, **how})
     ]
+
+
+def calibration_loss(cfg: DictConfig) -> float:
+    """Train and calibrate a point; the test text is not read, and there is no record.
+
+    Returns:
+        LM loss of the routed model on calibration text, nats a token; infinite if it failed.
+    """
+    from runners import point
+
+    config = with_content(PointConfig.parse(resolve(cfg)))
+    folder = RunFolder(Path(config.store.results_dir) / config.fingerprint)
+    label = f"tuning {config.label}"
+    with _caught(label), listening(), at_work(), folder.lock():
+        if not folder.config_file.exists():
+            folder.begin(config.redacted)
+        with _tracked(config, folder, "tune") as tracker:
+            built = point.build(config)
+            trained = point.train(config, built, folder, tracker)
+            loss = built.probe.routed_loss()
+        folder.log({"event": "tuned", "loss": loss, "realised": trained.realised})
+        log.info("%s: %s: loss %.4f on calibration text", label, config.variant, loss)
+        return loss
+    return math.inf
 
 
 def measure_speed(cfg: DictConfig) -> None:

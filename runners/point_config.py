@@ -384,8 +384,8 @@ GROUPED: Mapping[str, type] = {
 }
 """Sections whose keys lie at the top of conf/sweep.yaml and its like."""
 NOT_IN_FINGERPRINT = frozenset(
-    "results_dir cache_dir saved tracking force retry_failed checkpoint_seconds speed device_map "
-    "max_memory hardware plan trust_method check_weights".split()
+    "results_dir cache_dir saved tracking tune force retry_failed checkpoint_seconds speed "
+    "device_map max_memory hardware plan trust_method check_weights".split()
 )
 """Top-level keys of the config that say where or how loudly, never what is computed."""
 LOCAL_NAMES = ("name", "path", "dir", "data_dir")
@@ -416,6 +416,8 @@ class PointConfig:
     """All of the above as JSON types under the keys of conf/, as it is hashed."""
     target: Literal["sparsity", "flops"] = "sparsity"
     """What the number `sparsity` is a share of: bypassed units, or dense FLOPs that are saved."""
+    tune: bool = False
+    """Whether a point's result is its loss on calibration text and no record."""
     speed: SpeedConfig | None = None
     saved: SavedConfig | None = None
     inspect: InspectConfig | None = None

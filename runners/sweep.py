@@ -14,14 +14,21 @@ if __name__ == "__main__":  # run the code of this clone, whichever clone's envi
 import hydra
 from omegaconf import DictConfig
 
-from runners.job import run_point
+from runners.job import calibration_loss, run_point
 from runners.launching.command_line import launch
 
 
 @hydra.main(config_path="../conf", config_name="sweep", version_base="1.3")
-def main(cfg: DictConfig) -> None:
-    """Hydra entry; one call per point."""
+def main(cfg: DictConfig) -> float | None:
+    """Hydra entry; one call per point.
+
+    Returns:
+        With `tune=true` what a search minimises.
+    """
+    if cfg.tune:
+        return calibration_loss(cfg)
     run_point(cfg, "sweep")
+    return None
 
 
 if __name__ == "__main__":

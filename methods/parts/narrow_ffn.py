@@ -52,15 +52,18 @@ class NarrowFFN(nn.Module):
         return output.to(x.dtype)
 
     @torch.no_grad()
-    def set_linear(self, down_Dr: Tensor, up_rD: Tensor, mean_D: Tensor, bias_D: Tensor) -> None:
+    def set_linear(
+        self, down_Dr: Tensor, up_rD: Tensor, mean_D: Tensor, bias_D: Tensor, one_D: Tensor
+    ) -> None:
         """Make it nearly (x - mean) @ down @ up + bias, where SiLU is nearly a line.
 
         `silu` runs its inner units around `LINEAR`. `swiglu` has no biases: its gates stay there
-        by the share of x that lies along its mean, and one inner unit makes the constant.
+        by the map of x that is nearest to 1, and one inner unit makes the constant.
 
         Args:
             down_Dr: of r inner units at most, one less of `swiglu`; (x - mean) @ down deviates
                 by about 1.
+            one_D: x @ one is about 1.
         """
         rank = down_Dr.shape[1]
         sigmoid = 1.0 / (1.0 + math.exp(-LINEAR))
@@ -74,12 +77,12 @@ class NarrowFFN(nn.Module):
             self.up.weight[:, :rank] = up_rD.T / slope
             self.up.bias.copy_(bias_D - value / slope * up_rD.sum(0))
             return
-        one_D = mean_D / mean_D.square().sum()
         self.gate.weight.copy_((LINEAR * one_D).expand_as(self.gate.weight))
-        self.into.weight[:rank] = down_Dr.T / value
+        centred_Dr = down_Dr - torch.outer(one_D, mean_D @ down_Dr)
+        self.into.weight[:rank] = centred_Dr.T / value
         self.into.weight[rank] = one_D / value
         self.up.weight[:, :rank] = up_rD.T
-        self.up.weight[:, rank] = bias_D - mean_D @ down_Dr @ up_rD
+        self.up.weight[:, rank] = bias_D
 
 
 def no_neurons(width: int, count: int) -> NarrowFFN:
@@ -145,5 +148,8 @@ def fit_linear(probe: Probe, adapters: PerSite[NarrowFFN], damping: float) -> No
         down_Dr, up_rD, _ = found.take(hidden)
         scatter = sums.xx / sums.count - torch.outer(found.mean_x, found.mean_x)
         size_r = (down_Dr * (scatter @ down_Dr)).sum(0).clamp_min(1e-12).sqrt()
-        parts = (down_Dr / size_r, up_rD * size_r[:, None], found.mean_x, found.mean_y)
+        ridge = sums.xx / sums.count
+        ridge.diagonal().add_(damping * ridge.diagonal().mean())
+        one_D = torch.linalg.solve(ridge, found.mean_x)
+        parts = (down_Dr / size_r, up_rD * size_r[:, None], found.mean_x, found.mean_y, one_D)
         adapter.set_linear(*(part.float() for part in parts))

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib import pyplot as plt
 
+from analysis import groups
 from analysis.drawing import style
 from analysis.drawing.labels import ABOVE, highest, label_ends, short, spread
 
@@ -71,3 +72,9 @@ def test_every_line_is_named_once_and_no_two_names_overlap(falling):
     assert min(gaps) >= 6.5 * figure.dpi / 72
     arrows = [line for line in panel.lines if line.get_marker() == "^" and not line.get_clip_on()]
     assert len(arrows) == 2
+
+
+def test_a_published_recipe_is_a_line_of_its_own():
+    assert groups.label("skipgpt_published") == "skipgpt (as published)"
+    assert groups.label("skipgpt_published", "seed") == "skipgpt (as published, seed)"
+    assert groups.label("skipgpt", "", "") == "skipgpt"

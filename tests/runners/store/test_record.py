@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from runners.store.record import Record
@@ -33,3 +35,25 @@ def test_a_point_that_drifted_says_where_it_stands():
     said = result(0.329).drift
     assert said is not None and "realised 0.329 on the test text, 0.401 on calibration" in said
     assert "points at 0.33, not at 0.40" in said
+
+
+def stage(**figures):
+    return {"name": "train", "sparsity": 0.4, "target": 0.4, **figures}
+
+
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        ({}, 0),
+        ({"sparsity": 0.36}, 1),
+        ({"sparsity": 0.36, "target": 0.35}, 0),
+        ({"sparsity": 0.2, "target": None}, 1),
+        ({"sparsity": None}, 0),
+    ],
+    ids=str,
+)
+def test_a_stage_that_trained_elsewhere_than_it_is_judged_is_told_of(found, told):
+    """One that trains for no target is compared with the point's."""
+    record = replace(result(0.4), stages=[stage(**found)])
+    assert len(record.warnings) == told
+    assert all("stage train trained at sparsity" in line for line in record.warnings)
