@@ -101,7 +101,8 @@ def routing_tables(base: Base, method: Method, rows: Sequence[tuple[str, list[in
         bypassed token gets against the unit's true output, on the dense model's inputs, as
         |forecast - output| / |output| and cosine; nothing (a skip) has error 1 and cosine 0.
         `depth`: layer, l2 and cosine of the routed residual stream against the dense one where
-        it leaves the layer, means over tokens.
+        it leaves the layer, means over tokens; first_rms_dense and first_rms_routed, root mean
+        square of the stream of a row's first token there (the attention sink), means alike.
     """
     frequency = Counter(token for _, ids in rows for token in ids)
     total = sum(frequency.values())
@@ -218,15 +219,18 @@ def _depth(dense: Sequence[Tensor], routed_stream: Sequence[Tensor]) -> pd.DataF
     for layer, (true, own) in enumerate(zip(dense, routed_stream, strict=True)):
         l2 = (own - true).norm(dim=-1) / true.norm(dim=-1).clamp_min(1e-12)
         cosine = functional.cosine_similarity(own, true)
-        rows.append({"layer": layer, "l2": float(l2.mean()), "cosine": float(cosine.mean())})
+        row = {"layer": layer, "l2": float(l2.mean()), "cosine": float(cosine.mean())}
+        first = (("first_rms_dense", true[0]), ("first_rms_routed", own[0]))
+        rows.append(row | {name: float(x_D.square().mean().sqrt()) for name, x_D in first})
     return pd.DataFrame(rows)
 
 
 def _weighted(depths: pd.DataFrame) -> pd.DataFrame:
     """Mean over rows, each weighted by its tokens."""
-    scaled = depths.assign(**{c: depths[c] * depths["weight"] for c in ("l2", "cosine")})
-    sums = scaled.groupby("layer", as_index=False)[["l2", "cosine", "weight"]].sum()
-    sums[["l2", "cosine"]] = sums[["l2", "cosine"]].div(sums["weight"], axis=0)
+    means = [str(column) for column in depths if column not in ("layer", "weight")]
+    scaled = depths.assign(**{c: depths[c] * depths["weight"] for c in means})
+    sums = scaled.groupby("layer", as_index=False)[[*means, "weight"]].sum()
+    sums[means] = sums[means].div(sums["weight"], axis=0)
     return sums.drop(columns="weight")
 
 

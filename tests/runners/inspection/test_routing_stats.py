@@ -87,6 +87,20 @@ def test_the_stream_departs_behind_the_first_routed_layer(tables):
     assert depth.cosine[0] == pytest.approx(1.0, abs=1e-5)
 
 
+def test_how_large_the_first_token_of_a_row_is(base, tables):
+    _, rows, found = tables
+    squares = torch.zeros(4)
+    for _, ids in rows:
+        with torch.no_grad():
+            states = base.model(input_ids=torch.tensor([ids]), output_hidden_states=True)
+        # the last of these is normed: the layers before it leave what the next one is given
+        first = torch.stack([state[0, 0] for state in states.hidden_states[1:4]])
+        squares[:3] += first.square().mean(-1).sqrt() * len(ids) / 70
+    depth = found["depth"]
+    assert depth.first_rms_dense[:3].to_numpy() == pytest.approx(squares[:3].numpy(), rel=1e-4)
+    assert depth.first_rms_routed[0] == pytest.approx(depth.first_rms_dense[0])
+
+
 def test_frequency_and_position(tables):
     tokens = tables[2]["tokens"]
     counts = tokens["id"].value_counts() / len(tokens)
