@@ -32,7 +32,8 @@ class FlexiDepth(TrainedBypass):
             the gradient.
         start: `published`, or `closed_form`: adapters as forecasters of what the block adds,
             routers, which get a bias, as the regression of their error.
-        train: `end_to_end`, or `none` for what it starts with.
+        train: `end_to_end` (routers and adapters, as published), `adapters` alone, on the decisions
+            of its routers, or `none` for what it starts with.
         training: `Training`, of routers and adapters together; with `hold` 0 once for all targets,
             at a threshold of 0, as published, where the weight alone sets the depth.
         depth_weight: of the mean over tokens of the squared sum of gates.
@@ -48,7 +49,7 @@ class FlexiDepth(TrainedBypass):
         reduction: Count = 16,
         output: Literal["scaled", "whole"] = "scaled",
         start: Start = "published",
-        train: Literal["none", "end_to_end"] = "end_to_end",
+        train: Literal["none", "adapters", "end_to_end"] = "end_to_end",
         training: Training = TRAINING,
         depth_weight: NonNegative = 1e-3,
     ) -> None:
@@ -78,7 +79,9 @@ class FlexiDepth(TrainedBypass):
     def stages(self, budget: Budget) -> Iterable[Stage]:
         if self.start_what == "closed_form":
             yield from self.closed_form_stages(budget)
-        if self.train_what == "end_to_end":
+        if self.train_what == "adapters":
+            yield self.adapter_stage(budget)
+        elif self.train_what == "end_to_end":
             parts, aims = [self.routers, self.adapters], self.training_options.hold > 0
             yield self.train_stage("train", parts, budget.routers, per_target=aims)
 

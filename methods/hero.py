@@ -36,7 +36,8 @@ class HeRo(LaterMLPs):
             the gradient.
         start: `published`, or `closed_form`: adapters as forecasters of the MLPs, local routers as
             the regression of their error, a history that says nothing yet.
-        train: `end_to_end`, or `none` for what it starts with.
+        train: `end_to_end` (routers and adapters, as published), `adapters` alone, on the decisions
+            of its routers, or `none` for what it starts with.
         training: `Training`, of routers, history and adapters together.
         depth_weight: of the mean over tokens of the squared sum of gates.
     """
@@ -52,7 +53,7 @@ class HeRo(LaterMLPs):
         adapter_width: Natural = 0,
         output: Literal["scaled", "whole"] = "scaled",
         start: Start = "published",
-        train: Literal["none", "end_to_end"] = "end_to_end",
+        train: Literal["none", "adapters", "end_to_end"] = "end_to_end",
         training: Training = TRAINING,
         depth_weight: NonNegative = 1e-3,
     ) -> None:
@@ -93,7 +94,9 @@ class HeRo(LaterMLPs):
     def stages(self, budget: Budget) -> Iterable[Stage]:
         if self.start_what == "closed_form":
             yield from self.closed_form_stages(budget)
-        if self.train_what == "end_to_end":
+        if self.train_what == "adapters":
+            yield self.adapter_stage(budget)
+        elif self.train_what == "end_to_end":
             parts = [self.routers, self.adapters, self.history]
             yield self.train_stage("train", parts, budget.routers)
 

@@ -80,10 +80,17 @@ class TrainedBypass(RoutedMethod):
         yield Stage("adapters", fit=fit)
         yield from super().closed_form_stages(budget, scale)
 
+    def adapter_stage(self, budget: Budget) -> Stage:
+        """The gradient stage of the adapters alone, on hard decisions, as informed routing's."""
+        parts, how = [self.adapters], {"hard": True, "per_target": True}
+        return self.train_stage("train_adapters", parts, budget.routers, **how)
+
     def _gate(self, decision: Decision) -> Tensor:
         return torch.sigmoid(decision.scores_BT - self.threshold)
 
     def _routed_loss(self, view: RoutedView) -> Tensor:
+        if not view.decisions:  # hard ones: nothing that a penalty could move
+            return view.task_loss
         assert view.valid_BT is not None
         gates = map(self._gate, view.decisions.values())
         return view.task_loss + depth_penalty(gates, view.valid_BT, weight=self.depth_weight)

@@ -119,3 +119,12 @@ def test_routers_and_adapters_are_trained_and_the_backbone_is_not(model):
     (stage,) = method.stages(BUDGET)
     assert stage.lora is None
     assert {id(p) for p in stage.parameters} == {id(p) for p in method.parameters()}
+
+
+def test_adapters_alone_are_trained_on_hard_decisions(model):
+    method = made(model, train="adapters")
+    (stage,) = method.stages(BUDGET)
+    assert stage.hard and stage.per_target
+    assert {id(p) for p in stage.parameters} == {id(p) for p in method.adapters.parameters()}
+    view = RoutedView(torch.tensor(2.0), torch.tensor(0.5), {}, torch.zeros(()), 0.25)
+    assert float(stage.loss(view)) == 2.0
