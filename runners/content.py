@@ -5,7 +5,7 @@ Hashes are cached by size and time of change: a sweep that is complete still end
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,17 +22,18 @@ def with_content(config: PointConfig) -> PointConfig:
     """Add the hashes of the local files that a point reads to what its fingerprint is of."""
     model = Path(config.model.path)
     is_local = config.model.source == "pretrained" and model.is_dir()
+    weights = [file for end in MODEL_FILES for file in model.glob(end)] if is_local else []
+    tasks = local_task_files(config.eval).values()
     found = {
-        "model": [file for end in MODEL_FILES for file in model.glob(end)] if is_local else [],
+        "model": {file.name: file for file in weights},
         "data": local_files(config.data),
-        "eval": local_task_files(config.eval).values(),
+        # a task's files lie in a folder of its name
+        "eval": {"/".join(file.parts[-2:]): file for file in tasks},
     }
     cache_dir = cache_root(config.store.cache_dir)
 
-    def hashes(part: str, files: Iterable[Path]) -> dict[str, str]:
-        above = 1 if part == "eval" else 0  # a task's files lie in a folder of its name
-        names = {"/".join(f.parts[-1 - above :]): f for f in files}
-        return {name: content_hash(file, cache_dir) for name, file in sorted(names.items())}
+    def hashes(files: Mapping[str, Path]) -> dict[str, str]:
+        return {name: content_hash(file, cache_dir) for name, file in sorted(files.items())}
 
-    content = {part: hashes(part, files) for part, files in found.items() if files}
+    content = {part: hashes(files) for part, files in found.items() if files}
     return replace(config, resolved={**config.resolved, "content": content}) if content else config

@@ -81,3 +81,22 @@ COMMANDS = sorted(
 def test_a_command_of_the_docs_is_accepted(script, words):
     """Every option exists and may have that value."""
     assert prepare([*shlex.split(words), "tracking=off"], "sweep")
+
+
+def test_commands_on_a_text_of_ones_own_are_accepted(tmp_path, monkeypatch):
+    """Those of docs/text.md, where the folders that they name are."""
+    rows = "".join(
+        f'{{"text": "{"words " * 99}", "content": "{"words " * 99}"}}\n' for _ in range(600)
+    )
+    for folder in ("text", "fineweb/sample/10BT"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "some.jsonl").write_text(rows)
+    (tmp_path / "my-llama").mkdir()
+    (tmp_path / "my-llama" / "config.json").write_text('{"model_type": "llama"}')
+    monkeypatch.chdir(tmp_path)
+    found = re.findall(
+        r"^python runners/\w+\.py (.*data=\./.*)$", (DOCS / "text.md").read_text(), re.M
+    )
+    assert len(found) == 4
+    for words in found:
+        assert "data=files" in prepare([*shlex.split(words), "tracking=off"], "sweep")

@@ -1,27 +1,33 @@
 """Read documents for fitting, calibration and test: embedded, from local files, from the hub.
 
-Local files are read here, a row at a time: a mistake is said with its file and line, and no
-column's type is guessed from a sample. Data sets of the hub are streamed by `datasets`. The order
-of rows follows from the shards' names and a seed alone, in every process and with every version of
-a library, and no more is read than is asked for.
+Which files of a folder belong to a split is said here, how each is read in `formats`. Data sets of
+the hub are streamed by `datasets`. The order of rows follows from the shards' names and a seed
+alone, in every process and with every version of a library, and no more is read than is asked for.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import itertools
 import json
 import logging
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from runners.corpus.formats import (
+    FORMATS,
+    PACKED,
+    checked_text,
+    ending_of,
+    require_column,
+    texts_of,
+)
 from runners.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,13 +37,8 @@ log = logging.getLogger(__name__)
 
 SPLITS = ("train", "calibration", "test")
 SOTU_YEARS = {"train": (0, 1989), "calibration": (1990, 1999), "test": (2000, 9999)}
-ENDINGS = ("parquet", "jsonl", "jsonl.gz", "jsonl.zst")
 SYNONYMS = {"calibration": "validation"}
 """What a folder may call a split instead."""
-READ_ROWS, READ_BYTES = 256, 2**20
-"""Of a Parquet column that are decoded, and read, at once."""
-LONGEST = 2**22
-"""Characters of a document that are used; a tokenizer takes 235 bytes of memory a token."""
 OPEN = 16
 """Shards that are read in turn, a row of each."""
 PARTS = 20
@@ -137,113 +138,67 @@ def _in_folder(data: DataConfig, split: str) -> tuple[list[Shard], list[str]]:
     folder = Path(data.dir).expanduser()
     if not folder.is_dir():
         raise UserError(f"data.dir={data.dir} is not a folder")
-    name_unread(folder)
+    say_what_is_read(folder)
     shared = [name for name in PLACES if not files_of(folder, name)]
     name = "train" if split in shared else split
     files = files_of(folder, name)
     if not files:
-        endings = ", ".join(ENDINGS)
+        endings = f"{', '.join(FORMATS)}; text also as {', '.join(PACKED)}"
         raise UserError(f"data.dir={folder} holds no {split}.jsonl and no {split}-*.* ({endings})")
-    stems = [file.name.removesuffix(".parquet").partition(".jsonl")[0] for file in files]
     opened = [functools.partial(texts_of, file, data.text_field) for file in files]
-    return list(zip(stems, opened, strict=True)), shared
+    return list(zip(map(stem_of, files), opened, strict=True)), shared
 
 
 def files_of(folder: Path, split: str) -> list[Path]:
-    """List `<split>.<ending>` and `<split>-*.<ending>`, as the hub names them, by name."""
-    patterns = [f"{split}{rest}.{ending}" for rest in ("", "-*") for ending in ENDINGS]
-    found = sorted({file for pattern in patterns for file in folder.glob(pattern)})
-    return files_of(folder, SYNONYMS[split]) if not found and split in SYNONYMS else found
+    """List the files of a split by name; those of train, if no file has a split's name, are all."""
+    if named := _named(folder):
+        return named[split] or named.get(SYNONYMS.get(split, split), [])
+    return _texts_in(folder) or _texts_in(folder / "data") if split == "train" else []
 
 
-def local_files(data: DataConfig) -> list[Path]:
-    """List the files of a folder that any split reads."""
+def _named(folder: Path) -> dict[str, list[Path]]:
+    """By split, what has its name, or lies in a folder of its name; empty if nothing does.
+
+    A clone of the hub has its files in `data`, which counts where the folder itself has none.
+    """
+    for home in (folder, folder / "data"):
+        found = {}
+        for split in (*SPLITS, *SYNONYMS.values()):
+            files = [f for f in _texts_in(home) if stem_of(f).partition("-")[0] == split]
+            found[split] = files or _texts_in(home / split)
+        if any(found.values()):
+            return found
+    return {}
+
+
+def _texts_in(folder: Path) -> list[Path]:
+    return sorted(f for f in folder.glob("*") if ending_of(f) and not f.name.startswith("."))
+
+
+def stem_of(file: Path) -> str:
+    """A file's name without what tells its format."""
+    return file.name.removesuffix(ending_of(file))
+
+
+def local_files(data: DataConfig) -> dict[str, Path]:
+    """Find the files of a folder that any split reads, by their path in it."""
     if data.kind != "files" or data.dir is None:
-        return []
-    return [file for split in SPLITS for file in files_of(Path(data.dir), split)]
+        return {}
+    folder = Path(data.dir).expanduser()
+    files = {file for split in SPLITS for file in files_of(folder, split)}
+    return {str(file.relative_to(folder)): file for file in files}
 
 
 @functools.cache
-def name_unread(folder: Path) -> None:
-    """Say once which text files of a folder no split reads."""
-    found = {file for ending in ENDINGS for file in folder.glob(f"*.{ending}")}
-    for split in SPLITS:
-        found -= set(files_of(folder, split))
-    if found:
-        log.warning("%s: not read: %s", folder, ", ".join(sorted(file.name for file in found)))
-
-
-def texts_of(file: Path, text_field: str, *others: str) -> Iterator[str]:
-    """Read the text of every row of a local file.
-
-    Args:
-        text_field: column, or field of each line's JSON object, that holds the text.
-        others: fields that are taken where a line has not the first.
-
-    Raises:
-        UserError: a broken file, a missing column, a line or a value that is no text.
-    """
-    from pyarrow import ArrowException
-
-    form, rows = ("Parquet", _parquet) if file.suffix == ".parquet" else ("JSON Lines", _json_lines)
-    try:
-        for where, value in rows(file, text_field, *others):
-            yield _text(value, where)
-    except (ArrowException, OSError, EOFError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{file} cannot be read as {form}: {reason}") from error
-
-
-def _parquet(file: Path, text_field: str) -> Iterator[tuple[str, Any]]:
-    """Row group by row group, and of these the text's column only."""
-    from pyarrow import parquet
-
-    opened = parquet.ParquetFile(file, buffer_size=READ_BYTES, pre_buffer=False)
-    _require(text_field, opened.schema_arrow.names, str(file))
-    number = itertools.count(1)
-    for group in range(opened.num_row_groups):
-        for batch in opened.iter_batches(READ_ROWS, row_groups=[group], columns=[text_field]):
-            yield from ((f"{file}, row {next(number)}", v) for v in batch.column(0).to_pylist())
-
-
-def _json_lines(file: Path, text_field: str, *others: str) -> Iterator[tuple[str, Any]]:
-    """Line by line, whether the file is compressed or not."""
-    import pyarrow
-
-    with io.BufferedReader(pyarrow.input_stream(file)) as lines:  # type: ignore[arg-type]
-        for number, line in enumerate(lines, start=1):
-            where = f"{file}, line {number}"
-            try:
-                row = json.loads(line) if line.strip() else None
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{where}: no JSON ({error})") from error
-            if isinstance(row, dict):
-                found = next((name for name in (text_field, *others) if name in row), text_field)
-                _require(found, row, where)
-                yield where, row[found]
-            elif line.strip():
-                raise UserError(f"{where}: no JSON object with a field {text_field!r}")
-
-
-def _require(text_field: str, columns: Iterable[str], where: str) -> None:
-    if text_field not in columns:
-        names = ", ".join(map(repr, columns)) or "none"
-        raise UserError(
-            f"{where} has no column {text_field!r} but {names} (data.text_field= names another)"
-        )
-
-
-def _text(value: Any, where: str) -> str:
-    """What a tokenizer can read: of a very long text the beginning, which is said."""
-    if not isinstance(value, str):
-        raise UserError(f"{where} holds no text but a {type(value).__name__}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # half a pair, which JSON can write and UTF-8 cannot
-        raise UserError(f"{where} holds no Unicode text ({error.reason})") from error
-    if len(value) > LONGEST:
-        log.warning("%s: of %d characters the first %d are read", where, len(value), LONGEST)
-    return value[:LONGEST]
+def say_what_is_read(folder: Path) -> None:
+    """Say once which text files of a folder no split reads, or that all of them are train's."""
+    read = {file for split in SPLITS for file in files_of(folder, split)}
+    if read and not _named(folder):
+        log.info("%s: no file is named after a split: all %d are train's", folder, len(read))
+    unread = {*_texts_in(folder), *_texts_in(folder / "data")} - read
+    if unread:
+        names = ", ".join(sorted(str(file.relative_to(folder)) for file in unread))
+        log.warning("%s: not read: %s", folder, names)
 
 
 def _on_hub(data: DataConfig, split: str) -> tuple[list[Shard], list[str]]:
@@ -271,7 +226,7 @@ def _hub_split(data: DataConfig, split: str) -> Any:
             known = ", ".join(map(str, found))
             raise UserError(f"{where} has no split {split!r} but {known} (data.splits=)")
         columns = found[split].column_names or list(next(iter(found[split]), {}))
-    _require(data.text_field, columns, where)
+    require_column(data.text_field, columns, where)
     return found[split].select_columns([data.text_field])
 
 
@@ -279,7 +234,7 @@ def _hub_texts(rows: Any, index: int, where: str, text_field: str) -> Iterator[s
     with reached(where):
         part = rows.shard(num_shards=rows.num_shards, index=index)
         for number, row in enumerate(part, start=1):
-            yield _text(row[text_field], f"{where}, shard {index}, row {number}")
+            yield checked_text(row[text_field], f"{where}, shard {index}, row {number}")
 
 
 def open_on_hub(path: str, config: str | None, **options: Any) -> Any:

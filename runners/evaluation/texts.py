@@ -14,7 +14,8 @@ from typing import Any
 
 import yaml
 
-from runners.corpus.source import Document, open_on_hub, reached, texts_of
+from runners.corpus.formats import texts_of
+from runners.corpus.source import Document, open_on_hub, reached
 from runners.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -31,6 +31,12 @@ AT_HOME = re.compile(r"^([^=]+=)~(?=/|$)")
 """Words that a shell leaves as they are, and Hydra cannot read."""
 NAME, FOLDER = ("--config-name", "-cn"), ("--config-dir", "-cd")
 WITH_VALUE = (*NAME, *FOLDER, "--config-path", "-cp")
+PLACES = {
+    "model": ("pretrained", "path", "a hub id (owner/name) or a folder"),
+    "data": ("files", "dir", "a folder"),
+}
+"""Groups that take a place for a file's name: the file, its option for the place, and what may be
+given."""
 LAUNCHERS = {
     "basic": None,
     "joblib": ("hydra_plugins.hydra_joblib_launcher", "hydra-joblib-launcher"),
@@ -57,7 +63,7 @@ class CommandLine:
         self.config_name = ([config_name, *self._values(NAME)])[-1]
         self.folders = [CONF, *(Path(f).absolute() for f in self._values(FOLDER))]
         words = [AT_HOME.sub(rf"\1{Path.home()}", word) for word in words]
-        self.overrides = parse([w for o in parse(words) for w in self._model_words(o)])
+        self.overrides = parse([w for o in parse(words) for w in self._place_words(o)])
         for override in self.overrides:
             self._check_choice(override)
         self.composed: dict[tuple[tuple[str, ...], bool], DictConfig] = {}
@@ -159,22 +165,23 @@ class CommandLine:
     def _choices(self, group: str) -> list[str]:
         return sorted({p.stem for folder in self.folders for p in (folder / group).glob("*.yaml")})
 
-    def _model_words(self, override: Override) -> list[str]:
-        """`model=<hub id or folder>` becomes `model=pretrained model.path=<hub id or folder>`."""
-        word = str(override.input_line)
-        if override.key_or_group != "model":
+    def _place_words(self, override: Override) -> list[str]:
+        """`model=<hub id or folder>` becomes `model=pretrained model.path=<hub id or folder>`, and
+        `data=<folder>` becomes `data=files data.dir=<folder>`."""
+        word, group = str(override.input_line), override.key_or_group
+        if group not in PLACES:
             return [word]
-        known, values = self._choices("model"), _values_of(override)
+        file, option, allowed = PLACES[group]
+        known, values = self._choices(group), _values_of(override)
         foreign = [value for value in values if value not in known]
         for value in foreign:
             if "/" not in value and not Path(value).expanduser().is_dir():
-                said = str(unknown("model", value, known))
-                raise UserError(f"{said}, or give a hub id (owner/name) or a folder")
+                raise UserError(f"{unknown(group, value, known)}, or give {allowed}")
         if not foreign:
             return [word]
         if len(foreign) < len(values):
-            raise UserError("sweep over files of conf/model and over hub ids or folders separately")
-        return ["model=pretrained", f"model.path={word.split('=', 1)[1]}"]
+            raise UserError(f"sweep over files of conf/{group} and over {allowed} separately")
+        return [f"{group}={file}", f"{group}.{option}={word.split('=', 1)[1]}"]
 
     def _check_choice(self, override: Override) -> None:
         group = override.key_or_group

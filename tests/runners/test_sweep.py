@@ -91,6 +91,23 @@ def check_tracking(folder: Path, found: dict[float, dict]) -> None:
     assert any(key.endswith("/loss") for key in curves)
 
 
+def test_a_folder_of_ones_own_text(commands):
+    """Plain text as it lies there, by the short form; the same words again find it complete."""
+    folder = commands.folder / "text"
+    folder.mkdir()
+    for number in range(80):
+        (folder / f"{number:02}.txt").write_text(f"the {number} people of this union " * 8)
+    words = ("data=./text", "method=random", "sparsity=0.3")
+    assert commands.run("sweep", *words).code == 0
+    (record,) = records(commands).values()
+    assert (record["status"], record["data"]) == ("complete", "files")
+    assert record["perplexity"]["files"]["value"] > 1
+    assert "skipped" in commands.run("sweep", *words).stderr
+    (folder / "00.txt").write_text("other words")
+    assert commands.run("sweep", *words).code == 0
+    assert len(list(commands.results.glob("*/result.json"))) == 2
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [

@@ -11,7 +11,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from runners.corpus.source import LONGEST, check_source, files_of, load_documents, texts_of
+from runners.corpus.formats import LONGEST, texts_of
+from runners.corpus.source import check_source, files_of, load_documents, local_files
 from runners.errors import UserError
 from runners.launching.command_line import prepare
 from runners.point_config import DataConfig
@@ -169,6 +170,50 @@ def test_what_only_reading_on_would_find_is_found_before_a_model_is_loaded(tmp_p
     with pytest.raises(UserError, match=complaint) as caught:
         prepare(words, "sweep")
     assert "\n" not in str(caught.value)
+
+
+def test_a_clone_of_the_hub_is_read_as_it_is(tmp_path):
+    """Its card and settings beside `data`, where the shards of each split are."""
+    (tmp_path / "README.md").write_text("license: mit")
+    (tmp_path / "data").mkdir()
+    texts = {name: [f"{name} {n}" for n in range(4)] for name in ("train", "validation", "test")}
+    for name, found in texts.items():
+        for shard in (0, 1):
+            part = found[2 * shard : 2 * shard + 2]
+            table(tmp_path / "data" / f"{name}-{shard:05}-of-00002.parquet", part, 7)
+    data = DataConfig(dir=str(tmp_path), shuffle_buffer=0)
+    for split, name in (("train", "train"), ("calibration", "validation"), ("test", "test")):
+        found = [d.text for d in load_documents(data, split)]
+        assert found == [texts[name][n] for n in (0, 2, 1, 3)], "of two shards in turn"
+    assert len(local_files(data)) == 6
+    assert "data/train-00000-of-00002.parquet" in local_files(data)
+
+
+def test_a_folder_of_each_split(tmp_path):
+    """Files of one name in two of them are two files."""
+    for name in ("train", "validation", "test"):
+        (tmp_path / name).mkdir()
+        for letter in "ab":
+            (tmp_path / name / f"{letter}.txt").write_text(f"{name} {letter}")
+    data = DataConfig(dir=str(tmp_path), shuffle_buffer=0)
+    found = [d.text for d in load_documents(data, "calibration")]
+    assert found == ["validation a", "validation b"]
+    assert len(local_files(data)) == 6
+
+
+def test_files_of_any_name_are_training_text(tmp_path, caplog):
+    """Three are enough for all splits; hidden files are none, nor are those of another ending."""
+    caplog.set_level("INFO")
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(f"text {name}")
+    for name in (".hidden.txt", "notes.md"):
+        (tmp_path / name).write_text("no text of ours")
+    data = DataConfig(dir=str(tmp_path), shuffle_buffer=0)
+    found = [[d.text for d in load_documents(data, s)] for s in ("train", "calibration", "test")]
+    assert found == [["text a"], ["text b"], ["text c"]]
+    assert [r.message for r in caplog.records] == [
+        f"{tmp_path}: no file is named after a split: all 3 are train's"
+    ]
 
 
 def test_a_validation_file_calibrates_and_what_is_not_read_is_named(tmp_path, caplog):

@@ -306,6 +306,7 @@ SMALL = ("budget.seq_len=4", "eval.tasks=[]")
 CASES: dict[str, Provoke] = {
     "unknown method": command("method=informd"),
     "unknown model": command("model=nope"),
+    "unknown data": command("data=nope"),
     "unknown option": command("+sparcity=0.3"),
     "... must be one of": command("mode=fast"),
     "... must be a whole": command("budget.routers.steps=0"),
@@ -342,6 +343,8 @@ CASES: dict[str, Provoke] = {
     "data.dir=... holds": text(None, "", *SMALL),
     "... has no column": text({"content": ["a"], "n": [1]}, "train.parquet", *SMALL),
     "..., line": text(lines(40) + b"no json\n", "train.jsonl", *SMALL),
+    "..., line ...: no CSV": text(b"text\na, b\n", "train.csv", *SMALL),
+    "..., line ... is no UTF-8": text(b"\xe9t\xe9\n", "train.txt", *SMALL),
     "..., row": text({"text": ["a", None] * 40}, "train.parquet", *SMALL),
     "... cannot be read as Parquet": text(b"PAR1 torn", "train.parquet", *SMALL),
     "... cannot be read as JSON": text(b"no zip", "train.jsonl.gz", *SMALL),

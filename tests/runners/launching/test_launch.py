@@ -104,10 +104,13 @@ def test_several_folders_are_swept(tmp_path):
 @pytest.mark.parametrize(
     ("word", "complaint"),
     [
-        ("method=nope", "unknown method 'nope'; known: .*d_llm, dense, "),
+        ("method=nope", "unknown method 'nope'; known: .*d_llm, .*dense, "),
         ("method=dense,nope", "unknown method 'nope'"),
         ("model=nope", "unknown model 'nope'"),
         ("model=tiny,owner/name", "separately"),
+        ("data=nope", "unknown data 'nope'; known: files, .*, or give a folder"),
+        ("data=sotu,./text", "conf/data and over a folder separately"),
+        ("data=./nope", "data.dir=./nope is not a folder"),
         ("tracking=everything", "unknown tracking"),
         ("sparsty=0.3", "sparsty"),
         ("sparsity=[", "cannot read"),
