@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from methods.base import Budget, Method, OutOfReach, Stage
 from methods.engine import checkpoint
+from methods.engine.decoder.families import shape_of
 from methods.engine.decoder.placement import input_device, spread
 from methods.engine.lora import LoraFactors, attach_lora, describe
 from methods.engine.routed import attach
@@ -47,6 +48,10 @@ from runners.training.probe import ModelProbe
 from runners.training.state import Checkpoint
 
 log = logging.getLogger(__name__)
+
+
+class TargetOutOfReach(UserError):
+    """A target that a method cannot realise, known before it is trained."""
 
 
 @dataclass(frozen=True)
@@ -287,6 +292,7 @@ def build_method(config: PointConfig, model: PreTrainedModel) -> Method:
     """Construct the method and attach it to the model; what it draws comes from the seed.
 
     Raises:
+        TargetOutOfReach: no sparsity saves the target in FLOPs.
         UserError: an option that the method refuses.
     """
     make = partial(make_method, config.method, seed=config.seed, model=model)
@@ -294,9 +300,12 @@ def build_method(config: PointConfig, model: PreTrainedModel) -> Method:
     if (aim := saved_flops(config)) is None:
         return method
     try:  # a recipe trains at a sparsity: the one that about saves the target
-        sparsity = sparsity_saving(method, *aim)
+        with torch.device("cpu"):  # a plan's tensors hold nothing, and which sites run is in some
+            sized = config.method.make(config.sparsity, config.reserve)
+            sized.setup(shape_of(model.config))
+        sparsity = sparsity_saving(sized, *aim)
     except OutOfReach as error:
-        raise UserError(f"method {config.method.name}: {error}") from error
+        raise TargetOutOfReach(f"method {config.method.name}: {error}") from error
     return make(sparsity, reserve=config.reserve)
 
 
@@ -316,10 +325,10 @@ def check_reach(method: Method, name: str) -> None:
     """Refuse a target that the method's sites cannot realise, before anything is trained.
 
     Raises:
-        UserError: they cover too few of the model's units.
+        TargetOutOfReach: they cover too few of the model's units.
     """
     if method.achievable(method.sparsity) > method.reach() + 1e-6:
-        raise UserError(
+        raise TargetOutOfReach(
             f"method {name}: sparsity {method.sparsity:g} is out of reach: "
             f"it routes {method.reach():.3f} of all units of this model"
         )

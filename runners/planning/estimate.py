@@ -26,12 +26,12 @@ from runners.base_model.synthetic import random_model
 from runners.content import with_content
 from runners.corpus.rows import ProbeText
 from runners.corpus.source import stream_documents
-from runners.errors import UserError
 from runners.point import (
+    TargetOutOfReach,
     build,
     build_method,
     check_reach,
-    saved_flops,
+    make_method,
     stage_keys,
 )
 from runners.point_config import PointConfig
@@ -56,6 +56,8 @@ TINY = {
 }
 RECIPE = ("method", "model", "data", "budget", "objective", "seed")
 """Sections that the stages of a point depend on, beside its target."""
+CALIBRATIONS = 3
+"""Of a usual search for a target in FLOPs."""
 ADAM_BYTES = 12
 """Gradient and two moments of a trained parameter, float32."""
 BYTES_PER_TOKEN = {"tiny": 1.0, "shape": 1.0}
@@ -127,23 +129,24 @@ class Planner:
         sizes, dtype = model_config(config.model, config.store.cache_dir), self._dtype(config)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(sizes, dtype=dtype)
-            method = build_method(config, model)
-        try:
-            check_reach(method, config.method.name)
-        except UserError as error:
-            planned.refused = str(error)
-            return planned
+            try:
+                method = build_method(config, model)
+                check_reach(method, config.method.name)
+            except TargetOutOfReach as error:
+                planned.refused = str(error)
+                return planned
         held = {"weights": _bytes(model), "added": _bytes(method)}
         cached = self._cached(config)
         key = content_key(*(config.resolved[name] for name in RECIPE))
-        read, budget = _rehearse(config, sizes), build_budget(config.budget)
+        read, budget = _rehearse(config, sizes, method), build_budget(config.budget)
         allowance = Allowance(config.budget.tokens, recipe(method, budget))
+        aim = [config.target, config.sparsity]
         for number, stage in enumerate(recipe(method, budget)):
             allowed = allowance.of(stage, round(sum(part.tokens for part in planned.parts)))
             if stage.budget is not None:
                 longer = lengthened(stage.budget, allowed, read[stage.name].tokens)
                 stage = replace(stage, budget=longer)
-            key = content_key(key, stage.name, stage.per_target and config.sparsity)
+            key = content_key(key, stage.name, stage.per_target and aim)
             part = self._stage(stage, key, method, held, read[stage.name], config, dtype)
             part.cached = cached[number] if cached else None
             planned.parts.append(part)
@@ -292,8 +295,11 @@ def _least(number: float, limit: float | None) -> float:
     return number if limit is None else min(number, limit)
 
 
-def _rehearse(config: PointConfig, sizes: PretrainedConfig) -> dict[str, Read]:
+def _rehearse(config: PointConfig, sizes: PretrainedConfig, planned: Method) -> dict[str, Read]:
     """What each stage's fits and calibrations read, from a run on a tiny model.
+
+    It aims at the sparsity of the planned method, also where the target is one of FLOPs: what those
+    of a tiny model leave to be saved says nothing. A search for FLOPs calibrates a few times.
 
     Returns:
         By the stage's name, without the steps of a gradient.
@@ -301,7 +307,8 @@ def _rehearse(config: PointConfig, sizes: PretrainedConfig) -> dict[str, Read]:
     budget = build_budget(config.budget)
     scale = max(1.0, budget.fit_tokens / REHEARSED)
     model = _tiny(str(sizes.model_type), shape_of(sizes).layers)
-    method = build_method(config, model)
+    asked = config.method, planned.sparsity, config.seed, model
+    method = make_method(*asked, reserve=config.reserve)
     wanted = (budget.fit_tokens, budget.calibration_tokens, budget.sensitivity_tokens)
     text = ProbeText(*(_rows(max(1, round(tokens / scale / ROW))) for tokens in wanted))
     probe = ModelProbe(model, method, text)
@@ -309,12 +316,14 @@ def _rehearse(config: PointConfig, sizes: PretrainedConfig) -> dict[str, Read]:
     loop = Loop(model, method, probe, lambda _: _rows(1), objective=objective, seed=seed)
     step = StageBudget(steps=1, batch_size=1, seq_len=ROW)
     read = {}
-    for stage in recipe(method, budget, saved_flops(config)):
+    for stage in recipe(method, budget):
         before = probe.differentiated
         report = loop.run(stage if stage.loss is None else replace(stage, budget=step))
         own = 0 if stage.loss is None else step.tokens
         backward = probe.differentiated and not before
         read[stage.name] = Read(scale * float(report.tokens - own), backward)
+    if config.target == "flops":
+        read["calibrate"] = Read(CALIBRATIONS * read["calibrate"].tokens, False)
     return read
 
 

@@ -79,6 +79,10 @@ def test_points_out_of_reach_and_repeated_ones_are_named(commands, tmp_path):
     assert "out of reach" in second["refused"] and not second["parts"]
     assert second["refused"] in done.stdout
     assert found["total"]["points_left"] == 1
+    words = ("method=informed", "target=flops", "sparsity=0.1,0.9", "-m", f"plan.json={file}")
+    assert commands.run("plan", *words).code == 0
+    first, second = json.loads(file.read_text())["points"]
+    assert first["refused"] is None and "target=flops" in second["refused"]
 
 
 class Counted(TorchDispatchMode):
