@@ -21,8 +21,9 @@ from methods.engine.lora import attach_lora
 from methods.engine.routed import attach, routed
 from methods.parts.ridge import Moments, site_moments
 from runners.base_model.synthetic import random_model
+from runners.corpus.formats import texts_of
 from runners.corpus.rows import ProbeText, Texts, encoder
-from runners.corpus.source import Document, texts_of
+from runners.corpus.source import Document
 from runners.evaluation.perplexity import window_nlls, windows_of
 from runners.runtime.memory import PeakMemory
 from runners.training.loop import Loop, recipe

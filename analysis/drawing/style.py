@@ -114,8 +114,11 @@ def without(named: Mapping[str, T], *names: str) -> dict[str, T]:
 
 
 def base_of(name: str) -> str:
-    """The method of a line: `informed` of `informed (bypass=skip) [random decisions]`."""
-    return name.partition(" ")[0]
+    """The method of a line: `informed` of `informed (bypass=skip) [random decisions]`.
+
+    A recipe as published is a variant of its method: `skipgpt` of `skipgpt_published`.
+    """
+    return name.partition(" ")[0].removesuffix("_published")
 
 
 def shade(colour: str, step: int) -> str:
