@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 
@@ -18,9 +17,7 @@ from methods.engine.routed import attach, routed
 from methods.informed import Informed
 from runners.job import run_point
 from runners.planning.estimate import Planner, _kept, totals
-from runners.point import build
 from runners.point_config import PointConfig
-from runners.training.loop import Loop, recipe
 from tests.conftest import Commands
 
 OPTIONS = {"utilisation": 1.0, "cached": False, "texts": {}, "tasks": {}}
@@ -146,34 +143,3 @@ def test_the_paper_preset_has_its_real_sizes_without_weights(commands, tmp_path)
     found = json.loads((tmp_path / "p.json").read_text())
     assert found["points"][0]["parts"][0]["bytes"]["weights"] == pytest.approx(16.06e9, rel=0.01)
     assert {p["cached"] for point in found["points"] for p in point["parts"]} == {None}
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(3600)
-def test_memory_of_a_fit_is_within_a_tenth_of_its_plan(tiny_config, monkeypatch):
-    """The closed form at the sizes of Llama-3.2-1B; a matrix of eigenvectors takes no memory of
-    its own but minutes of time, so that its values are left out."""
-
-    def eigh(square):
-        return square.new_ones(len(square)), torch.eye(len(square), dtype=square.dtype)
-
-    monkeypatch.setattr(torch.linalg, "eigh", eigh)
-    sizes = ("seq_len=512", "fit_tokens=2048", "sensitivity_tokens=2048", "calibration_tokens=512")
-    words = ("model=llama3_2_1b_shape", "method=informed", "method.train=none", "sparsity=0.3")
-    config = PointConfig.parse(tiny_config(*words, *(f"budget.{size}" for size in sizes)))
-    planned = Planner({"dtype": "float32", "peak_tflops": {"float32": 1.0}}, OPTIONS).point(config)
-    before = resident_bytes()
-    built = build(config)
-    loop = Loop(
-        *(built.base.model, built.method, built.probe, built.texts.rows), objective="lm", seed=0
-    )
-    parts = {part.name: sum(part.bytes.values()) for part in planned.parts}
-    for stage in itertools.islice(recipe(built.method, built.budget), 2):
-        peak = loop.run(stage).peak_memory_bytes - before
-        assert peak == pytest.approx(parts[stage.name], rel=0.1), stage.name
-
-
-def resident_bytes() -> int:
-    """Of this process, now."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))
