@@ -23,7 +23,7 @@ def block_influence(probe: Probe) -> dict[Site, float]:
 
     The Block Influence of ShortGPT (Men et al., arXiv 2403.03853, equation 1).
     """
-    means = MeanCosines()
+    means = SiteMeans()
     entering: Tensor | None = None
 
     def visit(view: UnitView) -> None:
@@ -32,20 +32,21 @@ def block_influence(probe: Probe) -> dict[Site, float]:
             entering = view.residual_ND
             return
         assert entering is not None, "a layer's attention comes before its MLP"
-        means.add(Site(view.site.layer, "block"), entering, view.residual_ND + view.y_ND)
+        leaving = view.residual_ND + view.y_ND
+        means.add(Site(view.site.layer, "block"), cosines(entering, leaving))
 
     probe.stream(visit, split="calibration")
-    return means.influence()
+    return {site: 1.0 - mean for site, mean in means.means().items()}
 
 
 def unit_influence(probe: Probe) -> dict[Site, float]:
     """1 - mean cosine of x and x + unit(x) over tokens (LLM-Drop, arXiv 2406.15786, section 3)."""
-    means = MeanCosines()
+    means = SiteMeans()
     probe.stream(
-        lambda view: means.add(view.site, view.residual_ND, view.residual_ND + view.y_ND),
+        lambda view: means.add(view.site, cosines(view.residual_ND, view.residual_ND + view.y_ND)),
         split="calibration",
     )
-    return means.influence()
+    return {site: 1.0 - mean for site, mean in means.means().items()}
 
 
 def greedy_loss(
@@ -82,17 +83,12 @@ def expected_harm(probe: Probe, forecasters: Forecasters) -> dict[Site, float]:
     A first-order estimate, in logarithms, of what the LM loss gains by a bypass of all tokens; the
     score that `fit_recoverability` regresses for each token, averaged.
     """
-    sums: dict[Site, Tensor] = {}
-    counts: dict[Site, int] = {}
-
-    def visit(view: UnitView) -> None:
-        total = log_error(view, forecasters).sum(dtype=torch.float64)
-        sums[view.site] = sums[view.site] + total if view.site in sums else total
-        counts[view.site] = counts.get(view.site, 0) + len(view.y_ND)
-
-    probe.sample(ROUTER_SHARE).stream(visit)
+    errors = SiteMeans()
+    probe.sample(ROUTER_SHARE).stream(
+        lambda view: errors.add(view.site, log_error(view, forecasters))
+    )
     slopes = probe.sensitivity()
-    return {s: float(sums[s]) / counts[s] + math.log(max(slopes[s], 1e-30)) for s in sums}
+    return {s: mean + math.log(max(slopes[s], 1e-30)) for s, mean in errors.means().items()}
 
 
 def split_by_loss(
@@ -171,20 +167,24 @@ def count_below(threshold: Tensor, most: int) -> int:
     return sum(place < value for place in range(most))
 
 
-class MeanCosines:
-    """Streaming mean of the cosine of two streams, per site; float32, summed in float64."""
+class SiteMeans:
+    """Streaming mean of a number of each token, per site; summed in float64 on the device."""
 
     def __init__(self) -> None:
         self.sums: dict[Site, Tensor] = {}
         self.counts: dict[Site, int] = {}
 
-    def add(self, site: Site, before_ND: Tensor, after_ND: Tensor) -> None:
+    def add(self, site: Site, values_N: Tensor) -> None:
         """Add N tokens."""
-        cosine = functional.cosine_similarity(before_ND.float(), after_ND.float(), dim=-1)
-        total = cosine.sum(dtype=torch.float64)
+        total = values_N.sum(dtype=torch.float64)
         self.sums[site] = self.sums[site] + total if site in self.sums else total
-        self.counts[site] = self.counts.get(site, 0) + len(cosine)
+        self.counts[site] = self.counts.get(site, 0) + len(values_N)
 
-    def influence(self) -> dict[Site, float]:
-        """1 - mean, read from the device."""
-        return {site: 1.0 - float(total) / self.counts[site] for site, total in self.sums.items()}
+    def means(self) -> dict[Site, float]:
+        """Read them from the device."""
+        return {site: float(total) / self.counts[site] for site, total in self.sums.items()}
+
+
+def cosines(before_ND: Tensor, after_ND: Tensor) -> Tensor:
+    """Cosine of each token's two streams, float32 [N]."""
+    return functional.cosine_similarity(before_ND.float(), after_ND.float(), dim=-1)
