@@ -10,8 +10,7 @@ import torch
 from methods.engine.measure.flops import flops_ratio
 from methods.engine.routed import attach, routed
 from methods.engine.routing import routing_of
-from methods.linear_patch import LinearPatch
-from methods.parts.hadamard import hadamard
+from methods.linear_patch import LinearPatch, hadamard
 from methods.parts.static_order import best_cuts
 from methods.replace_me import ReplaceMe
 from tests.methods.conftest import small_ids, small_model
