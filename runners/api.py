@@ -39,7 +39,7 @@ from runners.point_config import (
     ModelConfig,
     PlacementConfig,
 )
-from runners.training.loop import Loop, recipe
+from runners.training.loop import Allowance, Loop, recipe
 from runners.training.probe import ModelProbe
 
 if TYPE_CHECKING:
@@ -131,15 +131,15 @@ def fit(
     model.eval().requires_grad_(False)
     built = make_method(asked, sparsity, seed, model, reserve=reserve)
     check_reach(built, asked.name)
-    spent = build_budget(_budget(budget))
+    spending = _budget(budget)
+    spent = build_budget(spending)
     documents = _split(texts, calibration)
-    cut = Texts(
-        documents, encoder(tokenizer), _budget(budget).seq_len, seed, fit_tokens=spent.fit_tokens
-    )
+    cut = Texts(documents, encoder(tokenizer), spending.seq_len, seed, fit_tokens=spent.fit_tokens)
     probe = ModelProbe(model, built, cut.for_probe(spent))
     loop = Loop(model, built, probe, cut.rows, objective=objective, seed=seed)
+    allowance, read = Allowance(spending.tokens, recipe(built, spent)), 0
     for stage in recipe(built, spent):
-        loop.run(stage)
+        read += loop.run(stage, allowance=allowance.of(stage, read)).tokens
     origin = {"target": asked.target, "options": {"sparsity": sparsity, **asked.options}}
     return RoutedModel(model, tokenizer, built, mode=mode, origin=origin)
 
@@ -199,7 +199,7 @@ def _method(method: str | type[Method], options: Mapping[str, Any], seed: int) -
 
 def _budget(budget: str | Mapping[str, Any]) -> BudgetConfig:
     found = _group("budget", budget) if isinstance(budget, str) else budget
-    return parse_section(BudgetConfig, found, "budget.")
+    return parse_section(BudgetConfig, found, "budget.").scaled
 
 
 def _group(group: str, name: str, seed: int = 0) -> dict[str, Any]:

@@ -65,6 +65,21 @@ def page(monkeypatch) -> Iterator[ModuleType]:
     yield module
 
 
+def test_fit_spends_what_the_budget_says(mine, caplog):
+    """As a sweep does: `scale` times the steps, and steps until `tokens` are read in all."""
+
+    def read(**more):
+        caplog.clear()
+        asked = {"train": "routers", "start": "published", "lora": None}
+        with caplog.at_level(logging.INFO, "runners.training.loop"):
+            fit(*mine, "skipgpt", TEXTS, sparsity=0.25, budget={**BUDGET, **more}, **asked)
+        return int(re.search(r"stage routers: .*?, (\d+) tokens", caplog.text)[1])
+
+    step, plain = STAGE["batch_size"] * STAGE["seq_len"], read()
+    assert read(scale=3.0) - plain == 2 * STAGE["steps"] * step
+    assert 4096 - step < read(tokens=4096) <= 4096
+
+
 def test_fit_calibrates_on_the_texts_that_it_holds_out(mine):
     model = fit(*mine, "greedy", TEXTS, sparsity=0.4, budget=BUDGET)
     for text in TEXTS[1::4]:
