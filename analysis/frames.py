@@ -7,6 +7,7 @@ Read of `<results_dir>/<fingerprint>/result.json`, where `?` may be missing in o
 `perplexity.*.{value low high dense documents? metric?}`,
 `accuracy.*.{value stderr dense n chance? metric? margin? margin_stderr?
 dense_margin? sparsity_realised? shared_contexts?}`,
+`generation?.{settings kept prefix sparsity_realised gallery}`,
 `stages[].{name seconds tokens steps peak_memory_bytes figures?}`,
 `speed?.{prefill decode settings}` (see `Store.speed`) and `identity` (see `groups.content`).
 Beside it: `config.yaml`, `items.parquet?` and `routing?/`.
@@ -29,7 +30,7 @@ from pyarrow import parquet
 
 from analysis import groups
 from analysis.groups import Record
-from analysis.intervals import Interval, accuracy_difference, perplexity_ratio
+from analysis.intervals import Interval, accuracy_difference, perplexity_ratio, ratio_of_sums
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,8 @@ RATIO = ["ratio", "ratio_low", "ratio_high"]
 """A perplexity over the dense model's on the same documents, with its 95 % interval."""
 DIFFERENCE = ["difference", "difference_low", "difference_high"]
 """An accuracy less the dense model's on the same items, with its 95 % interval."""
+GENERATION = "generation"
+"""Measure of greedy decoding: the share of dense's continuation that is kept."""
 MARGIN = "margin"
 """Measure of choices: log-likelihood of the right one less the best other's, nats; in tables, not
 in pictures."""
@@ -121,7 +124,7 @@ class Store:
     def measures(self) -> pd.DataFrame:
         """One row per point and measure.
 
-        `measure` (perplexity | accuracy | margin, see `MARGIN`),
+        `measure` (perplexity | accuracy | generation | margin, see `GENERATION` and `MARGIN`),
         `name`, `metric`, `shown` (both for a reader), `value`, `realised_here` (sparsity of the
         tokens that were read for it: with `shared_contexts` a context once for all choices),
         `low`, `high` (the 95 % interval of a perplexity alone, one standard error of an
@@ -201,7 +204,7 @@ class Store:
 
     @cached_property
     def items(self) -> pd.DataFrame:
-        """One row per point and item of its tasks and texts; empty where none was saved.
+        """One row per point and item of its tasks, texts and prompts; empty where none was saved.
 
         `measure`, `name`, `metric`, `shown`, `item` (equal for the same item in all points),
         `value` (right or wrong; nll in nats), `weight`, `dense`.
@@ -212,6 +215,10 @@ class Store:
             if path.is_file():
                 tables.append(parquet.ParquetFile(path).read(use_threads=False))
                 places += [place] * len(tables[-1])
+        for place, record in enumerate(self.records):
+            if found := _prompts(record):
+                tables.append(pyarrow.Table.from_pylist(found))
+                places += [place] * len(found)
         if not tables:
             return pd.DataFrame()
         own = pyarrow.concat_tables(tables, promote_options="permissive").to_pandas()
@@ -219,6 +226,16 @@ class Store:
         pairs = zip(own["name"], own["metric"], strict=True)
         own["shown"] = [_shown(name, metric) for name, metric in pairs]
         return self._beside(places, own)
+
+    @cached_property
+    def gallery(self) -> pd.DataFrame:
+        """One row per point and prompt of its gallery.
+
+        `prompt` at `place`, `text` and what the dense model wrote (`dense`), `kept` and `prefix`
+        (see `runners/evaluation/generation.py`) with their standard errors `kept_stderr` and
+        `prefix_stderr`, of `n` prompts of test text.
+        """
+        return self._frame(_gallery)
 
     @cached_property
     def stages(self) -> pd.DataFrame:
@@ -351,6 +368,38 @@ def _measures(record: Record) -> Iterator[dict[str, Any]]:
             row = _measure(MARGIN, name, {"metric": MARGIN, **figures})
             yield from _of_items(row, entry["margin_stderr"], entry["n"])
 
+    if "generation" in record:
+        entry = record["generation"]["kept"]
+        row = _measure(GENERATION, "kept", {**entry, **_kept(record)})
+        yield from _of_items(row, entry["stderr"], entry["n"])
+
+
+def _kept(record: Record) -> dict[str, Any]:
+    generation = record["generation"]
+    here = {"sparsity_realised": generation["sparsity_realised"]}
+    return {"metric": f"{generation['settings']['new_tokens']} tokens kept", **here}
+
+
+def _prompts(record: Record) -> list[dict[str, Any]]:
+    """The prompts of a record as `items`; those of one place are equal in all points."""
+    if "generation" not in record:
+        return []
+    named = {"measure": GENERATION, "name": "kept", "metric": _kept(record)["metric"]}
+    shares = record["generation"]["kept"]["per_prompt"]
+    return [
+        {**named, "item": f"prompt {place}", "value": value, "weight": 1.0, "dense": 1.0}
+        for place, value in enumerate(shares)
+    ]
+
+
+def _gallery(record: Record) -> Iterator[dict[str, Any]]:
+    generation = record.get("generation") or {"gallery": []}
+    for place, entry in enumerate(generation["gallery"]):
+        row = {"place": place, **entry, "n": generation["kept"]["n"]}
+        for name in ("kept", "prefix"):
+            row |= {name: generation[name]["value"], f"{name}_stderr": generation[name]["stderr"]}
+        yield row
+
 
 def _of_items(row: dict[str, Any], stderr: float | None, n: int) -> Iterator[dict[str, Any]]:
     half = stderr or 0.0
@@ -408,6 +457,8 @@ def _interval(measure: str, items: pd.DataFrame) -> dict[str, float]:
     value, dense, weight = items[["value", "dense", "weight"]].to_numpy().T
     if measure == "perplexity":
         return _ends(RATIO, perplexity_ratio(value, dense, weight))
+    if measure == GENERATION:
+        return _ends(DIFFERENCE, ratio_of_sums(value - dense, weight))
     return _ends(DIFFERENCE, accuracy_difference(value, dense))
 
 
@@ -416,6 +467,8 @@ def _ends(names: list[str], found: Interval) -> dict[str, float]:
 
 
 def _shown(name: Any, metric: Any) -> str:
+    if str(metric).endswith("tokens kept"):
+        return str(metric)
     return f"{name} {str(metric).replace('_perplexity', ' perplexity')}"
 
 

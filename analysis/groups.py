@@ -28,6 +28,8 @@ NO_FIGURE = WHERE | frozenset(
     "sparsity".split()
 )
 """Those that change no figure, and the two that have a column of their own."""
+ADDED = "eval.generation"
+"""A part of the config that may be measured later, with its settings in the record."""
 NO_IDENTITY = frozenset(
     "fingerprint command git python platform device cpu_count torch_threads processes upper_bound "
     "static flops_only packages".split()
@@ -85,6 +87,7 @@ def content(record: Record, config: Flat) -> tuple[dict[str, Any], dict[str, Any
     identity = record["identity"]
     versions = identity.get("packages") or {}
     own = {k: v for k, v in config.items() if k.partition(".")[0] not in NO_FIGURE}
+    own = {k: v for k, v in own.items() if not k.startswith(ADDED)}
     own |= flatten({k: v for k, v in identity.items() if k not in NO_IDENTITY})
     own |= {f"packages.{name}": versions.get(name) for name in PACKAGES}
     setting: dict[str, Any] = {}

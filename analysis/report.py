@@ -23,6 +23,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from analysis import (
     equal_flops,
+    generation,
     kv,
     layers,
     pareto,
@@ -46,6 +47,7 @@ SCRIPTS = (
     equal_flops,
     tradeoff,
     pareto,
+    generation,
     training_time,
     speedup,
     kv,

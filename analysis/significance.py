@@ -24,8 +24,13 @@ import pandas as pd
 from scipy import stats
 
 from analysis.cli import run
-from analysis.frames import DENSE, MEASURE, joined
-from analysis.intervals import Interval, accuracy_difference, perplexity_ratio
+from analysis.frames import DENSE, GENERATION, MEASURE, joined
+from analysis.intervals import (
+    Interval,
+    accuracy_difference,
+    perplexity_ratio,
+    ratio_of_sums,
+)
 from analysis.view import View
 
 SEEDS_NEEDED = 3
@@ -70,7 +75,8 @@ def _pairs(part: pd.DataFrame) -> pd.DataFrame:
     known = (seeds >= SEEDS_NEEDED) | (np.array(lines) == DENSE)
     enough, weights = known[i] & known[j], beside["weight"].to_numpy()
     n, x, y, difference, half, p = paired(whole[i], whole[j], weights, seeds=enough)
-    nats = part["measure"].iloc[0] == "perplexity"
+    measure = part["measure"].iloc[0]
+    nats = measure == "perplexity"
     shown = np.exp if nats else np.asarray
     low, high = shown(difference - half), shown(difference + half)
     test = np.where(enough, "t over seeds and items", "t over items").astype(object)
@@ -79,7 +85,7 @@ def _pairs(part: pd.DataFrame) -> pd.DataFrame:
     elif np.isin(whole[~np.isnan(whole)], (0, 1)).all():
         test[~enough & (seeds[i] == 1) & (seeds[j] == 1)] = "mcnemar"
     for place in np.flatnonzero(~enough & (n > 0)):
-        found = _of_these_models(whole[i[place]], whole[j[place]], weights, nats=nats)
+        found = _of_these_models(measure, whole[i[place]], whole[j[place]], weights)
         low[place], high[place], p[place] = found.low, found.high, found.p
     prints = part.groupby("line")["fingerprint"].agg(joined).reindex(lines, fill_value="")
     return pd.DataFrame(
@@ -104,11 +110,15 @@ def _pairs(part: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _of_these_models(a: np.ndarray, b: np.ndarray, weights: np.ndarray, *, nats: bool) -> Interval:
+def _of_these_models(measure: str, a: np.ndarray, b: np.ndarray, weights: np.ndarray) -> Interval:
     """Compare what two models said of the items that both have [items, seeds], seeds averaged."""
     both = ~np.isnan(a).all(axis=1) & ~np.isnan(b).all(axis=1)
     own, other = np.nanmean(a[both], axis=1), np.nanmean(b[both], axis=1)
-    return perplexity_ratio(own, other, weights[both]) if nats else accuracy_difference(own, other)
+    if measure == "perplexity":
+        return perplexity_ratio(own, other, weights[both])
+    if measure == GENERATION:
+        return ratio_of_sums(own - other, weights[both])
+    return accuracy_difference(own, other)
 
 
 def paired(

@@ -128,7 +128,7 @@ def heights(rows: pd.DataFrame) -> pd.DataFrame:
 def scale(panel: Axes, chosen: pd.DataFrame) -> None:
     """Label and scale the axis of a measure: what is of use of it, perplexities in logarithms."""
     kind, values = chosen.iloc[0], heights(chosen)["y"]
-    if kind["measure"] == "accuracy":
+    if kind["measure"] != "perplexity":
         panel.set_ylabel(f"{kind['name'].replace('_', ' ')}\n{kind['metric']}")
         lowest = np.nanmin([values.min(), chosen["chance"].min()])
         panel.set_ylim(bottom=max(0.0, lowest - 0.05))

@@ -141,10 +141,10 @@ def standings(part: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         `MEASURE`, `phase`, `at_least`, `place` (1 loses least; missing where no method is as
-        fast), `method`, `role`, `how`, `speedup`, `RATIO`, those of `ALONG`, `accuracy` of each
-        task in a column of its name, `fingerprints`.
+        fast), `method`, `role`, `how`, `speedup`, `RATIO`, those of `ALONG`, each task's accuracy
+        and the share of continuations kept in a column of its name, `fingerprints`.
     """
-    tasks = part[part["measure"] == "accuracy"].pivot_table(
+    tasks = part[part["measure"] != "perplexity"].pivot_table(
         index=POINT, columns="shown", values="value", dropna=False
     )
     listed: list[dict[str, Any]] = []
@@ -202,7 +202,7 @@ def table(part: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     if "method" not in every:
         every = every.reindex(columns=[*MEASURE, "phase", "at_least", "place", "method", "role"])
     first = every.drop_duplicates([*MEASURE, "phase", "at_least", "role"])
-    tasks = sorted(part.loc[part["measure"] == "accuracy", "shown"].unique())
+    tasks = sorted(part.loc[part["measure"] != "perplexity", "shown"].unique())
     counts = every.groupby([*MEASURE, "phase", "at_least"])["place"].transform("max")
     readable = [
         _readable(row, counts[place], tasks)

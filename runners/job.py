@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -50,20 +50,23 @@ def run_point(cfg: DictConfig, job: Job = "sweep") -> None:
     config = _of_this_process(with_content(PointConfig.parse(resolve(cfg))))
     folder = RunFolder(Path(config.store.results_dir) / config.fingerprint)
     with _caught(config.label), listening(), at_work(), folder.lock():
-        built = None
-        if _agreed(config, partial(_to_skip, config, folder)):
+        built, anew = None, not _agreed(config, partial(_to_skip, config, folder))
+        if not anew:
             log.info(
                 "%s: complete in %s, skipped (force=true computes it again)",
                 config.label,
                 folder.path,
             )
+            if job != "train" and _ungenerated(config, folder):
+                log.info("%s: adding what it generates to its record", config.label)
+                built = _generate(config, folder)
         else:
             log.info("%s: starting in %s", config.label, folder.path)
             folder.begin(config.redacted)
             with _failure_recorded(config, folder):
                 built = _work(config, folder, job)
         # a failure from here on leaves the record of the quality as it is
-        if job == "sweep" and (cases := _untimed(config, folder, again=built is not None)):
+        if job == "sweep" and (cases := _untimed(config, folder, again=anew)):
             log.info("%s: timing it", config.label)
             _time(config, folder, cases, built)
 
@@ -92,6 +95,28 @@ def _work(config: PointConfig, folder: RunFolder, job: Job) -> Built:
     log.info("%s: %s", config.label, record.headline)
     for line in record.warnings:
         log.warning("%s: %s", config.label, line)
+    return built
+
+
+def _ungenerated(config: PointConfig, folder: RunFolder) -> bool:
+    """Whether a complete point's record lacks what is asked to be generated; never of several
+    processes, whose scratch folders have no record."""
+    settings = config.eval.generation
+    if settings is None or world_size() > 1:
+        return False
+    return not folder.has_generation(asdict(settings))
+
+
+def _generate(config: PointConfig, folder: RunFolder) -> Built:
+    """Add to a complete point's record what its routed model, as it was saved, generates."""
+    from runners import point
+    from runners.tracking.base import Safe
+
+    built = point.build(config)
+    point.train_again(config, built, folder, Safe(None))
+    generated = point.generate(config, built, folder)
+    assert generated is not None
+    folder.add_generation(generated)
     return built
 
 

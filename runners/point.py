@@ -28,6 +28,7 @@ from runners.corpus.source import check_source
 from runners.errors import UserError
 from runners.evaluation.evaluate import evaluate as evaluate_model
 from runners.evaluation.evaluate import evaluation_key
+from runners.evaluation.generation import continuations, generation
 from runners.point_config import MethodConfig, PointConfig, SavedConfig
 from runners.runtime.processes import is_main_process
 from runners.store.files import cache_root
@@ -175,6 +176,8 @@ def restore(config: PointConfig, saved: SavedConfig, built: Built) -> Trained:
 
 def train_again(config: PointConfig, built: Built, folder: RunFolder, tracker: Safe) -> Trained:
     """Bring the method to where a complete point left it, from what it saved; else train it."""
+    if config.saved is not None:
+        return restore(config, config.saved, built)
     saved = folder.path / "routed"
     if folder.is_complete() and saved.is_dir():
         try:
@@ -194,14 +197,11 @@ def evaluate(config: PointConfig, built: Built, folder: RunFolder) -> dict[str, 
         the folder.
     """
     products, test = stage_cache(config, folder), built.texts.documents["test"]
-    shared: dict[str, Any] = {"data": config.data.name, "seed": config.seed}
-    shared["cache_dir"] = cache_root(config.store.cache_dir)
-    key = evaluation_key(config.eval, built.base, test, **shared)
+    key, shared = _dense_key(config, built)
     measure = partial(evaluate_model, config.eval, built.base, test, **shared)
     dense_samples, samples = products.values / f"{key}.samples", folder.path / "samples"
     dense, _ = products.value(key, lambda: measure(samples_dir=dense_samples))
-    if isinstance(built.method.adapter, LoraFactors):
-        built.method.adapter.merged = config.merge_lora
+    _merge_lora(config, built.method)
     if built.method.sites():
         scores = measure(method=built.method, mode=config.mode, samples_dir=samples)
     else:
@@ -209,7 +209,38 @@ def evaluate(config: PointConfig, built: Built, folder: RunFolder) -> dict[str, 
         if dense_samples.is_dir():
             shutil.copytree(dense_samples, samples, dirs_exist_ok=True)
     write_items(folder.items_file, scores["items"], dense["items"])
-    return merge_dense(scores, dense)
+    return merge_dense(scores, dense) | {"generation": generate(config, built, folder)}
+
+
+def generate(config: PointConfig, built: Built, folder: RunFolder) -> dict[str, Any] | None:
+    """What the routed model writes beside the dense one, whose text is written once for all.
+
+    Returns:
+        Of `generation`; None where none is asked for.
+    """
+    settings, base = config.eval.generation, built.base
+    if settings is None:
+        return None
+    limit = config.eval.perplexity.documents_limit
+    write = partial(continuations, settings, base, built.texts.documents["test"][:limit])
+    key = content_key("continuations", _dense_key(config, built)[0])
+    dense, _ = stage_cache(config, folder).value(key, write)
+    _merge_lora(config, built.method)
+    method = built.method if built.method.sites() else None
+    return generation(settings, base, dense, method=method, mode=config.mode)
+
+
+def _dense_key(config: PointConfig, built: Built) -> tuple[str, dict[str, Any]]:
+    """What names the dense model's figures, and the arguments that measuring shares with it."""
+    shared: dict[str, Any] = {"data": config.data.name, "seed": config.seed}
+    shared["cache_dir"] = cache_root(config.store.cache_dir)
+    test = built.texts.documents["test"]
+    return evaluation_key(config.eval, built.base, test, **shared), shared
+
+
+def _merge_lora(config: PointConfig, method: Method) -> None:
+    if isinstance(method.adapter, LoraFactors):
+        method.adapter.merged = config.merge_lora
 
 
 def record(

@@ -177,6 +177,17 @@ class LongContextConfig:
 
 
 @dataclass(frozen=True)
+class ContinuationConfig:
+    """Greedy continuations of test text and of a gallery, routed beside dense."""
+
+    prompts: Positive
+    """Test documents that give one, at most."""
+    prompt_tokens: Positive
+    new_tokens: Positive
+    gallery: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Perplexity and tasks: a file of conf/eval."""
 
@@ -193,6 +204,8 @@ class EvalConfig:
     data_dir: str | None
     log_samples: bool
     share_contexts: bool | None
+    generation: ContinuationConfig | None = None
+    """No part of a fingerprint: a complete point that lacks it, or has another, gets it added."""
 
     @property
     def data_folder(self) -> Path | None:
@@ -633,6 +646,8 @@ def fingerprint(config: Mapping[str, Any]) -> str:
     do not count.
     """
     kept = {key: value for key, value in config.items() if key not in NOT_IN_FINGERPRINT}
+    if "eval" in kept:  # what is generated is told apart by the settings beside it in the record
+        kept["eval"] = {k: v for k, v in kept["eval"].items() if k != "generation"}
     for part in config.get("content", ()):  # what is local is named by its files, not by a path
         kept[part] = {k: v for k, v in kept[part].items() if k not in LOCAL_NAMES}
         if part == "model":

@@ -44,6 +44,7 @@ SHRUNK = (
     "eval.perplexity.documents_limit=4",
     "eval.tasks=[]",
     "eval.limit=8",
+    "eval.generation={prompts:3,prompt_tokens:8,new_tokens:4,gallery:[In peace]}",
 )
 """Overrides that make a point of `conf/sweep.yaml` run in about a second."""
 

@@ -275,6 +275,8 @@ def evaluation_tokens(config: PointConfig, options: Mapping[str, Any]) -> tuple[
         shots = settings.num_fewshot.get(name, 0)
         per_item = tasks[name]["tokens"] + shots * tasks[name]["shot"]
         total += _least(tasks[name]["items"], settings.limit) * per_item
+    if (own := settings.generation) is not None:
+        total += own.prompts * (own.prompt_tokens + own.new_tokens)
     unknown = [name for name in settings.texts if name not in texts]
     return total, unknown + [name for name in settings.tasks if name not in tasks]
 

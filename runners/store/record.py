@@ -37,6 +37,9 @@ class Record:
     accuracy: Mapping[str, Mapping[str, Any]] | None = None
     """By task: value, stderr, metric (`acc`, `acc_norm`, ...), n, the dense model's value and
     stderr; of choices the mean margin of the right one; how sparsity was counted."""
+    generation: Mapping[str, Any] | None = None
+    """Share of the dense model's greedy continuations that is kept, and those of a gallery; with
+    the settings."""
     sparsity_realised: float | None = None
     """Share of bypassed (token, unit) pairs on the test text."""
     realised: Mapping[str, Any] | None = None
@@ -73,6 +76,8 @@ class Record:
         for task, entry in (self.accuracy or {}).items():
             metric = entry["metric"]
             parts.append(f"{task} {metric} {entry['value']:.3f} (dense {entry['dense']:.3f})")
+        if self.generation is not None:
+            parts.append(f"{self.generation['kept']['value']:.3f} of dense's continuations kept")
         return ", ".join(parts)
 
     @property

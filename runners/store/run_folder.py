@@ -172,6 +172,15 @@ class RunFolder:
             record = timed.to_json()
         self._write_result({**record, "speed": speed})
 
+    def add_generation(self, generation: Mapping[str, Any]) -> None:
+        """Put what a complete point generates into its record, in the place of what is there."""
+        self._write_result({**(self.result() or {}), "generation": generation})
+
+    def has_generation(self, settings: Mapping[str, Any]) -> bool:
+        """Whether the record has what these settings generate."""
+        found = (self.result() or {}).get("generation") or {}
+        return found.get("settings") == to_json(settings, "settings")
+
     def is_timed(self, phase: str, case: Mapping[str, Any]) -> bool:
         """Whether a case with these figures was timed, on whatever machine."""
         done = self.speed().get(phase, [])

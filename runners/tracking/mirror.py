@@ -59,6 +59,12 @@ def result_rows(result: Mapping[str, Any]) -> Rows:
         own["high"] = entry["value"] + stderr
         named = {"measure": "accuracy", "name": name, "metric": entry["metric"]}
         rows.append({**named, **own, "dense": entry["dense"]})
+    if "generation" in result:
+        entry = result["generation"]["kept"]
+        stderr = entry["stderr"] or 0.0
+        own = {"low": entry["value"] - stderr, "high": entry["value"] + stderr}
+        named = {"measure": "generation", "name": "kept", "metric": "kept"}
+        rows.append({**named, "value": entry["value"], **own, "dense": entry["dense"]})
     return rows
 
 

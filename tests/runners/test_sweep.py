@@ -76,6 +76,32 @@ def test_sweep_records_tracks_and_is_skipped_when_repeated(shell, tmp_path):
     assert again.seconds < 10
 
 
+def test_what_a_point_generates_is_added_to_a_record_without_it(commands):
+    """Under the same fingerprint, from what was saved; nothing else of the record changes."""
+    words = (*RECIPE, "sparsity=0.3")
+    assert commands.run("sweep", *words, "eval.generation=null").code == 0
+    (before,) = records(commands).values()
+    assert "generation" not in before
+    again = commands.run("sweep", *words)
+    assert again.code == 0
+    assert "stage" not in again.stderr
+    (after,) = records(commands).values()
+    added = after.pop("generation")
+    hashes = (before.pop("content_sha256"), after.pop("content_sha256"))
+    assert after == before
+    assert hashes[0] != hashes[1]
+    assert (added["kept"]["n"], added["settings"]["new_tokens"]) == (3, 4)
+    assert added["kept"]["value"] == pytest.approx(sum(added["kept"]["per_prompt"]) / 3, abs=1e-5)
+    assert [entry["prompt"] for entry in added["gallery"]] == ["In peace"]
+    assert commands.run("sweep", *words, "force=true").code == 0
+    assert records(commands)[0.3]["generation"] == added
+    third = commands.run("sweep", *words)
+    assert "adding" not in third.stderr
+    other = commands.run("sweep", *words, "eval.generation.new_tokens=2")
+    assert "adding" in other.stderr
+    assert records(commands)[0.3]["generation"]["settings"]["new_tokens"] == 2
+
+
 def check_tracking(folder: Path, found: dict[float, dict]) -> None:
     tracked = runs(folder)
     assert len(tracked) == 2
