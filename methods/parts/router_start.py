@@ -99,11 +99,12 @@ def shift_kinds(
     A score is what one bypass costs by itself. Costs of the same kind add up to more than their
     sum along a token: a token that bypasses attention in every layer loses its context, which no
     single bypass shows. So the dense model's slopes favour bypassing one kind too much. This walks
-    down the LM loss on calibration text in steps of `SHIFT_STEP`, at the exact sparsity.
+    down the LM loss on calibration text in steps of `SHIFT_STEP`, at the exact sparsity, and ends
+    where a parabola through the best place and its neighbours is lowest.
 
     Args:
         routers: their heads are changed in place.
-        threshold: the method's; left where the target is realised.
+        threshold: the method's; left near where the target is realised.
         scale: of the scores.
     """
     part = probe.sample(SHIFT_SHARE)
@@ -116,20 +117,30 @@ def shift_kinds(
             if site.kind == "mlp":
                 routers.at(site).shift(amount)
 
+    step = SHIFT_STEP * scale
+
     def loss(near: float | None = None) -> float:
         found = realising_threshold(part, sparsity, tolerance=TOLERANCE, near=near)
         threshold.fill_(found.threshold)
         return part.routed_loss()
 
-    best = loss()
-    step = direction = -SHIFT_STEP * scale
-    for tried in range(MOST_SHIFTS):
-        move(direction)
-        found = loss(near=float(threshold) + direction / 2)
-        if found < best:
-            best = found
+    losses, place, direction = {0: loss()}, 0, -1
+    for _ in range(MOST_SHIFTS):
+        tried = place + direction
+        move(direction * step)
+        losses[tried] = loss(near=float(threshold) + direction * step / 2)
+        if losses[tried] < losses[place]:
+            place = tried
             continue
-        move(-direction)
-        if tried > 0 or direction != step:
-            return
-        direction = -step
+        move(-direction * step)
+        if tried != -1 or 1 in losses:
+            break
+        direction = 1
+    # seeds that differ little would end a whole step apart at one of the places tried
+    move(step * lowest(*(losses.get(near, math.inf) for near in (place - 1, place, place + 1))))
+
+
+def lowest(before: float, here: float, after: float) -> float:
+    """Where a parabola through losses at -1, 0 and 1 is lowest; 0 if it is not known to bend."""
+    bend = before + after - 2 * here
+    return (before - after) / (2 * bend) if 0 < bend < math.inf else 0.0
