@@ -56,7 +56,7 @@ TRUE_ERROR = "true error"
 """Said of a method that decides by what no method can know, in every table and picture."""
 SAME_DENSE = 1e-3
 """Dense perplexities of one text that are further apart (relative) are of two models or texts."""
-HOW = "decisions trained steps device dtype threads kernels graphs".split()
+HOW = "decisions trained steps device dtype threads kernels graphs neighbours".split()
 """How speed was measured; figures that differ in one of these are never mixed."""
 TIMED = "batch dense_tps routed_tps speedup_p20 speedup_p80 bound sparsity".split()
 
@@ -482,7 +482,8 @@ def _speed(record: Record) -> Iterator[dict[str, Any]]:
     measured = record.get("speed") or {}
     for phase, length in (("prefill", "seq"), ("decode", "context")):
         for case in measured.get(phase, []):
-            how = (measured.get("settings") or {}) | case  # older records say it once for all cases
+            # older records say it once for all cases, and none of them had company
+            how = {"neighbours": 0, **(measured.get("settings") or {}), **case}
             speedup = case["routed_tps"] / case["dense_tps"]
             yield {
                 "phase": phase,

@@ -96,6 +96,8 @@ def _said(case: dict[Any, Any]) -> str:
     if case["threads"]:
         how += [f"{case['threads']} thread" + "s" * (case["threads"] != "1")]
     how += ["CUDA graphs" if case["graphs"] == "True" else ""]
+    if case["neighbours"] != "0":
+        how += [f"{case['neighbours']} busy neighbours"]
     return ", ".join([f"batch {case['batch']}", f"{case['tokens']} tokens", *filter(None, how)])
 
 

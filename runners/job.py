@@ -127,7 +127,7 @@ def _untimed(
     speed = config.speed
     if speed is None or not speed.in_sweep:
         return []
-    how = {key: getattr(speed, key) for key in ("decisions", "trained", "kernels")}
+    how = {key: getattr(speed, key) for key in ("decisions", "trained", "kernels", "neighbours")}
     return [
         (phase, size)
         for phase, size in speed.cases()

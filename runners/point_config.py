@@ -251,6 +251,8 @@ class SpeedConfig:
     repeats: Positive | None
     prefill: PrefillConfig
     decode: DecodeConfig
+    neighbours: Natural = 0
+    """Busy processes beside it while the clock runs."""
 
     def cases(self) -> Iterator[tuple[Phase, dict[str, int]]]:
         """Phase and sizes of each case, as they are in its record."""

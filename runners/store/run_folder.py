@@ -37,7 +37,9 @@ from runners.store.redact import redact, redact_text
 log = logging.getLogger(__name__)
 
 ITEMS_HASH = "items_sha256"
-SPEED_KEY = "seq context batch steps decisions trained threads dtype device kernels graphs".split()
+SPEED_KEY = (
+    "seq context batch steps decisions trained threads dtype device kernels graphs neighbours"
+).split()
 """What tells timed cases of a point apart."""
 
 
@@ -162,9 +164,9 @@ class RunFolder:
             phase: `prefill` or `decode`.
             timed: the record without quality.
         """
-        alike = [case.get(key) for key in SPEED_KEY]
+        alike = [case.get(key, 0) for key in SPEED_KEY]  # older ones had no neighbours
         speed = {"prefill": [], "decode": [], **self.speed()}
-        others = [c for c in speed[phase] if [c.get(key) for key in SPEED_KEY] != alike]
+        others = [c for c in speed[phase] if [c.get(key, 0) for key in SPEED_KEY] != alike]
         speed[phase] = [*others, case]
         write_json_atomic(self.speed_file, redact({"speed": speed}), checked=True)
         record = self.result() or {}
@@ -184,7 +186,7 @@ class RunFolder:
     def is_timed(self, phase: str, case: Mapping[str, Any]) -> bool:
         """Whether a case with these figures was timed, on whatever machine."""
         done = self.speed().get(phase, [])
-        return any(all(d.get(key) == value for key, value in case.items()) for d in done)
+        return any(all(d.get(key, 0) == value for key, value in case.items()) for d in done)
 
     def speed(self) -> dict[str, Any]:
         """Timed cases by phase; empty if none was, or they are damaged, which is said."""

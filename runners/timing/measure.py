@@ -20,6 +20,7 @@ from runners.runtime.memory import give_back
 from runners.store.provenance import provenance
 from runners.store.record import Record
 from runners.timing.bench import Bench, RandomDraw
+from runners.timing.neighbours import neighbours
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +69,7 @@ def measure(
         "trained": speed.trained,
         "warmup": bench.warmup,
         "repeats": bench.repeats,
+        "neighbours": speed.neighbours,
         "graphs": bench.graphs,
         "kernels": speed.kernels,
         "compiled_loops": bench.compiled_loops,
@@ -77,10 +79,11 @@ def measure(
         **{key: provenance()[key] for key in ("device", "git", "packages")},
     }
     for phase, size in cases:
-        if phase == "prefill":
-            case = bench.prefill(size["seq"], size["batch"])
-        else:
-            case = bench.decode(size["context"], size["batch"], size["steps"])
+        with neighbours(speed.neighbours):
+            if phase == "prefill":
+                case = bench.prefill(size["seq"], size["batch"])
+            else:
+                case = bench.decode(size["context"], size["batch"], size["steps"])
         yield phase, _logged(phase, case) | how
 
 

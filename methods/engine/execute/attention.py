@@ -103,6 +103,18 @@ def keys_of_all(
 ) -> tuple[Tensor, Tensor]:
     """Keys and values of every token, after those of the cache, which they enter: [B, K, S, d]."""
     key_BTKd, value_BTKd = (heads_of(attention, name, x_BTD) for name in ("k", "v"))
+    return enter_keys(attention, key_BTKd, value_BTKd, inputs, angles, ops)
+
+
+def enter_keys(
+    attention: Any,
+    key_BTKd: Tensor,
+    value_BTKd: Tensor,
+    inputs: LayerInputs,
+    angles: Angles,
+    ops: RowOps,
+) -> tuple[Tensor, Tensor]:
+    """Turn the keys and let both enter the cache; all that it then holds, [B, K, S, d]."""
     cache, layer = inputs.past_key_values, attention.layer_idx
     held = held_layer(cache, layer)
     if isinstance(held, PreallocatedLayer):  # where they stay, without a copy in between

@@ -1,7 +1,9 @@
 """Decoding one sequence on the host: a number decides, and a bypassed unit costs next to nothing.
 
 With one token a forward is bound by the bytes of its weights and by the number of its operations,
-so that this path calls as few as it can: attention and MLP are products with vectors.
+so that this path calls as few as it can: attention and MLP are products with vectors. None of them
+is worth a second thread: at the end of a parallel region all its threads are waited for, and one
+whose core another program has taken comes back milliseconds later.
 
 Shapes: D model width, H heads, K key-value heads, d head size, S keys, F MLP width.
 """
@@ -19,10 +21,11 @@ from torch.nn import functional
 from methods.base import LinearUnit, Site
 from methods.engine.decoder.inputs import LayerInputs
 from methods.engine.decoder.unit import Unit
-from methods.engine.execute.attention import is_llama_like
+from methods.engine.execute.attention import enter_keys, is_llama_like
 from methods.engine.execute.linear_sites import LinearSites
 from methods.engine.ops.linear import all_linear, estimate, weight_of
-from methods.engine.ops.rotary import rotate
+from methods.engine.ops.rotary import Angles, angles_of
+from methods.engine.ops.row_ops import RowOps
 from methods.engine.ops.swiglu import NAMES, is_swiglu
 from methods.engine.routing import Routing
 
@@ -47,7 +50,7 @@ class OneToken:
         self.routing, self.linear = routing, linear
         self._known: dict[Site, _Known | None] = {}
         self._answers = {value: torch.tensor([[value]]) for value in (True, False)}
-        self._rotation = Rotation()
+        self._turned: tuple[Any, Angles] | None = None
 
     def forget(self) -> None:
         """The weights may have changed."""
@@ -68,7 +71,7 @@ class OneToken:
         if execute:
             with routing.part(site.kind):
                 if known.attention is not None:
-                    after_D = known.attention(x_D, after_D, inputs)
+                    after_D = known.attention(x_D, after_D, inputs, self._angles(inputs))
                 if site.kind == "block":
                     x_D = routing.ops.norm(unit.part.mlp_norm, after_D)
                 if known.mlp is not None:
@@ -76,12 +79,18 @@ class OneToken:
             return after_D.view(1, 1, -1)
         if known.attention is not None and inputs.past_key_values is not None:
             with routing.part("keys"):
-                known.attention.keys(x_D, inputs)
+                known.attention.keys(x_D, inputs, self._angles(inputs))
         with routing.part("forecast"):
             forecast_D = estimate(known.linear, x_D)
             if forecast_D is not None:
                 after_D = after_D + forecast_D.to(after_D.dtype)
         return after_D.view(1, 1, -1)
+
+    def _angles(self, inputs: LayerInputs) -> Angles:
+        """Made once for all layers of a forward, which are given the same objects."""
+        if self._turned is None or self._turned[0] is not inputs.position_embeddings:
+            self._turned = inputs.position_embeddings, angles_of(inputs.position_embeddings)
+        return self._turned[1]
 
     def _read(self, unit: Unit) -> _Known | None:
         linear, mlp = self.linear.at(unit.site), unit.part.mlp
@@ -96,7 +105,7 @@ class OneToken:
             return None
         if feeds and not (is_swiglu(mlp) and all_linear(getattr(mlp, name) for name in NAMES)):
             return None
-        one_query = OneQuery(attention, self._rotation) if attends else None
+        one_query = OneQuery(attention, self.routing.ops) if attends else None
         parts = tuple(getattr(mlp, name) for name in NAMES) if feeds else None
         called = [*(projections if attends else ()), *(parts or ())]
         hooks = [h for part in called for h in (part._forward_hooks, part._forward_pre_hooks)]
@@ -116,63 +125,37 @@ class OneToken:
         return score + known.offset > call.threshold
 
 
-class Rotation:
-    """Rotary embedding at one position, which is one matrix; made once for all layers."""
-
-    def __init__(self) -> None:
-        self._angles: tuple[Tensor, Tensor] | None = None
-        self._matrix_dd = torch.empty(0)
-
-    def __call__(self, heads_Hd: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-        """[H, d] -> [H, d].
-
-        Args:
-            angles: cos and sin, [1, 1, d] each; the same objects for all layers of a forward.
-        """
-        if self._angles is not angles:
-            cos, sin = (angle.view(1, -1) for angle in angles)
-            eye = torch.eye(cos.shape[1], dtype=cos.dtype, device=cos.device)
-            self._angles, self._matrix_dd = angles, rotate(eye, cos, sin)
-        return heads_Hd @ self._matrix_dd
-
-
 class OneQuery:
     """An attention module with `q_proj`, `k_proj`, `v_proj`, `o_proj` as plain linear layers."""
 
-    def __init__(self, attention: Any, rotation: Rotation) -> None:
+    def __init__(self, attention: Any, ops: RowOps) -> None:
+        self.attention, self.ops = attention, ops
         self.q, self.k = attention.q_proj, attention.k_proj
         self.v, self.o = attention.v_proj, attention.o_proj
         self.q_norm = getattr(attention, "q_norm", None)
         self.k_norm = getattr(attention, "k_norm", None)
         self.size, self.scaling = attention.head_dim, attention.scaling
-        self.layer, self.rotation = attention.layer_idx, rotation
 
-    def keys(self, x_D: Tensor, inputs: LayerInputs) -> tuple[Tensor, Tensor]:
+    def keys(self, x_D: Tensor, inputs: LayerInputs, angles: Angles) -> tuple[Tensor, Tensor]:
         """Keys and values after those of the cache, which the token's enter: [1, K, S, d]."""
-        key = self._heads(self.k, self.k_norm, x_D, inputs)[None, :, None]
-        value = product(self.v, x_D).view(1, -1, 1, self.size)
-        if inputs.past_key_values is None:
-            return key, value
-        pair: tuple[Tensor, Tensor] = inputs.past_key_values.update(key, value, self.layer)
-        return pair
+        key, value = self._heads(self.k, self.k_norm, x_D), self._heads(self.v, None, x_D)
+        return enter_keys(self.attention, key, value, inputs, angles, self.ops)
 
-    def __call__(self, x_D: Tensor, residual_D: Tensor, inputs: LayerInputs) -> Tensor:
-        """Residual stream after attention, [D]; the heads that share a key are rows."""
-        key, value = self.keys(x_D, inputs)
-        out = functional.scaled_dot_product_attention(
-            self._heads(self.q, self.q_norm, x_D, inputs).view(1, key.shape[1], -1, self.size),
-            key,
-            value,
-            attn_mask=inputs.attention_mask,
-            scale=self.scaling,
+    def __call__(
+        self, x_D: Tensor, residual_D: Tensor, inputs: LayerInputs, angles: Angles
+    ) -> Tensor:
+        """Residual stream after attention, [D]."""
+        key, value = self.keys(x_D, inputs, angles)
+        query = self.ops.rotate(self._heads(self.q, self.q_norm, x_D), angles)
+        out_Hd = self.ops.attend_one(
+            query[0, 0], key[0], value[0], inputs.attention_mask, self.scaling
         )
-        return plus_product(residual_D, self.o, out.reshape(-1))
+        return plus_product(residual_D, self.o, out_Hd.view(-1))
 
-    def _heads(self, linear: nn.Linear, norm: Any, x_D: Tensor, inputs: LayerInputs) -> Tensor:
-        heads_Hd = product(linear, x_D).view(-1, self.size)
-        if norm is not None:
-            heads_Hd = norm(heads_Hd)
-        return self.rotation(heads_Hd, inputs.position_embeddings)
+    def _heads(self, linear: nn.Linear, norm: Any, x_D: Tensor) -> Tensor:
+        """[1, 1, heads, d]."""
+        heads = product(linear, x_D).view(1, 1, -1, self.size)
+        return heads if norm is None else norm(heads)
 
 
 def one_mlp(mlp: tuple[nn.Linear, ...], x_D: Tensor, residual_D: Tensor) -> Tensor:

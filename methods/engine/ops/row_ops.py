@@ -138,6 +138,29 @@ class RowOps:
         """
         return None
 
+    def attend_one(
+        self,
+        query_Hd: Tensor,
+        key_KSd: Tensor,
+        value_KSd: Tensor,
+        mask: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        """Attention of one query, [H, d]; heads that share a key are rows of it.
+
+        Args:
+            mask: bool or additive, [1, 1, 1, S]; None sees every key.
+        """
+        heads, size = query_Hd.shape
+        out = functional.scaled_dot_product_attention(
+            query_Hd.view(1, key_KSd.shape[0], -1, size),
+            key_KSd[None],
+            value_KSd[None],
+            attn_mask=mask,
+            scale=scale,
+        )
+        return out.reshape(heads, size)
+
     def forecast(
         self,
         linear: LinearUnit,

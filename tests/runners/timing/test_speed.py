@@ -61,6 +61,9 @@ def test_drawn_decisions_on_random_weights_need_no_training(commands, policy):
     for entry in speed["decode"]:
         held = entry["cache_bytes"]
         assert (held["routed"] < held["dense"]) == (policy == "evict")
+    assert commands.run("speed", *TIMED, *words, *method, "speed.neighbours=1").code == 0
+    both = [(case["neighbours"], case["batch"]) for case in written(commands)["speed"]["prefill"]]
+    assert both == [(0, 1), (0, 2), (1, 1), (1, 2)]
 
 
 @pytest.mark.slow
@@ -144,6 +147,7 @@ def test_adapters_are_timed_in_the_weights(tiny_config):
         ("speed.trained=false", "speed.decisions=random"),
         ("speed.prefill.tokens=[0]", "speed.prefill.tokens"),
         ("speed.kernels=cuda", "speed.kernels"),
+        ("speed.neighbours=-1", "speed.neighbours"),
     ],
 )
 def test_bad_settings_are_one_line(commands, word, named):

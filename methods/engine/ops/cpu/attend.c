@@ -5,7 +5,8 @@
 
 #include "loops.h"
 
-#define BLOCK 512 /* keys whose scores are held at a time, a multiple of PANEL */
+#define BLOCK 512      /* keys whose scores are held at a time, a multiple of PANEL */
+#define LONG (1 << 22) /* products of one query's scores from which on it wakes other threads */
 /* MAX_HEAD and PANEL come from build.py: sizes of a head, keys that lie together once transposed */
 
 typedef struct {
@@ -76,7 +77,7 @@ int attend(const float *q, const float *key, int64_t key_head, int64_t key_row, 
     int64_t tiles = tiles_of(rows), panels = parts_of(keys, PANEL);
 #pragma omp parallel
     {
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, 4)
         for (int64_t n = 0; n < kv_heads * panels; n++) {
             int64_t from = n % panels * PANEL;
             transpose(key + n / panels * key_head + from * key_row, key_row, keys - from, size,
@@ -107,4 +108,35 @@ int attend(const float *q, const float *key, int64_t key_head, int64_t key_row, 
         }
     }
     return 0;
+}
+
+/* out [heads, size] of one query that sees all keys; they lie as above, `scores` is scratch,
+   [heads, keys]. Counterpart of `RowOps.attend_one`. */
+void attend_one(const float *q, const float *key, int64_t key_head, int64_t key_row,
+                const float *value, int64_t value_head, int64_t value_row, float scale,
+                float *scores, float *out, int64_t keys, int64_t heads, int64_t kv_heads,
+                int64_t size) {
+#pragma omp parallel for schedule(dynamic) if (keys * heads * size > LONG)
+    for (int64_t h = 0; h < heads; h++) {
+        int64_t g = h / (heads / kv_heads);
+        const float *own = q + h * size;
+        float *s = scores + h * keys, *to = out + h * size, top = -INFINITY, sum = 0.0f;
+        for (int64_t i = 0; i < keys; i++) {
+            const float *k = key + g * key_head + i * key_row;
+            float dot = 0.0f;
+            for (int64_t c = 0; c < size; c++) dot += own[c] * k[c];
+            s[i] = dot * scale;
+            top = s[i] > top ? s[i] : top;
+        }
+        for (int64_t i = 0; i < keys; i++) {
+            s[i] = exponential(s[i] - top);
+            sum += s[i];
+        }
+        for (int64_t c = 0; c < size; c++) to[c] = 0.0f;
+        for (int64_t i = 0; i < keys; i++) {
+            const float *v = value + g * value_head + i * value_row;
+            float weight = s[i] / sum;
+            for (int64_t c = 0; c < size; c++) to[c] += weight * v[c];
+        }
+    }
 }

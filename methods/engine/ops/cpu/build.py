@@ -58,6 +58,7 @@ ARGUMENTS = {
     "add_rows": "ttittii",
     "mlp": "tiitttttttii",
     "attend": "ttiitiitfttiiiii",
+    "attend_one": "ttiitiifttiiii",
     "forecast": "tttitittttiii",
 }
 """A letter for each argument, of `KINDS`."""

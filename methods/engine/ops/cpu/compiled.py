@@ -186,6 +186,28 @@ class CompiledRowOps(RowOps):
         )
         return out
 
+    def attend_one(
+        self,
+        query_Hd: Tensor,
+        key_KSd: Tensor,
+        value_KSd: Tensor,
+        mask: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        """One pass over keys and values by this thread, unless they are many."""
+        lie = key_KSd.stride(2) == value_KSd.stride(2) == 1 and query_Hd.is_contiguous()
+        if mask is not None or not (lie and _plain(query_Hd, key_KSd, value_KSd)):
+            return super().attend_one(query_Hd, key_KSd, value_KSd, mask, scale)
+        (heads, size), (kv_heads, held, _) = query_Hd.shape, key_KSd.shape
+        _require(key_KSd.shape == value_KSd.shape and key_KSd.shape[2] == size)
+        _require(heads % kv_heads == 0)
+        out, scores_HS = torch.empty_like(query_Hd), query_Hd.new_empty(heads, held)
+        self.loops.attend_one(
+            *(query_Hd, key_KSd, *key_KSd.stride()[:2], value_KSd, *value_KSd.stride()[:2]),
+            *(scale, scores_HS, out, held, heads, kv_heads, size),
+        )
+        return out
+
     def forecast(
         self,
         linear: LinearUnit,

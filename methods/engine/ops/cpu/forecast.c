@@ -54,7 +54,7 @@ int forecast(const float *x, const float *residual, float *into, int64_t held,
              const float *up, const float *bias, int64_t width, int64_t rank, int64_t with_silu) {
     if (outside(index, count, held)) return 1;
     int64_t tasks = tasks_of(count, TILES);
-#pragma omp parallel for schedule(static) if (count > TILE)
+#pragma omp parallel for schedule(dynamic) if (count > TILE)
     for (int64_t task = 0; task < tasks; task++) {
         float hidden[TILES * TILE * MAX_RANK];
         Rows rows = rows_of(task, tasks, count);

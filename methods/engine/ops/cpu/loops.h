@@ -16,6 +16,7 @@
 #endif
 #define TILE 6  /* rows: TILE * WIDE sums, WIDE weights and one input fill the registers */
 #define LINE 16 /* floats of a cache line */
+#define FEW (1 << 15) /* floats: a pass over fewer takes less time than to wake another thread */
 
 typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
@@ -27,6 +28,10 @@ static inline int outside(const int64_t *index, int64_t count, int64_t rows) {
     for (int64_t i = 0; i < count; i++) found |= (uint64_t)index[i] >= (uint64_t)rows;
     return found;
 }
+
+/* Rows that a thread takes at a time. It comes back for more: of equal shares, the one whose core
+   another program has taken would be waited for. */
+static inline int64_t some_rows(int64_t width) { return 1 + FEW / 4 / width; }
 
 /* How many parts of at most `size` make up `count`. */
 static inline int64_t parts_of(int64_t count, int64_t size) { return (count + size - 1) / size; }

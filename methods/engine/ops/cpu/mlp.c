@@ -21,7 +21,7 @@ static Rows panel_at(int64_t rows, int64_t n) {
 /* Rows index[0], index[1], ... of x [., width] packed; 0, 1, ... if index is null. */
 static void pack(const float *x, const int64_t *index, int64_t rows, int64_t width, float *packed) {
     int64_t parts = parts_of(width, BAND);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < panels_of(rows) * parts; task++) {
         Rows p = panel_at(rows, task / parts);
         int64_t from = task % parts * BAND, to = least(from + BAND, width);
@@ -53,7 +53,7 @@ static void multiply(const float *weight, int64_t outputs, int64_t inputs, const
 static void widen(const float *packed, int64_t rows, int64_t width, const float *gate,
                   const float *up, int64_t neurons, float *hidden) {
     int64_t tasks = tasks_of(neurons, BAND / TILE);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < tasks; task++) {
         float g[BAND * WIDE * LANES], u[BAND * WIDE * LANES];
         Rows own = rows_of(task, tasks, neurons);
@@ -73,7 +73,7 @@ static void widen(const float *packed, int64_t rows, int64_t width, const float 
 static void narrow(const float *hidden, int64_t rows, int64_t neurons, const float *down,
                    int64_t width, const float *residual, const int64_t *index, float *out) {
     int64_t tasks = tasks_of(width, BAND / TILE);
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < tasks; task++) {
         float sums[BAND * WIDE * LANES];
         Rows own = rows_of(task, tasks, width);

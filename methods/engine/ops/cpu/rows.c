@@ -6,13 +6,11 @@
 
 #include "loops.h"
 
-#define FEW_ROWS 8 /* up to here waking the other threads costs more than they save */
-
 /* out = x / sqrt(mean(x^2) + eps) * weight, a row at a time; and, unless `score` is null,
    scores = out @ score + offset. */
 void rms_norm(const float *x, const float *weight, float eps, float *out, int64_t rows,
               int64_t width, const float *score, const float *offset, float *scores) {
-#pragma omp parallel for schedule(static) if (rows > FEW_ROWS)
+#pragma omp parallel for schedule(dynamic, some_rows(width)) if (rows * width > FEW)
     for (int64_t i = 0; i < rows; i++) {
         const float *in = x + i * width;
         float *to = out + i * width, sum = 0.0f;
@@ -28,7 +26,7 @@ void rms_norm(const float *x, const float *weight, float eps, float *out, int64_
 
 /* gate = silu(gate) * up. */
 void silu_mul(float *restrict gate, const float *restrict up, int64_t count) {
-#pragma omp parallel for simd schedule(static)
+#pragma omp parallel for simd schedule(dynamic, FEW / 4) if (count > FEW)
     for (int64_t i = 0; i < count; i++)
         gate[i] = silu(gate[i]) * up[i];
 }
@@ -41,7 +39,7 @@ int rotate(const float *restrict x, const float *restrict cosine, const float *r
            int64_t size) {
     int64_t half = size / 2;
     if (place && outside(place, rows, period)) return 1;
-#pragma omp parallel for schedule(static) if (rows > FEW_ROWS)
+#pragma omp parallel for schedule(dynamic, some_rows(heads * size)) if (rows * heads * size > FEW)
     for (int64_t i = 0; i < rows; i++) {
         int64_t at = (place ? place[i] : i % period) * size;
         const float *c = cosine + at, *s = sine + at;
@@ -61,7 +59,7 @@ int rotate(const float *restrict x, const float *restrict cosine, const float *r
 int add_rows(const float *residual, float *into, int64_t rows, const int64_t *index,
              const float *delta, int64_t count, int64_t width) {
     if (outside(index, count, rows)) return 1;
-#pragma omp parallel for schedule(static) if (count > FEW_ROWS)
+#pragma omp parallel for schedule(dynamic, some_rows(width)) if (count * width > FEW)
     for (int64_t i = 0; i < count; i++) {
         const float *from = residual + index[i] * width, *more = delta + i * width;
         float *to = into + index[i] * width;

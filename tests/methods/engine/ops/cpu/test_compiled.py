@@ -221,6 +221,30 @@ def test_attend(keys, queries, heads, size, layout, seed):
     same(found, expected.reshape(queries, number, size).float(), 2e-4)
 
 
+@pytest.mark.parametrize("layout", ["cache", "projection"])
+@pytest.mark.parametrize(("heads", "shared"), [(1, 1), (6, 2), (4, 4)])
+@pytest.mark.parametrize(("keys", "size"), [(1, 16), (40, 24), (9000, 128)])
+def test_attend_one(keys, size, heads, shared, layout, monkeypatch):
+    """In one thread and, where there are many keys, in several."""
+    query = 3 * torch.randn(heads, size)
+    if layout == "cache":
+        key, value = (torch.randn(shared, keys + 9, size)[:, :keys] for _ in range(2))
+    else:
+        key, value = (torch.randn(keys, shared, size).transpose(0, 1) for _ in range(2))
+    monkeypatch.setattr(RowOps, "attend_one", refuse)
+    found = CompiledRowOps().attend_one(query, key, value, None, 0.2)
+    groups = query.double().view(shared, -1, size)
+    weights = (groups @ key.double().mT * 0.2).softmax(-1)
+    same(found, (weights @ value.double()).reshape(heads, size).float(), 2e-4)
+
+
+def test_attend_one_under_a_mask_takes_the_pytorch_way(ops):
+    query, key, seen = torch.randn(2, 16), torch.randn(2, 5, 16), [True, False, True, True, False]
+    mask = torch.tensor(seen).view(1, 1, 1, 5)
+    found = ops.attend_one(query, key, key, mask, 0.3)
+    same(found, ops.attend_one(query, key[:, seen], key[:, seen], None, 0.3))
+
+
 def test_attention_that_no_loop_covers(ops):
     def asked(queries=9, size=16, dtype=torch.float32):
         query, key = (torch.randn(n, m, size, dtype=dtype) for n, m in ((queries, 2), (2, 20)))
