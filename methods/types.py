@@ -63,6 +63,31 @@ class Shape:
         kinds: tuple[Kind, Kind] = ("attention", "mlp")
         return [Site(layer, kind) for layer in range(self.layers) for kind in kinds]
 
+    def query_flops(self) -> float:
+        """Count the FLOPs per token of the query and the output projection of an attention."""
+        return 2.0 * 2.0 * self.width * self.heads * self.head_dim
+
+    def key_value_flops(self) -> float:
+        """Count those of its key and value projections."""
+        return 2.0 * 2.0 * self.width * self.kv_heads * self.head_dim
+
+    def score_flops(self) -> float:
+        """Count those of each key that a query attends to."""
+        return 4.0 * self.heads * self.head_dim
+
+    def mlp_flops(self) -> float:
+        """Count those of an MLP of three matrices."""
+        return 3.0 * 2.0 * self.width * self.mlp_width
+
+    def bypass_flops(self, site: Site, keys: float) -> float:
+        """Count what a token saves that bypasses a site and keeps its keys and values.
+
+        Args:
+            keys: that its query would have attended to.
+        """
+        own = {"attention": self.query_flops() + keys * self.score_flops(), "mlp": self.mlp_flops()}
+        return sum(own[unit.kind] for unit in site.units)
+
 
 @dataclass
 class Decision:
@@ -216,6 +241,10 @@ class Probe(Protocol):
 
     shape: Shape
 
+    @property
+    def row(self) -> int:
+        """Tokens of a row of its text."""
+
     def stream(self, visit: Callable[[UnitView], None], split: str = "train") -> None:
         """Call `visit` for every unit and batch under the dense forward, without gradient."""
 
@@ -292,6 +321,12 @@ class Stage:
     lora: LoraSpec | None = None
     """Train these adapters of the backbone beside `parameters`. They act in the routed model only:
     from this stage on until the method is dropped, never in the dense model or a teacher."""
+    share_text: bool = False
+    """Read the same rows for each of `targets` before the next, so that the dense model's states
+    are computed once for all of them."""
+    positions: float = 1.0
+    """Share of the tokens, drawn anew, whose distributions are distilled: every token's states are
+    computed, but logits, as wide as the vocabulary, of these alone."""
     hard: bool = False
     """Decide as at evaluation (`ctx.training` is False): no sampling, no gradient through the
     gates, so units need not run for the tokens that bypass them. For stages that train no

@@ -19,10 +19,12 @@ FIRST_SHARE = 0.125
 
 
 class Found(NamedTuple):
-    """A threshold and the sparsity that the routed model realised with it."""
+    """A threshold, and what the routed model realised with it."""
 
     threshold: float
     sparsity: float
+    saved: float = 0.0
+    """Share of the dense FLOPs."""
 
 
 def weighted_quantile(values: Tensor, weights: Tensor, mass: float) -> float:
@@ -78,7 +80,12 @@ def calibrate_threshold(probe: Probe, sparsity: float, *, tolerance: float = 0.0
 
 
 def realising_threshold(
-    probe: Probe, sparsity: float, *, tolerance: float, near: float | None = None
+    probe: Probe,
+    sparsity: float,
+    *,
+    tolerance: float,
+    near: float | None = None,
+    saved: float | None = None,
 ) -> Found:
     """Bisection on the routed model, each guess taken from the scores that the last pass saw.
 
@@ -88,6 +95,7 @@ def realising_threshold(
 
     Args:
         near: a threshold that should be close, which saves the passes that find one.
+        saved: share of the dense FLOPs to be saved, whatever the sparsity is then.
 
     Raises:
         OutOfReach: as `calibrate_threshold`.
@@ -104,13 +112,17 @@ def realising_threshold(
                 "out)"
             )
         near = _next_guess(seen, sparsity, low, high, halve=False)
-    guess, best = near, Found(near, math.inf)
+    guess, best, closest = near, Found(near, math.inf), math.inf
     for passes in range(MOST_PASSES):
         seen = probe.routed_scores(guess)
+        if saved is not None:  # a unit saves about its share of the FLOPs
+            sparsity = seen.sparsity + saved - (1.0 - seen.flops_ratio)
         error = seen.sparsity - sparsity
         log.debug("pass %d: threshold %.6g realised %.4f", passes, guess, seen.sparsity)
-        if abs(error) < abs(best.sparsity - sparsity):
-            best = Found(between_scores(seen.scores, guess), seen.sparsity)
+        if abs(error) < closest:
+            closest = abs(error)
+            between = between_scores(seen.scores, guess)
+            best = Found(between, seen.sparsity, 1.0 - seen.flops_ratio)
         if abs(error) <= tolerance:
             break
         low, high = (low, guess) if error > 0 else (guess, high)

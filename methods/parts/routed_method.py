@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -162,6 +163,7 @@ class RoutedMethod(Method):
         *,
         damping: float,
         missed_by: PerSite[Any] | None,
+        per_flop: bool = False,
         scale: float = 1.0,
     ) -> Iterable[Stage]:
         """The start without a gradient: forecasters, routers, their kinds' shift, keys and values.
@@ -169,6 +171,7 @@ class RoutedMethod(Method):
         Args:
             damping: of the routers' regression.
             missed_by: whose error the routers regress; None for a skip's, the unit's output.
+            per_flop: compare units by harm per FLOP that a bypass saves, not by harm.
             scale: of the scores.
         """
         if self.forecasters is not None:
@@ -177,6 +180,8 @@ class RoutedMethod(Method):
 
             def fit(probe: Probe) -> None:
                 how: dict[str, Any] = {"sensitivity": options.sensitivity, "scale": scale}
+                if per_flop:
+                    how["saves"] = partial(self._saves, keys=probe.row / 2)
                 fit_recoverability(
                     probe, self.routers, missed_by, damping=damping, read=self.read_unit, **how
                 )
@@ -185,7 +190,8 @@ class RoutedMethod(Method):
             held = 8 * sum(number**2 for number in features)  # a square matrix of doubles a site
             yield Stage("router_start", fit=fit, fit_bytes=held)
             if options.kind_shift:
-                yield shift_stage(self.routers, self.threshold, self.targets, self.sparsity, scale)
+                own = (self.routers, self.threshold, self.targets, self.sparsity)
+                yield shift_stage(*own, per_flop=per_flop, scale=scale)
         if self.keys is not None:
             yield self.keys.stage("keys")
 
@@ -240,6 +246,11 @@ class RoutedMethod(Method):
             per_target=not self.targets,
             targets=self.targets,
         )
+
+    def _saves(self, site: Site, keys: float) -> float:
+        """Count the FLOPs per token that a bypass of a site saves, less those of its estimate."""
+        assert self.shape is not None, "setup() comes first"
+        return self.shape.bypass_flops(site, keys) - self.cost(site).approximate
 
     def _solve(self, probe: Probe) -> None:
         assert self.forecasters is not None

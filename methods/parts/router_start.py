@@ -11,7 +11,7 @@ from torch import Tensor
 from methods.parts.calibration import realising_threshold
 from methods.parts.ridge import site_moments
 from methods.parts.routers import PerSite, Router
-from methods.types import Probe, Stage, UnitView
+from methods.types import Probe, Site, Stage, UnitView
 
 ROUTER_SHARE = 0.5
 """Share of the fitting text that a router reads: it has one output where a forecaster has D."""
@@ -34,6 +34,7 @@ def fit_recoverability(
     damping: float = 1e-3,
     sensitivity: bool = True,
     read: Callable[[UnitView], Tensor] = lambda view: view.x_ND,
+    saves: Callable[[Site], float] | None = None,
     scale: float = 1.0,
 ) -> None:
     """Set each router's last layer by ridge regression so that its score is the expected harm.
@@ -43,11 +44,16 @@ def fit_recoverability(
     that one global threshold compares units. Without it, the error is taken relative to the norm
     of the residual stream.
 
+    With `saves`, one threshold spends FLOPs instead of units: the divergence from the dense model
+    is quadratic in a small error, so that harm per FLOP is error^2 / saved, and its square root is
+    what is compared.
+
     Args:
         routers: of units or of blocks; each has `features` and `set_head`.
         bypasses: what bypassed tokens get; None means skip, an estimate of zero.
         damping: ridge penalty relative to the mean variance of the router's features.
         read: what the routers read of a unit.
+        saves: FLOPs that a bypass of a site saves.
         scale: of the scores; no decision depends on it, but noise that training adds does.
     """
 
@@ -64,6 +70,8 @@ def fit_recoverability(
         weight, bias, _ = sums.ridge(damping)
         # what a block adds is what its MLP's output adds to, so that their gradient is the same
         shift = math.log(max(slopes[site.units[-1]], 1e-30)) if sensitivity else 0.0
+        if saves is not None:
+            shift -= math.log(max(saves(site), 1.0)) / 2
         routers.at(site).set_head(scale * weight[:, 0].float(), scale * (float(bias[0]) + shift))
 
 
@@ -80,19 +88,25 @@ def shift_stage(
     threshold: Tensor,
     targets: Sequence[float],
     sparsity: float,
-    scale: float = 1.0,
+    **how: Any,
 ) -> Stage:
     """`shift_kinds` as a stage: at the middle one of `targets`, or at the point's own target."""
     target = sorted(targets)[len(targets) // 2] if targets else sparsity
 
     def fit(probe: Probe) -> None:
-        shift_kinds(probe, routers, threshold, target, scale)
+        shift_kinds(probe, routers, threshold, target, **how)
 
     return Stage("kind_shift", fit=fit, per_target=not targets)
 
 
 def shift_kinds(
-    probe: Probe, routers: PerSite[Router], threshold: Tensor, sparsity: float, scale: float = 1.0
+    probe: Probe,
+    routers: PerSite[Router],
+    threshold: Tensor,
+    sparsity: float,
+    *,
+    per_flop: bool = False,
+    scale: float = 1.0,
 ) -> None:
     """Move the MLP scores to where the routed model loses least at the target.
 
@@ -105,6 +119,8 @@ def shift_kinds(
     Args:
         routers: their heads are changed in place.
         threshold: the method's; left near where the target is realised.
+        per_flop: compare shifts at the FLOPs that the target saves before the first of them, not
+            at equal sparsity.
         scale: of the scores.
     """
     part = probe.sample(SHIFT_SHARE)
@@ -118,10 +134,15 @@ def shift_kinds(
                 routers.at(site).shift(amount)
 
     step = SHIFT_STEP * scale
+    saved: float | None = None
 
     def loss(near: float | None = None) -> float:
-        found = realising_threshold(part, sparsity, tolerance=TOLERANCE, near=near)
+        nonlocal saved
+        how: dict[str, Any] = {"tolerance": TOLERANCE, "near": near, "saved": saved}
+        found = realising_threshold(part, sparsity, **how)
         threshold.fill_(found.threshold)
+        if per_flop:
+            saved = found.saved if saved is None else saved
         return part.routed_loss()
 
     losses, place, direction = {0: loss()}, 0, -1

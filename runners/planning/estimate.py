@@ -181,7 +181,9 @@ class Planner:
             if stage.forward == "dense":  # forecasters alone learn: no backward through the model
                 flops += spent * (once + 3 * added)
             else:  # frozen weights have no gradient: a backward pass costs what a forward does
-                teacher = config.objective == "distill"
+                teacher = (config.objective == "distill") / (
+                    max(1, len(stage.targets)) if stage.share_text else 1
+                )
                 flops += spent * ((2 + teacher) * once + 3 * added)
                 memory["activations"] = int(batch * shape.layers * _kept(shape) * size)
             trained = sum(p.numel() for p in stage.parameters) + _lora_parameters(stage, shape)

@@ -306,6 +306,8 @@ class Loop:
         realised = 1.0 - float(rate)
         self._hold(stage, at, target, realised)
         at.step += 1
+        if stage.share_text and at.step % len(at.thresholds):
+            state.batches.order = state.order
         tokens = budget.tokens / budget.steps
         speed = tokens / (time.perf_counter() - began)
         figures = {"step": at.step, "loss": at.loss, "tokens_per_s": speed}

@@ -39,19 +39,26 @@ def language_model_loss(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
     return _head_loss(model, hidden, targets, _cross_entropy) / len(targets)
 
 
-def distillation_loss(model: PreTrainedModel, ids_BT: Tensor, teacher_BTD: Tensor) -> Tensor:
+def distillation_loss(
+    model: PreTrainedModel, ids_BT: Tensor, teacher_BTD: Tensor, positions: float = 1.0
+) -> Tensor:
     """Mean KL(dense || routed) over next-token distributions, nats, float32 scalar.
 
     Args:
         teacher_BTD: the dense model's final hidden states on the same tokens, no gradient.
+        positions: share of the tokens, drawn anew, over which the mean is taken.
     """
-    hidden = hidden_states(model, ids_BT).flatten(0, 1)
+    hidden, teacher_ND = hidden_states(model, ids_BT).flatten(0, 1), teacher_BTD.flatten(0, 1)
+    if positions < 1.0:
+        some = torch.randperm(len(hidden))[: max(1, round(positions * len(hidden)))]
+        some = some.to(hidden.device)
+        hidden, teacher_ND = hidden[some], teacher_ND[some]
     head = Head(model)
 
     def divergence(logits: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
         return _kl(logits, head(teacher))
 
-    return _head_loss(model, hidden, teacher_BTD.flatten(0, 1), divergence) / len(hidden)
+    return _head_loss(model, hidden, teacher_ND, divergence) / len(hidden)
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

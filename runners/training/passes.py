@@ -32,6 +32,8 @@ class Passes:
         """Scores of the last step, valid tokens only, and the units that each decides for."""
         self._pairs = 0
         """(token, unit) pairs of the last step."""
+        self._taught: list[tuple[Tensor, Tensor]] = []
+        """Rows and the dense model's states of the last step of a stage with `share_text`."""
 
     def threshold_for(self, share: float) -> float | None:
         """Give the threshold that bypasses this share of all units by the last step's scores.
@@ -58,6 +60,9 @@ class Passes:
         """
         self._scored, self._pairs = [], 0
         parts = [part for b in batches for part in b[local_rows(len(b))].split(rows)]
+        self._taught = [
+            kept for kept in self._taught if any(torch.equal(kept[0], p) for p in parts)
+        ]
         total = sum(map(len, batches))
         shares = [len(part) / total for part in parts]
         rates = None
@@ -94,8 +99,7 @@ class Passes:
         """
         teacher = None
         if self.objective == "distill" and not rates:
-            with torch.no_grad():
-                teacher = hidden_states(self.model, batch)
+            teacher = self._dense_states(stage, batch)
         with routed(self.model, self.method, "gathered" if stage.hard else "masked"):
             routing = routing_of(self.model)
             routing.training = not stage.hard
@@ -108,8 +112,19 @@ class Passes:
             elif teacher is None:
                 task = language_model_loss(self.model, batch)
             else:
-                task = distillation_loss(self.model, batch, teacher)
+                task = distillation_loss(self.model, batch, teacher, stage.positions)
             return (counted_view if stage.hard else routed_view)(routing, task, target)
+
+    @torch.no_grad()
+    def _dense_states(self, stage: Stage, batch: Tensor) -> Tensor:
+        """Final hidden states of the dense model; kept while a step reads the same rows."""
+        for rows, states in self._taught:
+            if torch.equal(rows, batch):
+                return states
+        states = hidden_states(self.model, batch)
+        if stage.share_text:
+            self._taught.append((batch, states))
+        return states
 
     def _keep_scores(self, site: Site, decision: Decision, valid_BT: Tensor) -> None:
         scores = decision.scores_BT.detach()[valid_BT].float()

@@ -44,6 +44,11 @@ class ModelProbe:
         self._sensitivity: dict[Site, float] | None = None
 
     @property
+    def row(self) -> int:
+        """Tokens of a row of its text."""
+        return self.text.train.shape[1]
+
+    @property
     def tokens_read(self) -> int:
         """Tokens that passed the model, those of samples included."""
         return self._read[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -16,14 +18,15 @@ from tests.conftest import token_rows
 from tests.methods.by_hand import train_forward
 from tests.methods.conftest import method_config, probe_for
 
+CONFIG = method_config("informed_plus", "sparsity=0.5")
+
 
 def recipe(**options):
-    config = method_config("informed_plus", "sparsity=0.5")
     method = InformedPlus(sparsity=0.5, rank=4, **options)
     method.setup(Shape(2, 32, 2, 1, 16, 48, 61))
     return [
         (stage.name, stage)
-        for stage in method.stages(build_budget(PointConfig.parse(config).budget))
+        for stage in method.stages(build_budget(PointConfig.parse(CONFIG).budget))
     ]
 
 
@@ -67,22 +70,30 @@ def test_gate_is_hard_with_the_sigmoids_gradient(tiny_llama):
     assert torch.allclose(gradient, soft * (1 - soft) / 0.7, atol=1e-6)
 
 
-def test_the_router_reads_the_norm_of_the_forecasters_bottleneck(tiny_llama):
-    method, site = attach(tiny_llama, InformedPlus(sparsity=0.5, rank=4)), Site(1, "mlp")
-    router, down = method.routers.at(site), method.forecasters.at(site).down
-    torch.nn.init.normal_(down.weight)
-    x = torch.randn(2, 6, 64)
-    code = x @ down.weight.T + down.bias
-    read = method.read(site, x)
-    assert read.shape[-1] == 65 and torch.equal(read[..., :-1], x)
-    assert torch.allclose(read[..., -1].exp(), code.square().sum(-1).sqrt(), rtol=1e-3)
-    assert method.cost(site).route == 2.0 * (router.head.in_features + down.weight.numel())
-    plain = attach(tiny_llama, InformedPlus(sparsity=0.5, rank=4, without=["code_norm"]))
-    assert plain.read(site, x) is x and plain.cost(site).route == 2.0 * 64
+def test_scores_are_harm_per_flop(tiny_llama):
+    """Against the routers without: lower by half the log of what a bypass saves at each unit."""
+    shifts = {}
+    for without in ([], ["per_flop"]):
+        torch.manual_seed(0)
+        method = attach(tiny_llama, InformedPlus(sparsity=0.5, rank=4, neurons=8, without=without))
+        probe = probe_for(tiny_llama, method)
+        for stage in list(method.stages(build_budget(PointConfig.parse(CONFIG).budget)))[:2]:
+            stage.fit(probe)
+        for site in method.sites():
+            shifts.setdefault(site, []).append(method.routers.at(site).head.bias.item())
+    width, mlp_width, keys = 64, tiny_llama.config.intermediate_size, 32 / 2
+    heads = tiny_llama.config.num_attention_heads
+    full = {"mlp": 6 * width * mlp_width, "attention": 4 * width * width + 4 * keys * width}
+    assert heads * method.shape.head_dim == width
+    for site, (per_flop, plain) in shifts.items():
+        rank = method.forecasters.at(site).rank
+        estimate = 4 * width * rank + (6 * width * 8 if site.kind == "mlp" else 0)
+        saved = full[site.kind] - estimate
+        assert plain - per_flop == pytest.approx(math.log(saved) / 2, abs=1e-4)
 
 
-def test_keys_follow_the_ranks_before_the_kinds_are_shifted(tiny_llama, trained):
-    """The shift routes with forecast keys whose forecasters have just got other ranks."""
+def test_keys_follow_the_ranks(tiny_llama, trained):
+    """Keys are forecast from forecasters that have just got other ranks."""
     config = method_config("informed_plus", "sparsity=0.4", "method.kv_policy=forecast")
     method = trained(config, tiny_llama)
     ranks = {method.forecasters.at(site).rank for site in method.sites()}

@@ -18,10 +18,10 @@ def dense_flops(
         context: sum over tokens of the keys each attends to, in every layer or of each.
         head_tokens: tokens whose logits are computed; None means all.
     """
-    per_layer = tokens * (_query_side(shape) + _key_value_side(shape) + _mlp(shape))
+    per_layer = tokens * (shape.query_flops() + shape.key_value_flops() + shape.mlp_flops())
     keys = shape.layers * context if isinstance(context, int) else sum(context)
     head = _head(shape, tokens if head_tokens is None else head_tokens)
-    return shape.layers * per_layer + keys * _scores(shape) + head
+    return shape.layers * per_layer + keys * shape.score_flops() + head
 
 
 def routed_flops(method: Method, usage: Usage, *, head_tokens: int | None = None) -> float:
@@ -34,13 +34,13 @@ def routed_flops(method: Method, usage: Usage, *, head_tokens: int | None = None
     for unit in shape.units():
         done = usage.executed.get(unit, usage.tokens)
         if unit.kind == "mlp":
-            total += done * _mlp(shape)
+            total += done * shape.mlp_flops()
             continue
         keeps = method.kv_policy == "keep" and unit not in usage.dropped
         kv_tokens = usage.tokens if keeps else done
-        total += done * _query_side(shape) + kv_tokens * _key_value_side(shape)
+        total += done * shape.query_flops() + kv_tokens * shape.key_value_flops()
         seen = usage.executed_context.get(unit, usage.context_of(unit.layer))
-        total += seen * _scores(shape)
+        total += seen * shape.score_flops()
     for site, done in usage.decided.items():
         cost = method.cost(site)
         total += usage.tokens * cost.route + (usage.tokens - done) * cost.approximate
@@ -81,19 +81,3 @@ def kv_bytes_ratio(method: Method, usage: Usage) -> float:
         weight[u] * method.cost(u).stored * usage.rate(u) for u in usage.decided if u in weight
     ]
     return own + sum(codes) / (numbers * whole)
-
-
-def _query_side(shape: Shape) -> float:
-    return 2.0 * 2.0 * shape.width * shape.heads * shape.head_dim
-
-
-def _key_value_side(shape: Shape) -> float:
-    return 2.0 * 2.0 * shape.width * shape.kv_heads * shape.head_dim
-
-
-def _scores(shape: Shape) -> float:
-    return 4.0 * shape.heads * shape.head_dim
-
-
-def _mlp(shape: Shape) -> float:
-    return 3.0 * 2.0 * shape.width * shape.mlp_width

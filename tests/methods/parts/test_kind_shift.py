@@ -20,8 +20,19 @@ from methods.parts.routers import Routers
 from tests.methods.conftest import probe_for
 
 
+def threshold_saving(probe, saved):
+    """Plain halving on the FLOPs that are counted."""
+    low, high = -20.0, 20.0
+    for _ in range(30):
+        middle = (low + high) / 2
+        less = 1 - probe.routed_scores(middle).flops_ratio < saved
+        low, high = (middle, high) if less else (low, middle)
+    return high
+
+
+@pytest.mark.parametrize("per_flop", [False, True])
 @pytest.mark.parametrize("wrong_by", [0.0, 2.0, -2.0])
-def test_kind_shift_ends_where_a_further_step_loses_more(tiny_llama, wrong_by):
+def test_kind_shift_ends_where_a_further_step_loses_more(tiny_llama, wrong_by, per_flop):
     """Against brute force: the loss at every shift of a grid around the start."""
     method = attach(tiny_llama, Informed(sparsity=0.4, rank=4)).eval()
     probe = probe_for(tiny_llama, method)
@@ -35,12 +46,18 @@ def test_kind_shift_ends_where_a_further_step_loses_more(tiny_llama, wrong_by):
 
     def loss():
         part = probe.sample()
-        method.threshold.fill_(realising_threshold(part, 0.4, tolerance=TOLERANCE).threshold)
+        found = saving if saving is None else threshold_saving(part, saving)
+        if found is None:
+            found = realising_threshold(part, 0.4, tolerance=TOLERANCE).threshold
+        method.threshold.fill_(found)
         return part.routed_loss()
 
     shifted(wrong_by)
+    saving = None
+    if per_flop:
+        saving = realising_threshold(probe.sample(), 0.4, tolerance=TOLERANCE).saved
     start = {site: method.routers.at(site).head.bias[0].item() for site in mlps}
-    shift_kinds(probe, method.routers, method.threshold, 0.4)
+    shift_kinds(probe, method.routers, method.threshold, 0.4, per_flop=per_flop)
     moves = [method.routers.at(site).head.bias[0].item() - start[site] for site in mlps]
     assert moves == pytest.approx([moves[0]] * len(moves), abs=1e-5)
     grid = {}

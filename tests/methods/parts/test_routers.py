@@ -123,6 +123,20 @@ def test_recoverability_equals_numpy(bypass, sensitivity, kind):
         assert numpy.corrcoef(expected, target)[0, 1] > 0.1
 
 
+def test_harm_per_flop_lowers_scores_by_half_the_log_of_what_is_saved():
+    """error^2 / saved orders tokens as error / sqrt(saved) does."""
+    probe, found = MadeUp({"train": views(1)}, SLOPES), []
+    saved = {site: 10.0 ** (2 + index) for index, site in enumerate(SITES)}
+    for saves in (None, saved.__getitem__):
+        routers = Routers()
+        routers.create(SITES, SHAPE)
+        fit_recoverability(probe, routers, None, saves=saves)
+        found.append({site: routers(site, view.x_ND) for site in SITES for view in views(1)})
+    for site in SITES:
+        ratio = (found[0][site] - found[1][site]).exp()
+        assert torch.allclose(ratio, torch.tensor(saved[site]).sqrt(), rtol=1e-3)
+
+
 def ridge_fit(features, target, damping):
     """Fitted values of a centred ridge regression, solved as an augmented least squares."""
     centred = features - features.mean(0)

@@ -12,6 +12,7 @@ import torch
 from methods.base import Site, Stage, StageBudget
 from methods.engine.routed import routed
 from runners.errors import UserError
+from runners.training import passes
 from runners.training.loop import TrainingDiverged
 from tests.conftest import token_rows
 from tests.runners.toy import SITES, toy, toy_loop
@@ -251,6 +252,33 @@ def test_view_and_targets(tiny_llama):
         assert sites == set(SITES)
         assert 1 - rate == pytest.approx(target, abs=0.08)
     assert [s["sparsity"] for s in steps] == pytest.approx([1 - rate for _, rate, _ in views])
+
+
+def test_targets_that_share_their_text_ask_the_dense_model_once(tiny_llama, monkeypatch):
+    """Three targets: two rounds of steps, each on rows of its own."""
+    read, dense = [], []
+    routed_too = passes.distillation_loss
+    states = passes.hidden_states
+
+    def task(model, ids, teacher, positions):
+        read.append(ids[:, 0].tolist())
+        assert torch.equal(teacher, expected(ids)), "the dense model's states of these rows"
+        return routed_too(model, ids, teacher, positions)
+
+    def asked(model, ids):
+        dense.append(ids[:, 0].tolist())
+        return states(model, ids)
+
+    def expected(ids):
+        with tiny_llama.routing.dense(), torch.no_grad():
+            return states(tiny_llama, ids)
+
+    monkeypatch.setattr(passes, "distillation_loss", task)
+    monkeypatch.setattr(passes, "hidden_states", asked)
+    options = {"targets": (0.05, 0.1, 0.2), "share_text": True, "objective": "distill"}
+    train(tiny_llama, budget=StageBudget(6, 2, 16), hard=True, rows=token_rows(12, 16), **options)
+    assert read == [read[0]] * 3 + [read[3]] * 3 and read[0] != read[3]
+    assert dense == [read[0], read[3]]
 
 
 def test_a_stage_repeats_whatever_ran_before(tiny_llama):

@@ -83,3 +83,14 @@ def test_teacher_gets_no_gradient(tiny_llama, teacher_BTD):
     distillation_loss(tiny_llama, token_rows(3, 20), teacher).backward()
     assert teacher.grad is None
     assert tiny_llama.model.norm.weight.grad is not None
+
+
+def test_some_positions_stand_for_all(tiny_llama, teacher_BTD):
+    """Every token has the same chance: the mean over many draws is the loss of all."""
+    ids = token_rows(3, 20)
+    with torch.no_grad():
+        whole = float(distillation_loss(tiny_llama, ids, teacher_BTD))
+        drawn = [float(distillation_loss(tiny_llama, ids, teacher_BTD, 0.1)) for _ in range(200)]
+    error = torch.tensor(drawn).std().item() / len(drawn) ** 0.5
+    assert len(set(drawn)) > 100
+    assert abs(sum(drawn) / len(drawn) - whole) < 4 * error
