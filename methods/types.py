@@ -351,6 +351,7 @@ class Stage:
     hold: float = 0.0
     """Above 0, training runs at the target whatever the scores do: the next step's threshold is
     the quantile of this step's scores at a share that moves by `hold` times (target - realised
-    sparsity). 0 leaves the threshold where the stage began."""
+    sparsity), from what the step realised where decisions are `hard`. 0 leaves the threshold where
+    the stage began."""
     report: Callable[[Probe], dict[str, float]] | None = None
     """Figures worth keeping in the result record, measured after the stage."""

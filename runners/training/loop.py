@@ -320,13 +320,16 @@ class Loop:
         """Put the threshold of the next step at this target where this step's scores realise it.
 
         A quantile follows scores of any scale, which a controller of the threshold itself does
-        not; the share that it is taken at is the controller's, because gates that sample realise
-        another share than their scores.
+        not. Gates that sample realise another share than their scores, so that the share that it
+        is taken at is the controller's; hard decisions realise what their scores say, and the
+        threshold moves from this step's share by a part of what is missing: the next row of text
+        is another, and its share at the same threshold as well.
         """
         if not stage.hold:
             return
-        at.shares[target] = at.shares.get(target, target) + stage.hold * (target - realised)
-        at.shares[target] = min(max(at.shares[target], 0.0), 1.0)
+        before = realised if stage.hard else at.shares.get(target, target)
+        share = before + stage.hold * (target - realised)
+        at.shares[target] = min(max(share, 0.0), 1.0)
         found = self.passes.threshold_for(at.shares[target])
         if found is None:
             return

@@ -11,6 +11,7 @@ from methods.informed import Informed
 from methods.parts.calibration import realising_threshold
 from methods.parts.router_start import (
     MOST_SHIFTS,
+    SHIFT_SHARE,
     SHIFT_STEP,
     TOLERANCE,
     fit_recoverability,
@@ -18,16 +19,6 @@ from methods.parts.router_start import (
 )
 from methods.parts.routers import Routers
 from tests.methods.conftest import probe_for
-
-
-def threshold_saving(probe, saved):
-    """Plain halving on the FLOPs that are counted."""
-    low, high = -20.0, 20.0
-    for _ in range(30):
-        middle = (low + high) / 2
-        less = 1 - probe.routed_scores(middle).flops_ratio < saved
-        low, high = (middle, high) if less else (low, middle)
-    return high
 
 
 @pytest.mark.parametrize("per_flop", [False, True])
@@ -45,17 +36,14 @@ def test_kind_shift_ends_where_a_further_step_loses_more(tiny_llama, wrong_by, p
             method.routers.at(site).shift(amount)
 
     def loss():
-        part = probe.sample()
-        found = saving if saving is None else threshold_saving(part, saving)
-        if found is None:
-            found = realising_threshold(part, 0.4, tolerance=TOLERANCE).threshold
-        method.threshold.fill_(found)
+        found = realising_threshold(part, 0.4, tolerance=TOLERANCE, saved=saved)
+        method.threshold.fill_(found.threshold)
         return part.routed_loss()
 
     shifted(wrong_by)
-    saving = None
+    part, saved = probe.sample(SHIFT_SHARE), None
     if per_flop:
-        saving = realising_threshold(probe.sample(), 0.4, tolerance=TOLERANCE).saved
+        saved = realising_threshold(part, 0.4, tolerance=TOLERANCE).saved
     start = {site: method.routers.at(site).head.bias[0].item() for site in mlps}
     shift_kinds(probe, method.routers, method.threshold, 0.4, per_flop=per_flop)
     moves = [method.routers.at(site).head.bias[0].item() - start[site] for site in mlps]
@@ -86,3 +74,16 @@ def test_kind_shift_leaves_methods_of_one_kind_alone(tiny_llama):
     before = {k: v.clone() for k, v in routers.state_dict().items()}
     shift_kinds(probe_for(tiny_llama, method), routers, method.threshold, 0.2)
     assert all(torch.equal(before[k], v) for k, v in routers.state_dict().items())
+
+
+@pytest.mark.parametrize("saved", [0.1, 0.3])
+def test_a_threshold_is_found_by_the_flops_that_it_saves(tiny_llama, saved):
+    method = attach(tiny_llama, Informed(sparsity=0.4, rank=4)).eval()
+    probe = probe_for(tiny_llama, method)
+    method.forecasters.solve(probe)
+    fit_recoverability(probe, method.routers, method.forecasters)
+    found = realising_threshold(probe, 0.4, tolerance=0.01, saved=saved)
+    seen = probe.routed_scores(found.threshold)
+    assert 1 - seen.flops_ratio == pytest.approx(saved, abs=0.01)
+    assert found.saved == pytest.approx(1 - seen.flops_ratio)
+    assert seen.sparsity == pytest.approx(found.sparsity) != 0.4

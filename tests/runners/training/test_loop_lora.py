@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -106,3 +107,20 @@ def test_a_controller_brings_the_realised_sparsity_to_the_target(tiny_llama, hol
     late = sum(steps[-10:]) / 10
     assert abs(steps[0] - 0.15) > 0.02
     assert (abs(late - 0.15) < 0.02) == (hold > 0)
+
+
+def test_hard_decisions_approach_their_target_without_a_swing(tiny_llama):
+    """Every row the same: the distance shrinks by `hold` a step, and never changes its sign."""
+    method, steps = toy(tiny_llama, sparsity=0.15), []
+    loop = toy_loop(
+        tiny_llama,
+        method,
+        rows=token_rows(1, 16, seed=9).repeat(64, 1),
+        on_step=lambda name, figures: steps.append(figures["sparsity"] - 0.15),
+    )
+    budget = StageBudget(12, 64, 16)
+    loop.run(stage(method, budget=budget, lr=0.0, hold=0.5, hard=True, per_target=True))
+    assert abs(steps[0]) > 0.01
+    grain = 1 / (16 * 6)
+    assert all(abs(after) <= abs(before) + grain for before, after in pairwise(steps))
+    assert abs(steps[-1]) <= 2 * grain
