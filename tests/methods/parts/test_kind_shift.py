@@ -21,9 +21,8 @@ from methods.parts.routers import Routers
 from tests.methods.conftest import probe_for
 
 
-@pytest.mark.parametrize("per_flop", [False, True])
 @pytest.mark.parametrize("wrong_by", [0.0, 2.0, -2.0])
-def test_kind_shift_ends_where_a_further_step_loses_more(tiny_llama, wrong_by, per_flop):
+def test_kind_shift_ends_where_a_further_step_loses_more(tiny_llama, wrong_by):
     """Against brute force: the loss at every shift of a grid around the start."""
     method = attach(tiny_llama, Informed(sparsity=0.4, rank=4)).eval()
     probe = probe_for(tiny_llama, method)
@@ -36,16 +35,13 @@ def test_kind_shift_ends_where_a_further_step_loses_more(tiny_llama, wrong_by, p
             method.routers.at(site).shift(amount)
 
     def loss():
-        found = realising_threshold(part, 0.4, tolerance=TOLERANCE, saved=saved)
-        method.threshold.fill_(found.threshold)
+        part = probe.sample()
+        method.threshold.fill_(realising_threshold(part, 0.4, tolerance=TOLERANCE).threshold)
         return part.routed_loss()
 
     shifted(wrong_by)
-    part, saved = probe.sample(SHIFT_SHARE), None
-    if per_flop:
-        saved = realising_threshold(part, 0.4, tolerance=TOLERANCE).saved
     start = {site: method.routers.at(site).head.bias[0].item() for site in mlps}
-    shift_kinds(probe, method.routers, method.threshold, 0.4, per_flop=per_flop)
+    shift_kinds(probe, method.routers, method.threshold, 0.4)
     moves = [method.routers.at(site).head.bias[0].item() - start[site] for site in mlps]
     assert moves == pytest.approx([moves[0]] * len(moves), abs=1e-5)
     grid = {}
@@ -74,6 +70,38 @@ def test_kind_shift_leaves_methods_of_one_kind_alone(tiny_llama):
     before = {k: v.clone() for k, v in routers.state_dict().items()}
     shift_kinds(probe_for(tiny_llama, method), routers, method.threshold, 0.2)
     assert all(torch.equal(before[k], v) for k, v in routers.state_dict().items())
+
+
+def test_shifts_per_flop_are_compared_at_the_flops_of_the_start(tiny_llama):
+    method = attach(tiny_llama, Informed(sparsity=0.4, rank=4)).eval()
+    probe = probe_for(tiny_llama, method)
+    method.forecasters.solve(probe)
+    fit_recoverability(probe, method.routers, method.forecasters)
+    part, seen = probe.sample(SHIFT_SHARE), []
+    for site in method.sites():
+        if site.kind == "mlp":
+            method.routers.at(site).shift(2.0)  # a start that is left far behind
+    before = realising_threshold(part, 0.4, tolerance=TOLERANCE)
+
+    class Seen:
+        """The probe's share, whose losses note what the routed model saves just then."""
+
+        shape = probe.shape
+        routed_scores = staticmethod(part.routed_scores)
+
+        def sample(self, share):
+            return self
+
+        def routed_loss(self):
+            scores = part.routed_scores(float(method.threshold))
+            seen.append((1 - scores.flops_ratio, scores.sparsity))
+            return part.routed_loss()
+
+    shift_kinds(Seen(), method.routers, method.threshold, 0.4, per_flop=True)
+    saved, sparsities = zip(*seen, strict=True)
+    assert len(seen) > 3
+    assert saved == pytest.approx([before.saved] * len(seen), abs=TOLERANCE)
+    assert max(sparsities) - min(sparsities) > 2 * TOLERANCE
 
 
 @pytest.mark.parametrize("saved", [0.1, 0.3])
