@@ -142,7 +142,7 @@ class Store:
         and items alone, of these trained models.
         """
         columns = ["sparsity_realised", "flops_ratio", "kv_bytes_ratio", "training_s"]
-        columns += ["tokens_read", "chance"]
+        columns += ["tokens_read", "chance", "realised_here"]
         means = self.over_seeds(self.measures, MEASURE, [*columns, *VALUES, "dense"])
         return _beside_dense(means, self.items, POINT)
 
@@ -436,6 +436,9 @@ def _beside_dense(measures: pd.DataFrame, items: pd.DataFrame, by: list[str]) ->
     perplexity = own["measure"] == "perplexity"
     own["ratio"] = (own["value"] / own["dense"]).where(perplexity)
     own["difference"] = (own["value"] - own["dense"]).where(~perplexity)
+    itself = own["method"] == DENSE  # is no second model whose items could differ
+    for value, *ends in (RATIO, DIFFERENCE):
+        own.loc[itself, ends] = own.loc[itself, [value, value]].to_numpy()
     return own
 
 

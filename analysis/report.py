@@ -37,6 +37,7 @@ from analysis import (
 from analysis.cli import Paths, parse, run_main
 from analysis.drawing import style, tables
 from analysis.frames import Store, by_setting
+from analysis.report_page.answers import answers, measured_on
 from analysis.report_page.records import records_of
 from analysis.view import View, looks_of
 
@@ -81,6 +82,7 @@ def main(paths: Paths) -> None:
 def render(store: Store, rows: dict[View, pd.DataFrame]) -> str:
     """Write the page from the rows of each view."""
     settings = []
+    by_name = {str(record["identity"]["fingerprint"]): record for record in store.records}
     for place, (slug, title, points) in enumerate(by_setting(store.points)):
         parts = {view: of_setting(own, title) for view, own in rows.items()}
         looks = looks_of(*parts.values())
@@ -89,7 +91,10 @@ def render(store: Store, rows: dict[View, pd.DataFrame]) -> str:
             for view, part in parts.items()
             if len(part) or view not in OPTIONAL
         ]
+        said, by = answers(parts[verdict.VIEW], parts[equal_flops.VIEW])
+        own = [by_name[name] for name in points["fingerprint"]]
         setting = {"slug": f"s{place}", "title": title, "sections": sections}
+        setting |= {"answers": said, "answered_by": by, "measured_on": measured_on(own)}
         settings.append({**setting, "records": records_of(store, points)})
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),

@@ -124,9 +124,9 @@ def _section(folder: Path, name: str, prefix: str) -> Section:
     return Section(
         prefix,
         f"Routing map: {name}",
-        f"{len(tokens):,} tokens; shade: share of tokens that a layer's unit executes. The text "
-        f"with its tokens coloured is plots/{stem}-text.html.",
+        f"{len(tokens):,} tokens; shade: share of tokens that a layer's unit executes.",
         pictures=pictures,
+        files=[("The text, its tokens coloured", f"{stem}-text.html")],
         tables=[page_table(units, "Executed share of each unit and its error", f"{stem}-layers")],
     )
 

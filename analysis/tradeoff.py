@@ -26,7 +26,7 @@ from analysis import equal_flops
 from analysis.cli import parse, run_main, write
 from analysis.drawing import style, tables
 from analysis.drawing.style import Looks
-from analysis.frames import DENSE, MARGIN
+from analysis.frames import DENSE, GENERATION, MARGIN
 from analysis.view import Panel, View
 
 AXES = {"sparsity_realised": "realised sparsity", "flops_ratio": "FLOPs (routed / dense)"}
@@ -129,7 +129,8 @@ def scale(panel: Axes, chosen: pd.DataFrame) -> None:
     """Label and scale the axis of a measure: what is of use of it, perplexities in logarithms."""
     kind, values = chosen.iloc[0], heights(chosen)["y"]
     if kind["measure"] != "perplexity":
-        panel.set_ylabel(f"{kind['name'].replace('_', ' ')}\n{kind['metric']}")
+        named = f"{kind['name'].replace('_', ' ')}\n{kind['metric']}"
+        panel.set_ylabel(kind["shown"] if kind["measure"] == GENERATION else named)
         lowest = np.nanmin([values.min(), chosen["chance"].min()])
         panel.set_ylim(bottom=max(0.0, lowest - 0.05))
         return
@@ -160,6 +161,8 @@ def table(part: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
             row[entry.shown] = tables.figure(entry)
             sign = "/" if entry.measure == "perplexity" else "-"
             row[f"{entry.shown} {sign} dense"] = tables.against_dense(entry)
+            if entry.measure != MARGIN and not np.isnan(entry.realised_here):
+                row[f"{entry.shown}, realised"] = f"{entry.realised_here:.3f}"
         readable.append(row)
     return part, pd.DataFrame(readable).fillna("")
 
@@ -171,7 +174,8 @@ VIEW = View(
     "difference to dense on the same documents and items, of these trained models. Bars, and "
     "beside the figures: with several seeds, their standard deviation; with one, that interval "
     "(figures: 95 % of a perplexity alone, one standard error of an accuracy). Tokens read: in all "
-    "stages, the calibration included (stage by stage under Training time).",
+    "stages, the calibration included (stage by stage under Training time). Realised: on the "
+    "text that FLOPs are counted on, the first; beside a task, on what was read for it.",
     "no point was evaluated: run runners/sweep.py",
     lambda store: store.averaged,
     table,

@@ -57,6 +57,8 @@ class Section:
     """Of `page_table`."""
     missing: str = ""
     """Says what fills an empty section."""
+    files: list[tuple[str, str]] = field(default_factory=list)
+    """(what it is, file in the folder of the plots) of further links."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,12 +207,23 @@ def roles_of(part: pd.DataFrame) -> dict[str, Line2D]:
     }
 
 
+WORDY = 60
+"""Letters of a cell from which on its column is prose, which the page wraps."""
+
+
+def _kind(column: pd.Series) -> str:
+    """Class of a column in the page: numbers stand right, prose wraps."""
+    if tables.numeric(column):
+        return "n"
+    return "w" if column.astype(str).str.len().max() > WORDY else ""
+
+
 def page_table(readable: pd.DataFrame, caption: str, stem: str) -> dict[str, Any]:
     """Cut a formatted frame to `MAX_ROWS` of the page; `<stem>.*` hold the whole."""
     rows = readable.head(MAX_ROWS).astype(str)
     return {
         "caption": caption,
-        "columns": [(str(name), tables.numeric(readable[name])) for name in readable.columns],
+        "columns": [(str(name), _kind(readable[name])) for name in readable.columns],
         "rows": list(rows.itertuples(index=False, name=None)),
         "left_out": len(readable) - len(rows),
         "file": stem,

@@ -1,10 +1,13 @@
-"""The site's pages of methods: what docs/methods says of each, then its options from conf/method.
+"""The site's pages of methods: what docs/methods says of each, then its options from conf/method;
+and its link to the repository.
 
 A method without a page of its own gets one, so that adding a method means adding no page.
 """
 
 from __future__ import annotations
 
+import subprocess
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +47,23 @@ def without_page() -> list[str]:
     return [name for name in targets() if not (ROOT / f"docs/methods/{name}.md").exists()]
 
 
+def repository() -> str | None:
+    """Find the repository's page: of the package's metadata, else where the clone is from."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    if "Repository" in (urls := project.get("urls", {})):
+        return str(urls["Repository"])
+    asked = ["git", "-C", str(ROOT), "remote", "get-url", "origin"]
+    try:
+        found = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # no git
+        return None
+    return found.removesuffix(".git") if found.startswith("https://") and "@" not in found else None
+
+
 def on_config(config: Any) -> Any:
-    """Enter generated pages into the navigation."""
+    """Link the repository, and enter generated pages into the navigation."""
+    config.repo_url = config.repo_url or repository()
+    config.repo_name = config.repo_name or "Repository"
     (methods,) = (entry["Methods"] for entry in config.nav if "Methods" in entry)
     methods += [{name: f"methods/{name}.md"} for name in without_page()]
     return config

@@ -18,7 +18,7 @@ from runners.launching.command_line import prepare
 from tests.conftest import CONF, ROOT
 
 DOCS = ROOT / "docs"
-SNIPPET = re.compile(r'^--8<-- "([^"]+)"', re.MULTILINE)
+SNIPPET = re.compile(r'^--8<-- "([^":]+)', re.MULTILINE)
 FILE = re.compile(r"(?<![/\w])(?:runners|analysis|benchmarks|methods|conf|tests|docs)/[\w/]+\.\w+")
 PAGES = sorted(DOCS.rglob("*.md"))
 TEXTS = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from matplotlib import image
 
-from analysis import ablation, kv, layers, pareto, tradeoff, training_time, two_by_two
+from analysis import ablation, generation, kv, layers, pareto, tradeoff, training_time, two_by_two
 from analysis.cli import Paths, write
 from analysis.drawing import style, tables
 from analysis.frames import AnalysisError, Store
@@ -71,6 +71,55 @@ def test_a_dense_row_is_one_of_itself_whatever_the_seeds(tmp_path):
         write_point(tmp_path, "dense", 0.0, perplexity=value, dense=value, seed=seed)
     row = Store(tmp_path).averaged.set_index("measure").loc["perplexity"]
     assert row["value"] / row["dense"] == pytest.approx(1.0, abs=1e-6)
+
+
+def written(kept, text):
+    """What a record has of the same prompts, continued."""
+    value, spread = sum(kept) / len(kept), 0.05
+    entry = {"value": value, "stderr": spread, "n": len(kept), "dense": 1.0, "per_prompt": kept}
+    return {
+        "settings": {"prompts": 32, "prompt_tokens": 16, "new_tokens": 32, "gallery": ["Water is"]},
+        "kept": entry,
+        "prefix": entry | {"value": value / 2},
+        "sparsity_realised": 0.28,
+        "gallery": [{"prompt": "Water is", "dense": " wet.\nIt", "text": text}],
+    }
+
+
+def test_what_is_written_stands_beside_perplexity(tmp_path):
+    """Records without it are read as ever; of seeds the mean share and the first one's text."""
+    shares = [[0.5, 0.75, 0.25, 0.5], [0.75, 0.75, 0.5, 1.0]]
+    for seed, kept in enumerate(shares):
+        more = {"generation": written(kept, f" seed {seed}"), "seed": seed}
+        write_point(tmp_path, "informed", 0.3, perplexity=30.0, **more)
+    write_point(tmp_path, "greedy", 0.3, perplexity=40.0)
+    store = Store(tmp_path)
+    row = store.averaged.set_index("measure").loc["generation"]
+    assert (row["value"], row["difference"], row["dense"]) == pytest.approx((0.625, -0.375, 1.0))
+    mean = [sum(pair) / 2 - 1 for pair in zip(*shares, strict=True)]
+    assert row["difference_low"] < min(mean) < row["difference"] < row["difference_high"] < 0
+    shown = tradeoff.table(store.averaged)[1].set_index("method")["32 tokens kept"]
+    assert shown["informed"].startswith("0.625 ±") and shown["greedy"] == ""
+    rows = generation.VIEW.rows(store)
+    table = generation.table(rows)[1]
+    assert list(table["method"]) == ["dense", "informed"]
+    assert list(table["continuation"]) == ["wet. It", "seed 0"]
+    assert list(table["kept"]) == ["1.000", "0.625"]
+    write_point(tmp_path / "older", "greedy", 0.3, perplexity=40.0)
+    assert generation.VIEW.rows(Store(tmp_path / "older")).empty
+
+
+def test_dense_is_itself_without_an_interval(tmp_path):
+    """Its answers are no second sample that could have come out otherwise."""
+    folder = write_point(tmp_path, "dense", 0.0, perplexity=20.0)
+    rows = [
+        {"measure": "accuracy", "name": "choice_task", "metric": "acc", "item": f"i{i}"}
+        | {"value": float(i % 3 > 0), "weight": 1.0, "dense": float(i % 3 > 0)}
+        for i in range(30)
+    ]
+    pd.DataFrame(rows).to_parquet(folder / "items.parquet")
+    row = Store(tmp_path).averaged.set_index("measure").loc["accuracy"]
+    assert row["difference_low"] == row["difference_high"] == row["difference"]
 
 
 def test_settings_never_share_a_figure(store, tmp_path):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pandas as pd
@@ -132,11 +134,17 @@ def page(results):
     return (results / "report.html").read_text()
 
 
-def test_the_page_asks_for_nothing_and_nests(page):
+def test_the_page_asks_for_nothing_and_nests(page, results):
+    """What it links to is a file beside it, loaded by nobody until it is followed."""
     parsed = Page(page)
     assert page.lower().startswith("<!doctype html>")
-    outside = [r for r in parsed.references if not r.startswith(("#", "data:"))]
-    assert outside == []
+    outside = {r for r in parsed.references if not r.startswith(("#", "data:"))}
+    assert outside >= {
+        "plots/tradeoff-tiny-sotu-quick.csv",
+        "plots/routing-informed-0.3-0--text.html",
+    }
+    assert all((results / unquote(link)).is_file() for link in outside)
+    assert not re.search(r'<(?:img|script|iframe|link)[^>]*(?:src|href)="(?!data:)', page)
     assert not any(word in page for word in ("http:", "https:", "@import", "url(//"))
     assert len(parsed.ids) == len(set(parsed.ids))
     inside = {r[1:] for r in parsed.references if r.startswith("#")}
@@ -157,6 +165,27 @@ def test_every_part_is_there(page):
         assert number in text, number
     assert "&lt;b&gt;out of reach" in page and "<b>out of reach" not in page
     assert page.count("<svg") > 20
+
+
+def test_the_answer_stands_above_all(tmp_path):
+    """At equal FLOPs where nothing was timed, at measured speed-ups where something was."""
+    static = {"identity": {"static": True}}
+    for sparsity in (0.25, 0.5):
+        write_point(tmp_path, "informed", sparsity, perplexity=20 + 20 * sparsity)
+        write_point(tmp_path, "static_forecast", sparsity, perplexity=20 + 40 * sparsity, **static)
+    store = Store(tmp_path)
+    text = Page(report.render(store, {view: view.rows(store) for view in report.VIEWS})).text
+    line = "At 0.8 of dense's FLOPs: informed 1.250 loses least. Of the controls: static_forecast"
+    assert line in text and text.index(line) < text.index("Quality at equal FLOPs")
+    for sparsity in (0.25, 0.5):
+        speed = {"prefill": [case("seq", 512, 1 + sparsity, 1.6, sparsity)], "decode": []}
+        for method in ("informed", "static_forecast"):
+            path = tmp_path / f"{method}-{sparsity}-0-" / "result.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"speed": speed}))
+    store = Store(tmp_path)
+    text = Page(report.render(store, {view: view.rows(store) for view in report.VIEWS})).text
+    assert "At 1.25 times dense's speed in prefill: informed 1.250 loses least." in text
+    assert "At 2 times" not in text and "of dense's FLOPs:" not in text
 
 
 def test_each_record_has_the_command_of_its_own_configuration(page, results):
@@ -243,6 +272,34 @@ def chromium() -> str:
     return found
 
 
+def use_a_table(tab) -> None:
+    """Sort by a number, the other way, then filter."""
+    section = "#s0-training_time"
+    column = f"{section} td:nth-child(3)"
+    tab.click(f"{section} th:nth-child(3) button")
+    up = [float(cell) for cell in tab.locator(column).all_inner_texts()]
+    assert up == sorted(up)
+    tab.click(f"{section} th:nth-child(3) button")
+    assert [float(cell) for cell in tab.locator(column).all_inner_texts()] == up[::-1]
+    assert tab.locator(f"{section} th[aria-sort=descending]").count() == 1
+    tab.fill("#s0-pareto .filters input", "random")
+    rows = tab.locator("#s0-pareto tbody tr:visible")
+    assert all("random" in row for row in rows.all_inner_texts())
+
+
+def point_at_a_mark(tab) -> None:
+    """The values of a point, as its record has them."""
+    figure = tab.locator("#s0-tradeoff figure").first
+    mark = figure.locator("use[aria-label^='informed']").first
+    mark.scroll_into_view_if_needed()
+    box = mark.bounding_box()
+    tab.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    said = tab.inner_text("#tip").splitlines()
+    assert said[:3] == ["informed", "realised sparsity: 0.31", "sotu perplexity / dense: 3"]
+    tab.mouse.move(1, 1)
+    assert tab.is_hidden("#tip")
+
+
 @pytest.mark.parametrize("width", [390, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_in_a_browser(page, results, width, scheme):
@@ -265,7 +322,9 @@ def test_in_a_browser(page, results, width, scheme):
         )
         assert len(widths) > 15 and min(widths) > 250 and max(widths) <= width
         tab.fill(".filter", "greedy 0.3,")
-        assert tab.inner_text(".count") == "1 of 6"
+        assert tab.inner_text(".records .count") == "1 of 6"
+        use_a_table(tab)
+        point_at_a_mark(tab)
         paper = "getComputedStyle(document.body).backgroundColor"
         before = tab.evaluate(paper)
         assert (before == "rgb(255, 255, 255)") == (scheme == "light")
