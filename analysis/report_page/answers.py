@@ -34,7 +34,9 @@ def answers(timed: pd.DataFrame, measured: pd.DataFrame) -> tuple[Pairs, str]:
     else:
         rows = equal_flops.at_shares(measured, equal_flops.SHARES) if len(measured) else ()
         found = pd.DataFrame(list(rows), columns=["method", "shown", "flops", *RATIO])
-        roles = measured.drop_duplicates("line").set_index("line")["role"] if len(measured) else {}
+        roles: Any = (
+            measured.drop_duplicates("line").set_index("line")["role"] if len(measured) else {}
+        )
         found["role"] = found["method"].map(roles)
         found = found[(found["shown"] == found["shown"].min())]
         found = found[~found["role"].isin(verdict.NO_CONTENDER)]

@@ -12,6 +12,7 @@ import numpy as np
 from markupsafe import Markup, escape
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 
 from analysis.drawing import style
@@ -60,7 +61,8 @@ def inline(figure: Figure, *, prefix: str, label: str) -> Markup:
 def _values(figure: Figure, panel: Axes) -> Iterator[tuple[Place, str]]:
     """Say of every point that has a mark where it lies in the SVG, and its values."""
     names = " ".join(panel.get_xlabel().split()), " ".join(panel.get_ylabel().split())
-    bars = {id(made.lines[0]): made for made in panel.containers if made.lines[0] is not None}
+    drawn: Any = [made for made in panel.containers if isinstance(made, ErrorbarContainer)]
+    bars = {id(made.lines[0]): made for made in drawn}
     for line in panel.lines:
         made = bars.get(id(line))
         label = str((made or line).get_label())
