@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import sys
+import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,8 @@ from analysis.frames import AnalysisError, Store, by_setting
 from analysis.view import View
 
 log = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,9 @@ def parse(
         key, separator, value = word.partition("=")
         if not separator or key not in known:
             listed = ", ".join(f"{name}=" for name in known)
-            raise AnalysisError(f"unknown argument {word!r}; known: {listed}")
+            nearest = difflib.get_close_matches(key, known, n=1)
+            hint = f" (did you mean {nearest[0]}=?)" if nearest else ""
+            raise AnalysisError(f"unknown argument {word!r}{hint}; known: {listed}")
         values[key] = value
     results = Path(values["results_dir"]).expanduser()
     if not results.is_dir():
@@ -78,6 +84,10 @@ def run_main(main: Callable[[Sequence[str]], None], usage: str | None) -> None:
     logging.getLogger("fontTools").setLevel(logging.WARNING)
     if {"-h", "--help"} & set(sys.argv[1:]):
         sys.stdout.write(f"{usage}\n")
+        return
+    if "--version" in sys.argv[1:]:
+        project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+        sys.stdout.write(f"{project['name']} {project['version']}\n")
         return
     try:
         main(sys.argv[1:])

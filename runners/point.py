@@ -31,6 +31,7 @@ from runners.evaluation.evaluate import evaluation_key
 from runners.evaluation.generation import continuations, generation
 from runners.point_config import MethodConfig, PointConfig, SavedConfig
 from runners.runtime.processes import is_main_process
+from runners.runtime.progress import Bar
 from runners.store.files import cache_root
 from runners.store.items import write_items
 from runners.store.provenance import provenance, stage_version
@@ -82,9 +83,11 @@ def build(config: PointConfig) -> Built:
     """
     torch.manual_seed(config.seed)
     check_source(config.data)
-    base = load_base(config.model, config.placement, config.seed, config.store.cache_dir)
+    with Bar(desc="loading the model"):
+        base = load_base(config.model, config.placement, config.seed, config.store.cache_dir)
     encode, limit = encoder(base.tokenizer), config.eval.perplexity.documents_limit
-    documents = read_documents(config.data, config.budget, limit, config.seed, encode)
+    with Bar(desc="reading the text"):
+        documents = read_documents(config.data, config.budget, limit, config.seed, encode)
     budget, row = build_budget(config.budget), config.budget.seq_len
     method = build_method(config, base.model)
     check_reach(method, config.method.name)
@@ -131,7 +134,8 @@ def train(config: PointConfig, built: Built, folder: RunFolder, tracker: Safe) -
         report = products.load_or_run(key, method, run)
         events.rewind(stage.name, report["steps"])
         folder.log({"event": "stage", **report})
-        log.info("stage %s %s", stage.name, "from the cache" if report["cached"] else "done")
+        if report["cached"]:  # else its run has told
+            log.info("stage %s: from the cache", stage.name)
         trained.stages.append(report)
     figures = trained.stages[-1]["figures"]
     trained.realised = figures.get("realised")

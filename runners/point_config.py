@@ -339,6 +339,8 @@ class StoreConfig:
     force: bool
     retry_failed: bool
     checkpoint_seconds: Annotated[float, Ge(0)] | None = None
+    report: bool = True
+    """Whether a sweep ends with the report of all results."""
 
 
 @dataclass(frozen=True)
@@ -400,7 +402,7 @@ GROUPED: Mapping[str, type] = {
 """Sections whose keys lie at the top of conf/sweep.yaml and its like."""
 NOT_IN_FINGERPRINT = frozenset(
     "results_dir cache_dir saved tracking tune force retry_failed checkpoint_seconds speed "
-    "device_map max_memory hardware plan trust_method check_weights".split()
+    "report device_map max_memory hardware plan trust_method check_weights".split()
 )
 """Top-level keys of the config that say where or how loudly, never what is computed."""
 LOCAL_NAMES = ("name", "path", "dir", "data_dir")

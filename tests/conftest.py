@@ -162,6 +162,7 @@ class Commands:
         """The command; `shrink` adds the tiny model and budget (not for score's own config)."""
         shrunk = [w for w in SHRUNK if script != "score" or not w.startswith("model=")]
         places = [f"results_dir={self.results}", f"cache_dir={self.cache}"]
+        places += ["report=false"] if script != "score" else []
         fixed = [*shrunk, "tracking=off", *places] if shrink else []
         return [sys.executable, str(ROOT / "runners" / f"{script}.py"), *fixed, *words]
 

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as transformers_logging
 
 from methods.base import Budget, StageBudget
 from methods.engine.checkpoint import hash_model
@@ -114,6 +115,7 @@ def _from_transformers(
     root: Path,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     where, folder = {}, None
+    transformers_logging.disable_progress_bar()  # a bar of weights says nothing of the run
     with _loading(path):
         if wanted is not None:  # where its parts will be, from its sizes alone
             with torch.device("meta"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib import metadata
@@ -25,6 +26,7 @@ from runners.evaluation.scores import Items
 from runners.evaluation.tasks import TaskSet, local_task_files
 from runners.evaluation.texts import load_text, present_texts
 from runners.point_config import EvalConfig, WindowConfig
+from runners.runtime.progress import Bar
 from runners.store.files import content_hash
 from runners.store.provenance import code_version
 from runners.store.stage_cache import content_key
@@ -94,11 +96,13 @@ def evaluate(
     model, name = base.model, str(data)
     figures: dict[str, dict[str, Any]] = {"perplexity": {}, "accuracy": {}, "items": {}}
     scope = contextlib.nullcontext() if method is None else routed(model, method, mode)  # type: ignore[arg-type]
-    with scope:
+    what, began = "dense" if method is None else "routed", time.perf_counter()
+    with Bar(desc=f"evaluating the {what} model"), scope:
         own = settings.perplexity
         kept, tokens = documents[: own.documents_limit], own.tokens_per_document
         how: dict[str, Any] = {"most": own.windows_per_document, "joined": False}
-        entry, items = _perplexity(base, kept, own, tokens, **how)
+        with Bar(desc=name):
+            entry, items = _perplexity(base, kept, own, tokens, **how)
         figures["perplexity"][name], figures["items"][name] = entry, vars(items)
         usage = _usage(model)
         for text, (entry, items) in _texts(settings, base):
@@ -107,6 +111,7 @@ def evaluate(
         for task, scores in _tasks(settings, base, documents, seed, cache_dir, samples_dir):
             figures[scores.measure][task] = scores.entry | _realised_on(_usage(model))
             figures["items"][task] = vars(scores.items)
+    log.info("evaluated the %s model: %.1f s", what, time.perf_counter() - began)
     return {
         **figures,
         "sparsity_realised": usage.sparsity() if usage else 0.0,
@@ -125,8 +130,9 @@ def _texts(settings: EvalConfig, base: Base) -> Iterator[tuple[str, tuple[dict[s
     """Token perplexity of each text, then of one text at growing context."""
     folder, sizes, long = settings.data_folder, settings.token_perplexity, settings.long_context
     for name in present_texts(settings.texts, folder):
-        text = load_text(name, folder)
-        yield name, _perplexity(base, text, sizes, sizes.tokens)
+        with Bar(desc=name):
+            found = _perplexity(base, load_text(name, folder), sizes, sizes.tokens)
+        yield name, found
     if long is None or not present_texts([long.text], folder):
         return
     text = load_text(long.text, folder)
@@ -137,7 +143,10 @@ def _texts(settings: EvalConfig, base: Base) -> Iterator[tuple[str, tuple[dict[s
             continue
         batch = max(1, sizes.batch_size * sizes.context // context)
         own = replace(sizes, context=context, stride=long.stride, batch_size=batch)
-        yield f"{long.text}_context{context}", _perplexity(base, text, own, long.tokens)
+        name = f"{long.text}_context{context}"
+        with Bar(desc=name):
+            found = _perplexity(base, text, own, long.tokens)
+        yield name, found
 
 
 def _perplexity(
@@ -170,6 +179,7 @@ def _tasks(
         return
     from runners.evaluation.harness import HarnessModel
 
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     harness = HarnessModel(
         base.model,
         base.tokenizer,
@@ -179,7 +189,9 @@ def _tasks(
     chosen = TaskSet(settings, documents, seed, cache_dir)
     for task in settings.tasks:
         log_to = samples_dir / f"{task}.jsonl" if samples_dir and settings.log_samples else None
-        yield task, chosen.run(harness, task, log_to)
+        with Bar(desc=task):
+            found = chosen.run(harness, task, log_to)
+        yield task, found
 
 
 def _realised_on(usage: Usage | None) -> dict[str, float]:

@@ -31,6 +31,7 @@ from runners.base_model.load import Base
 from runners.corpus.source import Document
 from runners.evaluation.perplexity import first_tokens
 from runners.runtime.memory import Fitting
+from runners.runtime.progress import Bar
 
 if TYPE_CHECKING:
     from runners.point_config import ContinuationConfig
@@ -156,4 +157,5 @@ def _write(model: PreTrainedModel, rows: Sequence[Row], count: int) -> list[list
         written: list[list[int]] = torch.stack(leader.chosen, -1).tolist()
         return written
 
-    return Fitting(model).run(rows, work)
+    with Bar(desc="greedy continuations"):
+        return Fitting(model).run(rows, work)

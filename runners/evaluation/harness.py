@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lm_eval import utils
+from lm_eval.api import model as api_model
+from lm_eval.api import task as api_task
+from lm_eval.models import huggingface
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -27,11 +29,15 @@ from methods.engine.decoder.placement import input_device
 from runners.evaluation.perplexity import Window, window_nlls
 from runners.evaluation.shared_contexts import Answer, SharedContexts
 from runners.runtime.memory import Fitting
+from runners.runtime.progress import Bar, progress
 
 log = logging.getLogger(__name__)
 
 Request = tuple[Any, list[int], list[int]]
 """What lm-eval caches the answer under (or None), context and continuation as token ids."""
+
+for module in (api_model, api_task, huggingface):
+    module.tqdm = Bar  # type: ignore[attr-defined]  # its own bars fill a log, some without a name
 
 
 class HarnessModel(HFLM):
@@ -80,14 +86,6 @@ class HarnessModel(HFLM):
         model = self.model
         return {"model_num_parameters": model.num_parameters(), "model_dtype": model.dtype}
 
-    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
-        """As in the base class, without bars in a log file."""
-        return super().loglikelihood(requests, disable_tqdm=_quiet(disable_tqdm))
-
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
-        """As in the base class, without bars in a log file."""
-        return super().generate_until(requests, disable_tqdm=_quiet(disable_tqdm))
-
     @torch.no_grad()
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, in nats, in the windows of the base class.
@@ -99,8 +97,8 @@ class HarnessModel(HFLM):
         windows.sort(key=lambda window: -len(window.inputs))
         rows = self.batch_size if isinstance(self.batch_size, int) else 1
         totals = [0.0] * len(requests)
-        for start in range(0, len(windows), rows):
-            batch = windows[start : start + rows]
+        batches = [windows[start : start + rows] for start in range(0, len(windows), rows)]
+        for batch in progress(batches, "rolling log-likelihood"):
             nlls = self.fitting.run(batch, lambda part: window_nlls(self.model, part))
             for window, nll in zip(batch, nlls, strict=True):
                 totals[window.document] -= nll
@@ -152,7 +150,7 @@ class HarnessModel(HFLM):
         def score() -> list[Answer]:
             self._row_lengths = self._expected_rows(requests)
             try:
-                return base(list(requests), _quiet(disable_tqdm), override_bs)
+                return base(list(requests), disable_tqdm, override_bs)
             finally:
                 self._row_lengths = None
 
@@ -228,7 +226,3 @@ def _new_tokens(new_RT: Tensor, pad: int) -> int:
     last = (real_RT * torch.arange(1, new_RT.shape[1] + 1)).amax(dim=1, keepdim=True)
     ended = last < new_RT.shape[1]
     return int((last + ended).sum()) if new_RT.numel() else 0
-
-
-def _quiet(disable: bool) -> bool:
-    return disable or not sys.stderr.isatty()

@@ -21,6 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from methods.engine.decoder.placement import input_device, spread
 from runners.runtime.memory import Fitting
+from runners.runtime.progress import Bar
 
 Tokens = tuple[int, ...]
 PAYS = 1.3
@@ -90,11 +91,13 @@ class SharedContexts:
         longest = max((len(g.context) + g.longest_end for g in groups.values()), default=0)
         shared = [group for group in groups.values() if group.sharing_pays()]
         answers: dict[int, Answer] = {}
-        for batch in self._batches(shared, self.rows_per_pass * longest):
-            scored = self.fitting.run(batch, self._score_batch, self._score_apart)
-            askers = [asked for group in batch for asked in group.continuations.values()]
-            for indices, answer in zip(askers, scored, strict=True):
-                answers |= dict.fromkeys(indices, answer)
+        with Bar(desc="contexts", total=len(shared)) as bar:
+            for batch in self._batches(shared, self.rows_per_pass * longest):
+                scored = self.fitting.run(batch, self._score_batch, self._score_apart)
+                askers = [asked for group in batch for asked in group.continuations.values()]
+                for indices, answer in zip(askers, scored, strict=True):
+                    answers |= dict.fromkeys(indices, answer)
+                bar.update(len(batch))
         rest = [index for index in range(len(pairs)) if index not in answers]
         answers |= zip(rest, self.apart(rest) if rest else [], strict=True)
         return [answers[index] for index in range(len(pairs))]

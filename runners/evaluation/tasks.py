@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from runners.evaluation.builtin_tasks import CHOICES_OF, GENERATORS, write_built
 from runners.evaluation.scores import TaskScores, scores_of
 from runners.evaluation.stock_tasks import stock, stock_task, task_file
 from runners.evaluation.texts import text_file
+from runners.options import nearest
 from runners.point_config import EvalConfig
 from runners.store.files import write_bytes_atomic
 
@@ -39,8 +39,9 @@ def check_tasks(names: Sequence[str]) -> None:
     known = {*stock().tasks, *stock().collections} if foreign else set()
     for name in foreign:
         if name not in known:
+            hint = nearest(name, [*GENERATORS, *known])
             raise UserError(
-                f"unknown task {name!r}; built in: {', '.join(sorted(GENERATORS))}, "
+                f"unknown task {name!r}{hint}; built in: {', '.join(sorted(GENERATORS))}, "
                 "or any task that `lm_eval ls tasks` lists"
             )
 
@@ -109,8 +110,7 @@ class TaskSet:
         import datasets
         from lm_eval.tasks import TaskManager
 
-        if not sys.stderr.isatty():
-            datasets.disable_progress_bars()
+        datasets.disable_progress_bars()  # of making and filtering tables, seconds each
         self.settings = settings
         files = task_files(
             settings.tasks,
@@ -133,7 +133,6 @@ class TaskSet:
         """
         import lm_eval
 
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
         tokens, seconds = harness.generated_tokens, harness.generation_s
         halvings = harness.oom_halvings
         done: Any = lm_eval.simple_evaluate(

@@ -14,16 +14,26 @@ from typing import Any
 
 from runners.errors import UserError
 from runners.launching.check import check_point
+from runners.launching.conclusion import conclude
 from runners.launching.points import CommandLine
+from runners.point_config import PointConfig
 from runners.runtime.processes import is_main_process
-from runners.runtime.workers import collected_failures, note_failure, passing_on
+from runners.runtime.workers import (
+    POINTS,
+    collected_failures,
+    ended_points,
+    note_failure,
+    passing_on,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
-ANSWERED = {
-    *("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i"),
-    *("--shell-completion", "-sc"),
-}
+ANSWERED = {"--help", "-h", "--cfg", "-c", "--info", "-i"}
 """Flags to which Hydra answers without running a point."""
+SHELL = {"--hydra-help", "--shell-completion", "-sc"}
+"""Those to which it does without reading the other words."""
+COMPLETION = Path(__file__).with_name("completion.bash")
+"""Instead of Hydra's, which knows `python` only, without a folder, and runs whatever script stands
+behind it."""
 MAX_CHECKED_POINTS = 512
 """To compose one takes a tenth of a second."""
 Check = Callable[[Mapping[str, Any]], object]
@@ -41,11 +51,23 @@ def launch(entry: Callable[[], Any], config_name: str, check: Check = check_poin
     if "--version" in sys.argv[1:]:
         sys.stdout.write(f"{version()}\n")
         return
+    if {"-sc", "--shell-completion"} & set(sys.argv[1:]) and "install=bash" in sys.argv[1:]:
+        sys.stdout.write(COMPLETION.read_text())
+        return
+    first = None
     try:
-        if not ANSWERED & set(sys.argv[1:]):
-            sys.argv[1:] = prepare(sys.argv[1:], config_name, check)
+        if not SHELL & set(sys.argv[1:]):
+            line = CommandLine(sys.argv[1:], config_name)
+            if ANSWERED & set(sys.argv[1:]):
+                line.check_keys()
+            else:
+                first = _check_points(line, check)
+                os.environ[POINTS] = str(len(line))
+                sys.argv[1:] = line.arguments()
         with collected_failures() as failed, passing_on():
             entry()
+        if isinstance(first, PointConfig) and is_main_process():
+            conclude(ended_points, report=first.store.report)
     except UserError as error:
         sys.exit(_end(error, 2))
     except KeyboardInterrupt:  # before a point listens, or after
@@ -61,9 +83,14 @@ def prepare(arguments: Sequence[str], config_name: str, check: Check = check_poi
         UserError: one line.
     """
     line = CommandLine(arguments, config_name)
-    for config in itertools.islice(line.points(), MAX_CHECKED_POINTS):
-        check(config)
+    _check_points(line, check)
     return line.arguments()
+
+
+def _check_points(line: CommandLine, check: Check) -> object:
+    """What the check gives of the first point."""
+    checked = [check(config) for config in itertools.islice(line.points(), MAX_CHECKED_POINTS)]
+    return next(iter(checked), None)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -30,7 +31,7 @@ from runners.runtime.processes import world_size
 AT_HOME = re.compile(r"^([^=]+=)~(?=/|$)")
 """Words that a shell leaves as they are, and Hydra cannot read."""
 NAME, FOLDER = ("--config-name", "-cn"), ("--config-dir", "-cd")
-WITH_VALUE = (*NAME, *FOLDER, "--config-path", "-cp")
+WITH_VALUE = (*NAME, *FOLDER, *"--config-path -cp --cfg -c --info -i --package -p".split())
 PLACES = {
     "model": ("pretrained", "path", "a hub id (owner/name) or a folder"),
     "data": ("files", "dir", "a folder"),
@@ -98,16 +99,34 @@ class CommandLine:
 
     def points(self) -> Iterator[dict[str, Any]]:
         """The resolved config of every point, in Hydra's order."""
-        points = [self.overrides]
-        if self.sweeping:
-            presets = parse([f"{key}={value}" for key, value in self.presets.items()])
-            batches = BasicSweeper.split_arguments([*presets, *self.overrides], None)
-            points = [parse(point) for batch in batches for point in batch]
-        for point in points:
+        for point in self._expanded():
             try:
                 yield resolve(self._compose(point))
             except OmegaConfBaseException as error:
                 raise UserError(_one_line(error)) from error
+
+    def __len__(self) -> int:
+        """How many points there are."""
+        return len(self._expanded())
+
+    def check_keys(self) -> None:
+        """Compose the first point, whatever its values, so that no unknown key reaches Hydra: its
+        own message says how to add one, and a typo would run.
+
+        Raises:
+            UserError: such a key; a sweep, of which Hydra shows nothing.
+        """
+        if self.sweeping:
+            raise UserError("--cfg and --info show one point: leave out -m")
+        self._compose(self._expanded()[0])
+
+    def _expanded(self) -> list[list[Override]]:
+        """The words of every point."""
+        if not self.sweeping:
+            return [self.overrides]
+        presets = parse([f"{key}={value}" for key, value in self.presets.items()])
+        batches = BasicSweeper.split_arguments([*presets, *self.overrides], None)
+        return [parse(point) for batch in batches for point in batch]
 
     def _compose(self, overrides: Sequence[Override], with_hydra: bool = False) -> DictConfig:
         """As Hydra composes: files first, then options one by one.
@@ -127,7 +146,7 @@ class CommandLine:
             if key is None:
                 raise UserError(_one_line(error)) from error
             chosen = [o for o in overrides if self._is_choice(o) and o.key_or_group != key[1]]
-            found = self._compose(chosen)
+            found = self._compose(chosen, key[1].startswith("hydra"))
             every = list(_dotted(OmegaConf.to_container(found)))
             raise unknown("option", key[1], self._siblings(key[1], found), every) from error
 
@@ -203,14 +222,21 @@ def _dotted(config: Any, prefix: str = "") -> Iterator[str]:
 
 
 def split_flags(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Hydra's flags (with their values) apart from its overrides."""
+    """Hydra's flags (with their values) apart from its overrides.
+
+    Raises:
+        UserError: a flag that Hydra does not have.
+    """
     flags: list[str] = []
     words: list[str] = []
-    rest = iter(arguments)
+    rest, known = iter(arguments), list(get_args_parser()._option_string_actions)
     for word in rest:
         if not word.startswith("-"):
             words.append(word)
             continue
+        name = word.partition("=")[0]
+        if not any(flag.startswith(name) for flag in known):
+            raise unknown("flag", name, known)
         flags.append(word)
         if word in WITH_VALUE:
             flags.append(next(rest, ""))

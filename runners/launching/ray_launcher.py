@@ -33,11 +33,18 @@ from omegaconf import DictConfig, open_dict
 
 from runners.errors import UserError
 from runners.runtime.signals import Interrupted, handled
-from runners.runtime.workers import VARIABLE, end_points
+from runners.runtime.workers import POINTS, VARIABLE, end_points
 
 log = logging.getLogger(__name__)
 
-PASSED_ON = (VARIABLE, "OMP_NUM_THREADS", "ROUTEBENCH_CACHE_DIR", "WANDB_API_KEY", "HF_HOME")
+PASSED_ON = (
+    VARIABLE,
+    POINTS,
+    "OMP_NUM_THREADS",
+    "ROUTEBENCH_CACHE_DIR",
+    "WANDB_API_KEY",
+    "HF_HOME",
+)
 """Variables of the environment that a worker needs as they are here."""
 
 

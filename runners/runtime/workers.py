@@ -1,9 +1,9 @@
 """Run points in other processes: their failures come back to the sweep, its signals go to them.
 
 A sweep shares a folder with the workers that a launcher starts for it, on whatever machine they
-are, and names it in their environment. A worker leaves a file there for each point that failed
-and a mark while a point runs. Asked to end, the sweep leaves word there; the workers look for it,
-and each ends its point as if the signal had come to it.
+are, and names it in their environment. A worker leaves a file there for each point that ended or
+failed and a mark while a point runs. Asked to end, the sweep leaves word there; the workers look
+for it, and each ends its point as if the signal had come to it.
 """
 
 from __future__ import annotations
@@ -33,22 +33,43 @@ PATIENCE_S = 25.0
 LOOK_S = 0.3
 STOP, MARK = "stop", "at-work-"
 
+POINTS = "ROUTEBENCH_POINTS"
+"""Names how many points the sweep has."""
+FAILED, ENDED = "failed", "ended"
+
 failed_points: list[str] = []
 """Reasons of points that failed in this process; a sweep goes on after one."""
+ended_points: list[str] = []
+"""Folders of points that have a record, complete or failed."""
 
 
 def note_failure(reason: str) -> None:
     """Remember a failed point, and tell the process that started the sweep."""
-    failed_points.append(reason)
+    _note(failed_points, FAILED, reason)
+
+
+def note_end(folder: Path) -> None:
+    """Remember a point that has its record, and tell the process that started the sweep."""
+    _note(ended_points, ENDED, str(folder.absolute()))
+
+
+def _note(kept: list[str], kind: str, text: str) -> None:
+    kept.append(text)
     folder = _shared_folder(in_worker=True)
     if folder is not None:
-        (folder / f"{uuid.uuid4().hex}.txt").write_text(reason)
+        (folder / f"{time.time_ns()}-{uuid.uuid4().hex}.{kind}").write_text(text)
+
+
+def alone() -> bool:
+    """Whether this process runs all points of its sweep, and no worker does."""
+    named = os.environ.get(VARIABLE)
+    return not named or Path(named).name.startswith(f"failed-{os.getpid()}-")
 
 
 def _shared_folder(*, in_worker: bool) -> Path | None:
     """The shared folder, made, if this process is a worker; or if it is the sweep itself."""
     named = os.environ.get(VARIABLE)
-    if not named or Path(named).name.startswith(f"failed-{os.getpid()}-") == in_worker:
+    if not named or alone() == in_worker:
         return None
     folder = Path(named)
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,7 +78,7 @@ def _shared_folder(*, in_worker: bool) -> Path | None:
 
 @contextmanager
 def collected_failures() -> Iterator[list[str]]:
-    """Add what workers note inside the block, and show it.
+    """Add what workers note inside the block, and show their failures.
 
     Yields:
         `failed_points`, complete when the block has ended.
@@ -68,7 +89,9 @@ def collected_failures() -> Iterator[list[str]]:
         yield failed_points
     finally:
         del os.environ[VARIABLE]
-        for file in sorted(folder.glob("*.txt")):
+        for file in sorted(folder.glob(f"*.{ENDED}")):
+            ended_points.append(file.read_text())
+        for file in sorted(folder.glob(f"*.{FAILED}")):
             reason = file.read_text()
             failed_points.append(reason)
             sys.stderr.write(f"error: {reason}\n")

@@ -31,7 +31,7 @@ from runners.runtime.distributed import (
 )
 from runners.runtime.memory import PeakMemory, attempt
 from runners.runtime.processes import world_size
-from runners.runtime.progress import progress
+from runners.runtime.progress import Bar, note
 from runners.runtime.signals import Stop, deferred
 from runners.training.flops_target import Saved, calibrate_saving
 from runners.training.passes import Objective, Passes
@@ -45,6 +45,9 @@ calibrated after it, on all of it."""
 
 LEAST_SIZE = 1e-3
 """Root mean square below which a parameter counts as this large: what starts at zero can move."""
+
+SAID = ("loss", "sparsity", "target", "tokens_per_s")
+"""Figures of a step that the console shows."""
 
 OnStep = Callable[[str, dict[str, float]], None]
 OnStart = Callable[[str, int, list[dict[str, float]]], None]
@@ -78,6 +81,16 @@ class StageReport:
     def to_dict(self) -> dict[str, Any]:
         """JSON form, as in the result record."""
         return asdict(self)
+
+    @property
+    def headline(self) -> str:
+        """What a log line says of it."""
+        parts = [f"{self.name}: {self.seconds:.1f} s", f"{self.tokens} tokens"]
+        if self.steps:
+            parts += [f"{self.steps} steps", f"loss {self.final_loss:.4g}"]
+        if self.sparsity is not None:
+            parts.append(f"sparsity {self.sparsity:.3f}")
+        return ", ".join([*parts, *(f"{key} {value:.3g}" for key, value in self.figures.items())])
 
 
 def recipe(method: Method, budget: Budget, saved: Saved | None = None) -> Iterator[Stage]:
@@ -216,7 +229,8 @@ class Loop:
         self._seed(stage.name)
         cost, report = Cost(self.device, self.probe), StageReport(stage.name)
         if stage.fit is not None:
-            stage.fit(self.probe)
+            with Bar(desc=stage.name):
+                stage.fit(self.probe)
         else:
             assert stage.budget is not None and stage.loss is not None, stage.name
             kept = checkpoint or Checkpoint()
@@ -232,9 +246,7 @@ class Loop:
         report.seconds, tokens, report.peak_memory_bytes = cost.read().values()
         report.tokens += tokens
         report.figures = stage.report(self.probe) if stage.report else {}
-        figures = " ".join(f"{k}={v:.3g}" for k, v in report.figures.items())
-        said = "stage %s: %.1f s, %d tokens %s"
-        log.info(said, stage.name, report.seconds, report.tokens, figures)
+        log.info("stage %s", report.headline)
         return report
 
     def _train(
@@ -246,7 +258,8 @@ class Loop:
         allowance: int | None,
     ) -> Position:
         found = broadcast_object(checkpoint.load)
-        thresholds = self._start_thresholds(stage) if found is None else {}
+        with Bar(desc=f"start of {stage.name}"):
+            thresholds = self._start_thresholds(stage) if found is None else {}
         if found is not None:
             cost.before = found[1]["cost"]
         budget = lengthened(budget, allowance, cost.read()["tokens"])
@@ -264,8 +277,10 @@ class Loop:
         at = state.at
         self.on_start(stage.name, at.step, at.curve)
         self.method.train()
-        bar = progress(range(budget.steps), stage.name, initial=at.step)
-        with deferred() as stop:
+        with (
+            Bar(desc=stage.name, total=budget.steps, initial=at.step) as bar,
+            deferred() as stop,
+        ):
             while True:
                 if is_distributed():  # rows of different processes get different noise
                     self._seed(f"{stage.name}/{at.step}/{distributed.get_rank()}")
@@ -279,8 +294,8 @@ class Loop:
                     break
                 if self._step(stage, budget, state, stop):
                     figures = at.curve[-1]
+                    note(", ".join(f"{key} {figures[key]:.4g}" for key in SAID if key in figures))
                     bar.update()
-                    bar.set_postfix({k: f"{v:.4g}" for k, v in figures.items() if k != "step"})
                     self.on_step(stage.name, figures)
         self.method.eval()
         return at

@@ -20,7 +20,7 @@ from methods.engine.routed import routed
 from methods.engine.routing import routing_of
 from runners.corpus.rows import ProbeText
 from runners.errors import UserError
-from runners.runtime.progress import progress
+from runners.runtime.progress import note, progress
 from runners.training.losses import language_model_loss
 
 
@@ -139,6 +139,7 @@ class ModelProbe:
                 usage = routing.counters.read()
         finally:
             self.method.threshold.copy_(before)
+        note(f"realised {usage.sparsity():.3f}")
         home = input_device(self.model)
 
         def joined(parts: list[Tensor]) -> Tensor:
@@ -167,7 +168,7 @@ class ModelProbe:
 
     def _mean_loss(self, rows: Tensor) -> float:
         total = 0.0
-        for batch in self._batches(rows):
+        for batch in progress(self._batches(rows), "loss"):
             total += float(language_model_loss(self.model, batch)) * batch.numel()
         return total / rows.numel()
 

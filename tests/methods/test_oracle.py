@@ -85,5 +85,5 @@ def test_the_record_says_so(commands):
 def test_a_target_out_of_reach_fails_before_training_with_one_line(commands):
     done = commands.run("sweep", "method=mod", "sparsity=0.7")
     assert done.code != 0
-    assert "out of reach: it routes 0.500 of all units" in done.stderr
-    assert "stage" not in done.stderr
+    assert "out of reach: it routes 0.500 of all units" in done.stdout
+    assert "stage" not in done.stdout

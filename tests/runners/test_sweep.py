@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from runners import job
 from runners.runtime import workers
-from tests.conftest import Commands
+from tests.conftest import Commands, Finished
 from tests.runners.survival import numbers
 from tests.runners.wandb_file import runs
 
@@ -42,7 +43,7 @@ def test_sweep_records_tracks_and_is_skipped_when_repeated(shell, tmp_path):
     tracking = ("tracking=wandb", f"tracking.dir={tmp_path / 'track'}")
     secrets = {"WANDB_API_KEY": "s3cret" * 6 + "abcd", "HF_TOKEN": "hf_s3cret"}
     url = ("+data.revision='https://me:s3cret@host/x?token=s3cret'",)
-    shrunk = [w for w in shell.line("sweep")[2:] if w != "tracking=off"]
+    shrunk = [w for w in shell.line("sweep")[2:] if w not in ("tracking=off", "report=false")]
     done = shell.run("sweep", *shrunk, *words, *tracking, *url, shrink=False, **secrets)
     assert done.code == 0, done.stdout + done.stderr
     found = records(shell)
@@ -64,11 +65,13 @@ def test_sweep_records_tracks_and_is_skipped_when_repeated(shell, tmp_path):
     assert not any(hits[0.3])
     assert hits[0.5] == [*[True] * (len(hits[0.5]) - 1), False]
     check_tracking(tmp_path / "track", found)
+    check_console(done, found, shell.results)
     stored = b"".join(f.read_bytes() for f in shell.results.rglob("*") if f.is_file())
     assert b"s3cret" not in stored
     assert b"<redacted>" in stored
 
-    before = {file: file.stat().st_mtime_ns for file in shell.results.glob("*/result.json")}
+    kept = [*shell.results.glob("*/result.json"), shell.results / "report.html"]
+    before = {file: file.stat().st_mtime_ns for file in kept}
     again = shell.run("sweep", *shrunk, *words, *tracking, *url, shrink=False)
     assert again.code == 0
     assert (again.stdout + again.stderr).count("skipped (force=true computes it again)") == 2
@@ -84,7 +87,7 @@ def test_what_a_point_generates_is_added_to_a_record_without_it(commands):
     assert "generation" not in before
     again = commands.run("sweep", *words)
     assert again.code == 0
-    assert "stage" not in again.stderr
+    assert "stage" not in again.stdout
     (after,) = records(commands).values()
     added = after.pop("generation")
     hashes = (before.pop("content_sha256"), after.pop("content_sha256"))
@@ -96,10 +99,28 @@ def test_what_a_point_generates_is_added_to_a_record_without_it(commands):
     assert commands.run("sweep", *words, "force=true").code == 0
     assert records(commands)[0.3]["generation"] == added
     third = commands.run("sweep", *words)
-    assert "adding" not in third.stderr
+    assert "adding" not in third.stdout
     other = commands.run("sweep", *words, "eval.generation.new_tokens=2")
-    assert "adding" in other.stderr
+    assert "adding" in other.stdout
     assert records(commands)[0.3]["generation"]["settings"]["new_tokens"] == 2
+
+
+def check_console(done: Finished, found: dict[float, dict], results: Path) -> None:
+    """A log: each stage once, points counted, no bar; at the end a table and two files."""
+    said = done.stdout
+    assert done.stderr == "" and "\r" not in said and "it/s" not in said
+    assert "point 1 of 2: informed sparsity=0.3" in said
+    assert re.search(r"point 2 of 2, about \d\d:\d\d left: informed sparsity=0.5", said)
+    assert said.count("stage forecasters: ") == said.count("stage calibrate: ") == len(found)
+    assert said.count("evaluated the dense model") == 1
+    _, *lines = said[said.index("the sweep's 2 points:") :].splitlines()
+    for (target, record), line in zip(sorted(found.items()), lines[1:3], strict=True):
+        words = [f"{target:g}", f"{record['sparsity_realised']:.3f}"]
+        words.append(f"{record['perplexity']['sotu']['value']:.2f}")
+        assert all(word in line for word in words), line
+    files = [Path(line.partition(": ")[2]) for line in lines[3:]]
+    assert [file.suffix for file in files] == [".png", ".html"]
+    assert all(file.is_file() and file.is_relative_to(results) for file in files)
 
 
 def check_tracking(folder: Path, found: dict[float, dict]) -> None:
@@ -128,7 +149,7 @@ def test_a_folder_of_ones_own_text(commands):
     (record,) = records(commands).values()
     assert (record["status"], record["data"]) == ("complete", "files")
     assert record["perplexity"]["files"]["value"] > 1
-    assert "skipped" in commands.run("sweep", *words).stderr
+    assert "skipped" in commands.run("sweep", *words).stdout
     (folder / "00.txt").write_text("other words")
     assert commands.run("sweep", *words).code == 0
     assert len(list(commands.results.glob("*/result.json"))) == 2

@@ -35,6 +35,7 @@ from runners.base_model.synthetic import tiny_model
 from runners.corpus.source import _hub_split, check_source
 from runners.errors import UserError
 from runners.launching import command_line, points
+from runners.launching.points import CommandLine
 from runners.point_config import DataConfig, PlacementConfig, PointConfig
 from runners.runtime import workers
 from runners.runtime.signals import Interrupted
@@ -310,6 +311,8 @@ CASES: dict[str, Provoke] = {
     "unknown option": command("+sparcity=0.3"),
     "... must be one of": command("mode=fast"),
     "... must be a whole": command("budget.routers.steps=0"),
+    "unknown flag": command("--multrun"),
+    "--cfg and --info": lambda scene: CommandLine(["--cfg", "job", "-m"], "sweep").check_keys(),
     "several values": command("sparsity=0.1,0.2"),
     "sparsity must": command("sparsity=30"),
     "method ...: sparsity": out_of_reach,

@@ -6,6 +6,7 @@ import itertools
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -167,3 +168,46 @@ def test_a_stored_configuration_is_a_primary_config(tmp_path):
     words = ["--config-dir", str(tmp_path), "--config-name", "config", "results_dir=reproduced"]
     (again,) = CommandLine(words, "sweep").points()
     assert again == {**stored, "results_dir": "reproduced"}
+
+
+@pytest.mark.parametrize("flag", [["--cfg", "job"], ["--help"], ["--info", "config"], ["-m"]])
+def test_no_message_tells_how_to_make_a_typo_run(flag, monkeypatch, capsys):
+    """Hydra's own does: `To append to your config use +sparcity=0.3`."""
+    monkeypatch.setattr(sys, "argv", ["sweep.py", *flag, "sparcity=0.3"])
+    with pytest.raises(SystemExit) as ended:
+        launch(lambda: pytest.fail("it ran"), "sweep")
+    assert ended.value.code == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "did you mean sparsity?" in said and "+sparcity" not in said
+
+
+COMPLETED = [
+    ("python runners/sweep.py method=inf", {"method=informed", "method=informed_plus"}),
+    ("python3 ./runners/speed.py -m sparsity=0.3 speed.de", {"speed.decisions=", "speed.decode."}),
+    ("VENV/python runners/plan.py budget.rou", {"budget.routers."}),
+    ("python runners/sweep.py model=./do", {"model=./docs"}),
+    ("python analysis/report.py res", set()),
+    ("python setup.py res", set()),
+]
+
+
+def test_completion_in_bash():
+    """What a user evaluates, and the words that the Tab key then finds; other scripts never run."""
+    bin_folder = Path(sys.executable).parent
+    install = f"{sys.executable} runners/sweep.py --shell-completion install=bash"
+    lines = [f'eval "$({install})"', "complete -p python >/dev/null || exit 1"]
+    for typed, _ in COMPLETED:
+        words = typed.replace("VENV", str(bin_folder))
+        lines += [f"COMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))", "_routebench"]
+        lines += ['echo "${COMPREPLY[@]}"']
+    path = f"{bin_folder}:/usr/bin:/bin"
+    done = subprocess.run(
+        ["bash", "-c", "\n".join(lines)],
+        cwd=ROOT,
+        env={"PATH": path, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    for (typed, wanted), found in zip(COMPLETED, done.stdout.splitlines(), strict=True):
+        assert wanted <= set(found.split()) if wanted else not found, typed
