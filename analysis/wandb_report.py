@@ -119,7 +119,9 @@ def _curves(stages: pd.DataFrame) -> list[Any]:
     wr = _library()
     trained = sorted({str(name) for name in stages.loc[stages["steps"] > 0, "stage"]})
     panels: list[Any] = [
-        wr.LinePlot(title=f"{name}: loss", x=f"{name}/step", y=[f"{name}/loss"]) for name in trained
+        # a stage of several targets has a curve for each
+        wr.LinePlot(title=f"{name}: loss", x=f"{name}/step", metric_regex=f"^{name}/loss(_at_.*)?$")
+        for name in trained
     ]
     panels.append(
         wr.BarPlot(

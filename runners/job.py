@@ -68,12 +68,10 @@ def run_point(cfg: DictConfig, job: Job = "sweep") -> None:
             named = f"{label} ({config.variant})" if config.variant else label
             log.info("%s%s: starting in %s", place, named, folder.path)
             folder.begin(config.redacted)
-            with _failure_recorded(config, folder):
-                built = _work(config, folder, job)
-        # a failure from here on leaves the record of the quality as it is
-        if job == "sweep" and (cases := _untimed(config, folder, again=anew)):
-            log.info("%s: timing it", label)
-            _time(config, folder, cases, built)
+            built = _run_anew(config, folder, job)
+        if job == "sweep" and not anew and (cases := _untimed(config, folder)):
+            with _tracked(config, folder, "speed") as tracker:
+                _time(config, folder, cases, tracker, built)
         if built is not None:
             _seconds.append(time.perf_counter() - began)
     if folder.result_file.is_file():
@@ -94,27 +92,37 @@ def _place() -> str:
     return f"{said}: "
 
 
-def _work(config: PointConfig, folder: RunFolder, job: Job) -> Built:
+def _run_anew(config: PointConfig, folder: RunFolder, job: Job) -> Built:
+    """Work on a point, and time it if its sweep does, in one run of the tracker."""
+    with _tracked(config, folder, job) as tracker:
+        with _failure_recorded(config, folder):
+            built = _work(config, folder, job, tracker)
+        # a failure from here on leaves the record of the quality as it is
+        if job == "sweep" and (cases := _untimed(config, folder, again=True)):
+            _time(config, folder, cases, tracker, built)
+    return built
+
+
+def _work(config: PointConfig, folder: RunFolder, job: Job, tracker: Safe) -> Built:
     """Build, train and calibrate, save, evaluate, record."""
     from runners import point
     from runners.tracking.mirror import mirror
 
     began = time.perf_counter()
-    with _tracked(config, folder, job) as tracker:
-        built = point.build(config)
-        if config.saved is None:
-            trained = point.train(config, built, folder, tracker)
-            point.save(config, built, folder.path / "routed")
-        else:
-            trained = point.restore(config, config.saved, built)
-        if job == "train":
-            folder.saved()
-            log.info("saved %s", folder.path / "routed")
-            return built
-        scores = point.evaluate(config, built, folder)
-        record = point.record(config, built, trained, scores, time.perf_counter() - began)
-        folder.complete(record)
-        mirror(tracker, folder.path, record.to_json())
+    built = point.build(config)
+    if config.saved is None:
+        trained = point.train(config, built, folder, tracker)
+        point.save(config, built, folder.path / "routed")
+    else:
+        trained = point.restore(config, config.saved, built)
+    if job == "train":
+        folder.saved()
+        log.info("saved %s", folder.path / "routed")
+        return built
+    scores = point.evaluate(config, built, folder)
+    record = point.record(config, built, trained, scores, time.perf_counter() - began)
+    folder.complete(record)
+    mirror(tracker, folder.path, record.to_json())
     log.info("%s: %s", config.label, record.headline)
     for line in record.warnings:
         log.warning("%s: %s", config.label, line)
@@ -144,7 +152,7 @@ def _generate(config: PointConfig, folder: RunFolder) -> Built:
 
 
 def _untimed(
-    config: PointConfig, folder: RunFolder, *, again: bool
+    config: PointConfig, folder: RunFolder, *, again: bool = False
 ) -> list[tuple[Phase, dict[str, int]]]:
     """The cases that a point of a sweep is still to be timed in; all of them if `again`."""
     speed = config.speed
@@ -194,11 +202,18 @@ def measure_speed(cfg: DictConfig) -> None:
             folder.begin(config.redacted)
         log.info("%s: starting in %s", label, folder.path)
         assert config.speed is not None
-        _time(config, folder, config.speed.cases())
+        with _tracked(config, folder, "speed") as tracker:
+            _time(config, folder, config.speed.cases(), tracker)
 
 
-def _time(config: PointConfig, folder: RunFolder, cases: Cases, ready: Built | None = None) -> None:
-    """Time cases and keep them in the record.
+def _time(
+    config: PointConfig,
+    folder: RunFolder,
+    cases: Cases,
+    tracker: Safe,
+    ready: Built | None = None,
+) -> None:
+    """Time cases; each is kept in the record as soon as it is timed.
 
     Args:
         ready: trained; None builds the point, with what it saved or with the stages' products.
@@ -209,13 +224,15 @@ def _time(config: PointConfig, folder: RunFolder, cases: Cases, ready: Built | N
 
     speed = config.speed
     assert speed is not None
-    with _tracked(config, folder, "speed") as tracker:
-        built, stages = ready or point.build(config), []
-        if speed.trained and ready is None:
-            stages = point.train_again(config, built, folder, tracker).stages
-        base, method = built.base, built.method
+    log.info("%s: timing it", config.label)
+    built, stages = ready or point.build(config), []
+    if speed.trained and ready is None:
+        stages = point.train_again(config, built, folder, tracker).stages
+    base, method = built.base, built.method
+    try:
         for phase, case in measure(speed, cases, config.data, config.seed, base, method):
             folder.add_speed(phase, case, unevaluated(config, base, method, stages, case))
+    finally:  # those that were timed before it was stopped too
         mirror_speed(tracker, folder.speed())
 
 

@@ -38,7 +38,7 @@ from runners.store.provenance import provenance, stage_version
 from runners.store.record import Record
 from runners.store.run_folder import RunFolder
 from runners.store.stage_cache import StageCache, content_key
-from runners.tracking.base import Safe
+from runners.tracking.base import Safe, curves
 from runners.training.flops_target import (
     Saved,
     calibrate_saving,
@@ -106,8 +106,9 @@ def train(config: PointConfig, built: Built, folder: RunFolder, tracker: Safe) -
 
     def on_step(stage: str, figures: dict[str, float]) -> None:
         folder.log({"event": "step", "stage": stage, **figures})
-        tracker.log({f"{stage}/{key}": value for key, value in figures.items()})
+        tracker.log(curves(stage, figures, apart=stage in several))
 
+    several = {s.name for s in recipe(method, built.budget) if len(set(s.targets)) > 1}
     if spread(built.base.model):
         check_gradients(config.method.name, recipe(method, built.budget))
     loop = Loop(

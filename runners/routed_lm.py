@@ -205,6 +205,11 @@ def completed(words: Sequence[str]) -> list[str]:
 
 def main() -> None:
     """lm-eval's command line, with `routed` among the models."""
+    if "--version" in sys.argv[1:]:
+        from runners.launching.command_line import version
+
+        sys.stdout.write(f"{version()}\n")
+        return
     from lm_eval.__main__ import cli_evaluate
 
     try:

@@ -49,7 +49,7 @@ class Tracker(Protocol):
         """Keep files, with their lineage."""
 
     def summary(self, result: Mapping[str, Any]) -> None:
-        """Keep the figures of the finished record."""
+        """Keep figures of the run as a whole; later ones join or replace earlier ones."""
 
     def close(self, *, failed: bool) -> None:
         """End the run; the next point of the same process starts its own."""
@@ -120,6 +120,28 @@ class Safe:
         except Exception as error:
             self.active = False
             log.warning("tracking stopped, the run goes on: %s", error)
+
+
+OF_A_TARGET = ("loss", "sparsity", "gradient_norm")
+"""Figures of a step that differ between targets."""
+
+
+def curves(stage: str, figures: Mapping[str, float], *, apart: bool) -> dict[str, float]:
+    """A step's figures under the names of their curves.
+
+    Args:
+        figures: with the `target` of the step, if it has one.
+        apart: a curve for each target, `<stage>/loss_at_0_25`, where one curve would jump between
+            them from step to step.
+    """
+    if not apart or "target" not in figures:
+        return {f"{stage}/{key}": value for key, value in figures.items()}
+    ending = f"_at_{figures['target']:g}".replace(".", "_")  # W&B takes a dot for a field's
+    return {
+        f"{stage}/{key}{ending if key in OF_A_TARGET else ''}": value
+        for key, value in figures.items()
+        if key != "target"
+    }
 
 
 def flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

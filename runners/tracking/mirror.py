@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any
 
 from runners.tracking.base import Files, Rows, Safe, Tracker
@@ -12,6 +13,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 KINDS = ("attention", "mlp")
+CONFIGURED = frozenset(
+    "method variant model data seed sparsity_target options kv_policy identity lora "
+    "schema_version speed".split()
+)
+"""Fields of a record that the run's configuration has, or that say how it came about."""
+CASE = ("speedup", "bound", "efficiency", "dense_tps", "routed_tps", "sparsity")
+"""Figures of a timed case that become scalars."""
 
 
 def mirror(tracker: Safe, folder: Path, result: Mapping[str, Any]) -> None:
@@ -21,7 +29,7 @@ def mirror(tracker: Safe, folder: Path, result: Mapping[str, Any]) -> None:
         folder: of the point, complete.
         result: the record.
     """
-    tracker.summary(result)
+    tracker.summary(summary_of(result))
     per_layer = result["realised"]["per_layer"]
     tracker.attempt(_table("results", result_rows(result)))
     tracker.attempt(_table("stages", stage_rows(result)))
@@ -31,8 +39,32 @@ def mirror(tracker: Safe, folder: Path, result: Mapping[str, Any]) -> None:
     tracker.attempt(lambda t: send_files(t, folder, result))
 
 
+def summary_of(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What a point found; runs are told apart and filtered by their configuration.
+
+    `perplexity_ratio` is routed over dense, the geometric mean over texts.
+    """
+    found = {key: value for key, value in result.items() if key not in CONFIGURED}
+    texts = [t for t in result["perplexity"].values() if t.get("metric") in (None, "perplexity")]
+    if texts:
+        found["perplexity_ratio"] = geometric_mean([t["value"] / t["dense"] for t in texts])
+    return found
+
+
+def speed_summary(speed: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures of every timed case, and `speedup_prefill` and `speedup_decode` of the last ones."""
+    found: dict[str, Any] = {}
+    for phase in ("prefill", "decode"):
+        for case in speed.get(phase) or []:
+            name = f"{case['batch']}x{case.get('seq', case.get('context'))}"
+            figures = {key: case[key] for key in CASE if key in case}
+            found |= {f"speedup_{phase}": case["speedup"], f"speed/{phase}_{name}": figures}
+    return found
+
+
 def mirror_speed(tracker: Safe, speed: Mapping[str, Any]) -> None:
-    """Send what was timed, a row a case."""
+    """Send what was timed: scalars, and a row a case."""
+    tracker.summary(speed_summary(speed))
     for phase in ("prefill", "decode"):
         rows = [
             {key: value for key, value in case.items() if not isinstance(value, (Mapping, list))}

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 IDS_FILE = "tracking.json"
+QUALITY, DONE = ("sweep", "score"), "quality"
+"""Kinds of work whose runs have a point's quality, and the key of such a run that has ended."""
 
 
 class WandbTracker:
@@ -89,7 +91,7 @@ class WandbTracker:
         self.run.log_artifact(made)
 
     def summary(self, result: Mapping[str, Any]) -> None:
-        """Every number and label of the record, nested keys joined with `/`."""
+        """As scalars of the run, nested keys joined with `/`."""
         self.run.summary.update(flat(result))
 
     def close(self, *, failed: bool) -> None:
@@ -110,6 +112,8 @@ class WandbTracker:
 class RunIds:
     """The id of a point's W&B run of one kind, in `tracking.json` beside its record.
 
+    Speed goes into the run that has the point's quality, where there is one.
+
     Args:
         folder: of the point.
         job: kind of work.
@@ -121,14 +125,19 @@ class RunIds:
     def current(self) -> str:
         """The id of the run that has not ended well, or a new one, kept from now on."""
         kept = self._read()
-        found = kept.get(self.job) or f"{self.point}-{self.job}-{secrets.token_hex(3)}"
+        found = kept.get(self.job)
+        if self.job == "speed":
+            found = found or next((kept[job] for job in QUALITY if job in kept), kept.get(DONE))
+        found = found or f"{self.point}-{self.job}-{secrets.token_hex(3)}"
         write_json_atomic(self.path, {**kept, self.job: found})
         return str(found)
 
     def ended(self) -> None:
         """The next run of this kind gets an id of its own."""
         kept = self._read()
-        kept.pop(self.job, None)
+        found = kept.pop(self.job, None)
+        if self.job in QUALITY:
+            kept[DONE] = found
         write_json_atomic(self.path, kept)
 
     def _read(self) -> dict[str, Any]:
@@ -156,14 +165,15 @@ def open_wandb(run: Run) -> WandbTracker:
     tracking = run.tracking
     Path(tracking.dir).mkdir(parents=True, exist_ok=True)
     ids = RunIds(run.folder, run.job)
+    own = ids.current()
     options: dict[str, Any] = {
         "project": tracking.project,
         "entity": tracking.entity,
         "group": tracking.group,
-        "id": ids.current(),
+        "id": own,
         "resume": "allow",
         "name": run.name,
-        "job_type": run.job,
+        "job_type": own.rsplit("-", 2)[1],  # of the run that is resumed, if one is
         "tags": list(run.tags),
         "config": {
             **run.config,

@@ -314,8 +314,8 @@ class Loop:
             return False
         loss, rate = found
         norm = nn.utils.clip_grad_norm_(state.parameters, stage.clip_norm)
-        at.loss = finite(stage, at.step, budget.steps, loss, norm)
-        set_rate(state.adamw, stage, at.step, budget.steps)
+        at.loss, size = finite(stage, at.step, budget.steps, loss, norm)
+        rate_now = set_rate(state.adamw, stage, at.step, budget.steps)
         state.adamw.step()
         state.adamw.zero_grad(set_to_none=True)
         realised = 1.0 - float(rate)
@@ -326,6 +326,7 @@ class Loop:
         tokens = budget.tokens / budget.steps
         speed = tokens / (time.perf_counter() - began)
         figures = {"step": at.step, "loss": at.loss, "tokens_per_s": speed}
+        figures |= {"lr": rate_now, "gradient_norm": size}
         if stage.forward == "routed":
             figures |= {"sparsity": realised, "target": target}
         at.curve.append(figures)
@@ -426,11 +427,14 @@ def optimizer(stage: Stage, parameters: Sequence[nn.Parameter]) -> torch.optim.A
     return torch.optim.AdamW(groups, betas=stage.betas, weight_decay=stage.weight_decay)
 
 
-def set_rate(adamw: torch.optim.AdamW, stage: Stage, step: int, steps: int) -> None:
+def set_rate(adamw: torch.optim.AdamW, stage: Stage, step: int, steps: int) -> float:
     """Linear warm-up, then the stage's schedule.
 
     Args:
         step: from 0.
+
+    Returns:
+        The stage's rate at this step; with `relative_lr` a parameter's is that times its size.
     """
     warmup = round(stage.warmup * steps)
     factor = 1.0
@@ -440,10 +444,13 @@ def set_rate(adamw: torch.optim.AdamW, stage: Stage, step: int, steps: int) -> N
         factor = 0.5 * (1.0 + math.cos(math.pi * ((step - warmup) / max(1, steps - warmup))))
     for group in adamw.param_groups:
         group["lr"] = group["initial_lr"] * factor
+    return stage.lr * factor
 
 
-def finite(stage: Stage, step: int, steps: int, loss: Tensor, gradient_norm: Tensor) -> float:
-    """The loss as a number; one transfer for both checks.
+def finite(
+    stage: Stage, step: int, steps: int, loss: Tensor, gradient_norm: Tensor
+) -> tuple[float, float]:
+    """The loss and the gradient norm as numbers; one transfer for both checks.
 
     Raises:
         TrainingDiverged: the loss or the gradient norm is not finite.
@@ -455,4 +462,4 @@ def finite(stage: Stage, step: int, steps: int, loss: Tensor, gradient_norm: Ten
                 f"stage {stage.name}: {name} is {figure} at step {step + 1} of {steps}; "
                 f"lower its learning rate (now {stage.lr:g})"
             )
-    return float(value)
+    return value, norm

@@ -102,7 +102,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "timing": (*GROUND, "corpus", "base_model"),
     "content": (*GROUND, "corpus", "evaluation"),
     "launching": (*GROUND, "corpus", "base_model", "evaluation"),
-    "routed_lm": (*GROUND, "corpus", "base_model", "evaluation", "training"),
+    "routed_lm": (*GROUND, "corpus", "base_model", "evaluation", "training", "launching"),
     "point": (*GROUND, "corpus", "base_model", "evaluation", "training", "tracking"),
     "api": (*GROUND, "corpus", "base_model", "evaluation", "training", "point"),
     "job": (*GROUND, "content", "point", "tracking", "timing"),

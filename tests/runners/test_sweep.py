@@ -31,6 +31,12 @@ KEYS = {
     "stages",
 }
 RECIPE = ("method=informed", "method.rank=4")
+TIMED = (
+    "speed=sweep",
+    "speed.prefill={tokens:[24],batch_sizes:[1]}",
+    "speed.decode={context:[16],batch_sizes:[1],steps:3}",
+    "speed.repeats=2",
+)
 
 
 def records(commands: Commands) -> dict[float, dict]:
@@ -39,7 +45,7 @@ def records(commands: Commands) -> dict[float, dict]:
 
 
 def test_sweep_records_tracks_and_is_skipped_when_repeated(shell, tmp_path):
-    words = (*RECIPE, "sparsity=0.3,0.5", "eval.tasks=[agreement]", "-m")
+    words = (*RECIPE, *TIMED, "sparsity=0.3,0.5", "eval.tasks=[agreement]", "-m")
     tracking = ("tracking=wandb", f"tracking.dir={tmp_path / 'track'}")
     secrets = {"WANDB_API_KEY": "s3cret" * 6 + "abcd", "HF_TOKEN": "hf_s3cret"}
     url = ("+data.revision='https://me:s3cret@host/x?token=s3cret'",)
@@ -113,10 +119,12 @@ def check_console(done: Finished, found: dict[float, dict], results: Path) -> No
     assert re.search(r"point 2 of 2, about \d\d:\d\d left: informed sparsity=0.5", said)
     assert said.count("stage forecasters: ") == said.count("stage calibrate: ") == len(found)
     assert said.count("evaluated the dense model") == 1
+    assert said.count("INFO prefill 1 x 24: ") == said.count("INFO decode 1 x 16: ") == len(found)
     _, *lines = said[said.index("the sweep's 2 points:") :].splitlines()
     for (target, record), line in zip(sorted(found.items()), lines[1:3], strict=True):
         words = [f"{target:g}", f"{record['sparsity_realised']:.3f}"]
         words.append(f"{record['perplexity']['sotu']['value']:.2f}")
+        words.append(f"x{record['speed']['decode'][0]['speedup']:.2f}")
         assert all(word in line for word in words), line
     files = [Path(line.partition(": ")[2]) for line in lines[3:]]
     assert [file.suffix for file in files] == [".png", ".html"]
@@ -134,8 +142,25 @@ def check_tracking(folder: Path, found: dict[float, dict]) -> None:
         assert run["summary"]["sparsity_realised"] == record["sparsity_realised"]
         assert run["summary"]["perplexity/sotu/value"] == record["perplexity"]["sotu"]["value"]
         assert run["exit"] == 0
-    curves = {key for run in tracked for row in run["history"] for key in row}
-    assert any(key.endswith("/loss") for key in curves)
+        check_scalars(run["summary"], record)
+        curves = {key for row in run["history"] for key in row}
+        if not record["stages"][-2]["cached"]:
+            stage = record["stages"][-2]["name"]
+            assert {f"{stage}/lr", f"{stage}/gradient_norm_at_0_5", f"{stage}/step"} <= curves
+            assert f"{stage}/loss_at_0_5" in curves and f"{stage}/loss" not in curves
+
+
+def check_scalars(summary: dict, record: dict) -> None:
+    """Quality and speed in one run, and what its configuration says not once more."""
+    entry = record["perplexity"]["sotu"]
+    assert summary["perplexity_ratio"] == pytest.approx(entry["value"] / entry["dense"])
+    assert summary["flops_ratio"] == record["flops_ratio"]
+    for phase, name in (("prefill", "1x24"), ("decode", "1x16")):
+        (case,) = record["speed"][phase]
+        assert summary[f"speedup_{phase}"] == case["speedup"]
+        assert summary[f"speed/{phase}_{name}/routed_tps"] == case["routed_tps"]
+    repeated = ("method", "seed", "sparsity_target", "options/rank", "identity/fingerprint")
+    assert not set(repeated) & set(summary)
 
 
 def test_a_folder_of_ones_own_text(commands):

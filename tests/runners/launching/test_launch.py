@@ -6,6 +6,7 @@ import itertools
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
+from analysis import cli
+from runners import routed_lm
 from runners.errors import UserError
 from runners.launching.command_line import launch, prepare
 from runners.launching.points import CommandLine, parse, split_flags
@@ -179,6 +182,15 @@ def test_no_message_tells_how_to_make_a_typo_run(flag, monkeypatch, capsys):
     assert ended.value.code == 2
     (said,) = capsys.readouterr().err.splitlines()
     assert "did you mean sparsity?" in said and "+sparcity" not in said
+
+
+def test_the_version_is_the_projects(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["any.py", "--version"])
+    launch(lambda: pytest.fail("it ran"), "sweep")
+    cli.run_main(lambda arguments: pytest.fail("it ran"), None)
+    routed_lm.main()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert capsys.readouterr().out == f"routebench {project['version']}\n" * 3
 
 
 COMPLETED = [

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import shutil
+import signal
 from typing import get_args, get_type_hints
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from methods.base import Site
 from methods.engine.lora import attach_lora
@@ -17,7 +19,9 @@ from methods.engine.ops.cpu.build import reason_without
 from methods.engine.routed import attach, routed
 from methods.engine.routing import routing_of
 from methods.informed import Informed
+from runners import job
 from runners.point_config import PointConfig, SpeedConfig
+from runners.runtime.signals import Interrupted
 from runners.store.files import read_checked
 from runners.timing import bench
 from runners.timing.bench import Bench, RandomDraw
@@ -82,6 +86,22 @@ def test_a_trained_point_keeps_its_quality_and_gains_speed(commands):
     assert both == [("real", 1), ("real", 2), ("random", 1), ("random", 2)]
     again = commands.run("sweep", *point, "force=true")
     assert again.code == 0 and "speed" in written(commands)
+
+
+def test_a_stopped_run_keeps_the_cells_that_are_done(tiny_config, tmp_path, monkeypatch, caplog):
+    def stop(*_):
+        raise Interrupted(signal.SIGTERM)
+
+    caplog.set_level("INFO")
+    monkeypatch.setattr(Bench, "decode", stop)
+    drawn = ("speed.decisions=random", "speed.trained=false", "sparsity=0.5", "method.rank=4")
+    with pytest.raises(Interrupted):
+        job.measure_speed(OmegaConf.create(tiny_config(*TIMED, *drawn)))
+    (file,) = (tmp_path / "results").glob("*/result.json")
+    cells = read_checked(file)["speed"]
+    assert [cell["batch"] for cell in cells["prefill"]] == [1, 2] and cells["decode"] == []
+    for batch in (1, 2):
+        assert sum(line.startswith(f"prefill {batch} x 24: ") for line in caplog.messages) == 1
 
 
 @pytest.mark.slow

@@ -13,8 +13,8 @@ from runners.errors import UserError
 from runners.launching.check import check_tracking
 from runners.options import parse_section
 from runners.point_config import TrackingConfig
-from runners.tracking.base import Files, Safe, flat
-from runners.tracking.mirror import mirror, mirror_speed
+from runners.tracking.base import Files, Safe, curves, flat
+from runners.tracking.mirror import mirror, mirror_speed, summary_of
 from tests.conftest import ROOT
 from tests.runners.tracked import IDENTITY, opened, tracking_config
 from tests.runners.wandb_file import runs
@@ -56,7 +56,7 @@ def test_one_run_per_point_also_after_an_exception(config, tmp_path):
         assert tracker.active
         for step in (1, 2):
             tracker.log({"routers/step": step, "routers/loss": 1.0 / step})
-        tracker.summary(RECORD)
+        tracker.summary(summary_of(RECORD))
     with (
         pytest.raises(ZeroDivisionError),
         opened(config, folders[1], job="train") as tracker,
@@ -74,6 +74,7 @@ def test_one_run_per_point_also_after_an_exception(config, tmp_path):
     assert first["config"]["sparsity"] == 0.3
     assert [row["routers/loss"] for row in first["history"]] == [1.0, 0.5]
     assert first["summary"]["perplexity/sotu/value"] == 4.5
+    assert "method" not in first["summary"]
     assert first["exit"] == 0
     assert (found["second"]["exit"], found["second"]["job"]) == (1, "train")
     assert [row["routers/loss"] for row in found["second"]["history"]] == [9.0]
@@ -93,7 +94,37 @@ def test_a_point_that_failed_resumes_its_run_and_a_finished_one_does_not(config,
     ids = [run["id"] for run in runs(config["tracking"]["dir"])]
     assert len(ids) == 3
     assert sorted(ids.count(name) for name in set(ids)) == [1, 2] and ids[0] == ids[1]
-    assert json.loads((tmp_path / "point" / "tracking.json").read_text()) == {}
+    assert json.loads((tmp_path / "point" / "tracking.json").read_text()) == {"quality": ids[2]}
+
+
+def test_speed_joins_the_run_that_has_the_points_quality(config, tmp_path):
+    """Timed later, by another command: scalars of the same run, which stays one of its sweep."""
+    cases = [{"batch": b, "seq": 8, "speedup": 1 + b / 10, "parts": {}} for b in (1, 2)]
+    with opened(config, tmp_path / "point") as tracker:
+        mirror(tracker, tmp_path / "point", RECORD)
+    time.sleep(1.1)
+    with opened(config, tmp_path / "point", job="speed") as tracker:
+        mirror_speed(tracker, {"prefill": cases, "decode": []})
+        assert tracker.active
+    quality, speed = runs(config["tracking"]["dir"])
+    assert (speed["id"], speed["job"]) == (quality["id"], "sweep")
+    assert quality["summary"]["perplexity_ratio"] == 1.5
+    assert speed["summary"]["speedup_prefill"] == 1.2
+    assert speed["summary"]["speed/prefill_1x8/speedup"] == 1.1
+
+
+def test_a_curve_for_each_target():
+    figures = {"step": 3, "loss": 0.5, "sparsity": 0.2, "target": 0.25, "lr": 0.1}
+    apart = curves("routers", figures, apart=True)
+    assert apart == {
+        "routers/step": 3,
+        "routers/loss_at_0_25": 0.5,
+        "routers/sparsity_at_0_25": 0.2,
+        "routers/lr": 0.1,
+    }
+    assert curves("routers", figures, apart=False) == {
+        f"routers/{k}": v for k, v in figures.items()
+    }
 
 
 def test_media_and_lineage(config, tmp_path):
@@ -101,13 +132,14 @@ def test_media_and_lineage(config, tmp_path):
     write_point(folder)
     with opened(config, folder) as tracker:
         mirror(tracker, folder, RECORD)
-        mirror_speed(tracker, {"prefill": [{"seq": 8, "speedup": 1.2, "parts": {}}]})
+        case = {"seq": 8, "batch": 1, "speedup": 1.2, "parts": {}}
+        mirror_speed(tracker, {"prefill": [case]})
         assert tracker.active
     (run,) = runs(config["tracking"]["dir"])
     logged = {key: value for row in run["history"] for key, value in row.items()}
     for name, rows in {"results": 2, "stages": 1, "sparsity_by_layer": 3}.items():
         assert (logged[f"{name}/_type"], logged[f"{name}/nrows"]) == ("table-file", rows)
-    assert logged["speed_prefill/ncols"] == 2
+    assert logged["speed_prefill/ncols"] == 3
     assert logged["routing/_type"] == "image-file"
     found = run["artifacts"]
     made = {name: a for name, a in found.items() if not a["input"] and a["kind"] != "run_table"}
