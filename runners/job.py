@@ -70,6 +70,7 @@ def run_point(cfg: DictConfig, job: Job = "sweep") -> None:
             folder.begin(config.redacted)
             built = _run_anew(config, folder, job)
         if job == "sweep" and not anew and (cases := _untimed(config, folder)):
+            log.info("%s: timing it", label)
             with _tracked(config, folder, "speed") as tracker:
                 _time(config, folder, cases, tracker, built)
         if built is not None:
@@ -224,7 +225,6 @@ def _time(
 
     speed = config.speed
     assert speed is not None
-    log.info("%s: timing it", config.label)
     built, stages = ready or point.build(config), []
     if speed.trained and ready is None:
         stages = point.train_again(config, built, folder, tracker).stages

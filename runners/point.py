@@ -135,9 +135,9 @@ def train(config: PointConfig, built: Built, folder: RunFolder, tracker: Safe) -
         report = products.load_or_run(key, method, run)
         events.rewind(stage.name, report["steps"])
         folder.log({"event": "stage", **report})
-        if report["cached"]:  # else its run has told
-            log.info("stage %s: from the cache", stage.name)
         trained.stages.append(report)
+    if cached := [report["name"] for report in trained.stages if report["cached"]]:
+        log.info("stages from the cache: %s", ", ".join(cached))
     figures = trained.stages[-1]["figures"]
     trained.realised = figures.get("realised")
     retarget(method, figures.get("sparsity", method.sparsity))

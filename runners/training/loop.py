@@ -46,7 +46,12 @@ calibrated after it, on all of it."""
 LEAST_SIZE = 1e-3
 """Root mean square below which a parameter counts as this large: what starts at zero can move."""
 
-SAID = ("loss", "sparsity", "target", "tokens_per_s")
+SAID = {
+    "loss": "loss {:.4g}",
+    "sparsity": "sparsity {:.3f}",
+    "target": "target {:g}",
+    "tokens_per_s": "{:.0f} tokens/s",
+}
 """Figures of a step that the console shows."""
 
 OnStep = Callable[[str, dict[str, float]], None]
@@ -294,7 +299,10 @@ class Loop:
                     break
                 if self._step(stage, budget, state, stop):
                     figures = at.curve[-1]
-                    note(", ".join(f"{key} {figures[key]:.4g}" for key in SAID if key in figures))
+                    said = [
+                        words.format(figures[key]) for key, words in SAID.items() if key in figures
+                    ]
+                    note(", ".join(said))
                     bar.update()
                     self.on_step(stage.name, figures)
         self.method.eval()
