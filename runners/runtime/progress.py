@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 from runners.runtime.processes import is_main_process
+from runners.runtime.workers import alone
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,8 @@ class Bar(tqdm):
         initial: int = 0,
         **_: Any,
     ) -> None:
-        self.shown = sys.stdout.isatty() and is_main_process()
+        # points side by side would draw over each other: their lines are those of a log
+        self.shown = sys.stdout.isatty() and is_main_process() and alone()
         # tqdm would cut each part to the terminal's width
         how: dict[str, Any] = {"file": sys.stdout, "delay": REDRAWN_S, "position": 0, "ncols": 999}
         super().__init__(iterable, desc or "items", total, leave=False, initial=initial, **how)
