@@ -29,7 +29,8 @@ def conclude(folders: Sequence[str], *, report: bool) -> None:
     records = [record for folder in found if (record := folder.result())]
     if len(records) < 2:
         return
-    log.info("the sweep's %d points:\n%s", len(records), table(records))
+    said = "the sweep's %d points; FLOPs as a share of dense, in brackets the dense model:\n%s"
+    log.info(said, len(records), table(records))
     complete = [folder.result_file for folder in found if folder.is_complete()]
     if report and complete:
         _write_report(found[0].path.parent, max(file.stat().st_mtime for file in complete))

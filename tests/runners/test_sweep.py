@@ -121,7 +121,7 @@ def check_console(done: Finished, found: dict[float, dict], results: Path) -> No
     assert said.count("stage forecasters: ") == said.count("from the cache: forecasters") == 1
     assert said.count("evaluated the dense model") == 1
     assert said.count("INFO prefill 1 x 24: ") == said.count("INFO decode 1 x 16: ") == len(found)
-    _, *lines = said[said.index("the sweep's 2 points:") :].splitlines()
+    _, *lines = said[said.index("the sweep's 2 points;") :].splitlines()
     for (target, record), line in zip(sorted(found.items()), lines[1:3], strict=True):
         words = [f"{target:g}", f"{record['sparsity_realised']:.3f}"]
         words.append(f"{record['perplexity']['sotu']['value']:.2f}")
