@@ -150,7 +150,8 @@ def test_a_download_that_hangs(tmp_path, number, code):
             command,
             cwd=tmp_path,
             env=env,
-            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
             preexec_fn=heed_interrupts,
         )
@@ -158,7 +159,7 @@ def test_a_download_that_hangs(tmp_path, number, code):
         connection, _ = hub.accept()
         began = time.monotonic()
         run.send_signal(number)
-        _, said = run.communicate(timeout=60)
+        said, _ = run.communicate(timeout=60)
         connection.close()
     assert run.returncode == code, said
     assert time.monotonic() - began < WITHIN_S
