@@ -39,11 +39,14 @@ def observed(model: PreTrainedModel, visit: Callable[[UnitView], None]) -> Itera
         residual_ND = unit.residual_BTD[keep]
         if unit.attends:
             layer_input_ND = residual_ND
-        view = UnitView(unit.site, unit.x_BTD[keep], delta[keep], residual_ND, layer_input_ND)
+        x_ND = unit.x_BTD[keep]
+        view = UnitView(unit.site, x_ND, delta[keep], residual_ND, layer_input_ND)
+        # of `x_ND`, not of the view: a view that held itself would keep the tensors of every unit
+        # until garbage is collected
         if unit.attends:
-            view.keys = lambda: projected_keys(unit.part.attention, view.x_ND)
+            view.keys = lambda: projected_keys(unit.part.attention, x_ND)
         else:
-            view.neurons = lambda: neurons_of(unit.part, view.x_ND)
+            view.neurons = lambda: neurons_of(unit.part, x_ND)
         visit(view)
         return after
 

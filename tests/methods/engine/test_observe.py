@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -20,6 +22,25 @@ def module_of(model, site):
 
 def delta(output):
     return output[0] if isinstance(output, tuple) else output
+
+
+@torch.no_grad()
+def test_what_a_unit_gave_is_freed_once_it_was_visited():
+    """At once: garbage is collected too late for tensors of a pass over a large model."""
+    visited, alive = [], []
+
+    def visit(view):
+        visited.append(weakref.ref(view.x_ND))
+        alive.append(sum(x_ND() is not None for x_ND in visited))
+
+    model = small_model()
+    gc.disable()
+    try:
+        with observed(model, visit):
+            model(input_ids=small_ids(1, 8))
+    finally:
+        gc.enable()
+    assert alive == [1] * len(all_sites(model, "unit"))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
