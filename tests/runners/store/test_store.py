@@ -48,7 +48,7 @@ def changed(config, path, value):
 
 
 OUTPUTS = {"results_dir", "cache_dir", "tracking", "force", "hydra", "speed"}
-OUTPUTS |= {"retry_failed", "checkpoint_seconds", "device_map", "max_memory"}
+OUTPUTS |= {"retry_failed", "checkpoint_seconds", "device_map", "max_memory", "report"}
 OUTPUTS |= {"tune"}  # a trial of a search has no record
 
 
