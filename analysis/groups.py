@@ -25,7 +25,7 @@ WHERE = frozenset("results_dir cache_dir tracking force hydra experiment tune".s
 """Top-level keys of a config that say where and how loudly."""
 NO_FIGURE = WHERE | frozenset(
     "saved saved_sha256 retry_failed checkpoint_seconds speed device_map max_memory seed "
-    "sparsity".split()
+    "sparsity report hardware plan trust_method check_weights".split()
 )
 """Those that change no figure, and the two that have a column of their own."""
 ADDED = "eval.generation"

@@ -7,6 +7,8 @@ import pytest
 
 from analysis import kv, layers, pareto, significance, speedup, tradeoff, training_time
 from analysis.frames import AnalysisError, Store
+from analysis.groups import NO_FIGURE
+from runners.point_config import NOT_IN_FINGERPRINT
 from tests.analysis.store import stage, write_point
 from tests.analysis.test_speedup import case
 
@@ -121,3 +123,8 @@ def test_every_csv_carries_the_fingerprints(tmp_path):
         columns = [column for column in ("fingerprint", "fingerprints") if column in found]
         listed = {name for cell in found[columns[0]] for name in cell.split()}
         assert listed == names, script.VIEW.name
+
+
+def test_what_is_not_in_a_fingerprint_splits_no_picture():
+    """Analysis knows no runner, so that its list of such keys is its own."""
+    assert NOT_IN_FINGERPRINT <= NO_FIGURE
