@@ -94,16 +94,12 @@ class RoutedMethod(Method):
 
     def score(self, site: Site, x_BTD: Tensor, ctx: RouteContext) -> Tensor:
         """Score tokens, float32 [B, T], high where they should execute."""
-        scores: Tensor = self.routers(site, self.read(site, x_BTD))
+        scores: Tensor = self.routers(site, x_BTD)
         return scores
 
-    def read(self, site: Site, x: Tensor) -> Tensor:
-        """What the router reads of the unit's normalised input [..., D]; all of it by default."""
-        return x
-
     def read_unit(self, view: UnitView) -> Tensor:
-        """Give what the router reads of a unit under the dense forward, [N, D]."""
-        return self.read(view.site, view.x_ND)
+        """Give what the router reads of a unit under the dense forward, [N, D]: its input."""
+        return view.x_ND
 
     def gate(self, logits_BT: Tensor, ctx: RouteContext) -> Tensor:
         """Turn score - threshold into a gate of 0 and 1 that carries the gradient of training.

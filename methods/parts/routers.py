@@ -125,15 +125,10 @@ class Router(nn.Module):
 
 
 class Routers(PerSite[Router]):
-    """One `Router` for each site.
+    """One `Router` for each site, with these options of its own."""
 
-    Args:
-        more: numbers that a router reads beside the D of its unit's input.
-        options: of `Router`.
-    """
-
-    def __init__(self, *, more: int = 0, **options: Any) -> None:
-        super().__init__(lambda shape: Router(width=shape.width + more, **options))
+    def __init__(self, **options: Any) -> None:
+        super().__init__(lambda shape: Router(width=shape.width, **options))
 
 
 class BottleneckRouter(nn.Module):
