@@ -11,6 +11,8 @@ dense_margin? sparsity_realised? shared_contexts?}`,
 `stages[].{name seconds tokens steps peak_memory_bytes figures?}`,
 `speed?.{prefill decode settings}` (see `Store.speed`) and `identity` (see `groups.content`).
 Beside it: `config.yaml`, `items.parquet?` and `routing?/`.
+
+Over 500 lines: one table of the record after another, so that no other file has to know a key.
 """
 
 from __future__ import annotations

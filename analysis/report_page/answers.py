@@ -26,30 +26,37 @@ def answers(timed: pd.DataFrame, measured: pd.DataFrame) -> tuple[Pairs, str]:
         (at what, who) of its first text, and the name of the view that has the whole table.
     """
     if len(timed):
-        found = verdict.standings(timed)
-        found = found.dropna(subset=["method"]) if "method" in found else found.iloc[:0]
-        found = found[found["name"] == found["name"].min()]
-        keys, said = ["phase", "at_least"], "At {1:g} times dense's speed in {0}"
-        name = "verdict"
-    else:
-        rows = equal_flops.at_shares(measured, equal_flops.SHARES) if len(measured) else ()
-        found = pd.DataFrame(list(rows), columns=["method", "shown", "flops", *RATIO])
-        roles: Any = (
-            measured.drop_duplicates("line").set_index("line")["role"] if len(measured) else {}
-        )
-        found["role"] = found["method"].map(roles)
-        found = found[(found["shown"] == found["shown"].min())]
-        found = found[~found["role"].isin(verdict.NO_CONTENDER)]
-        keys, said = ["flops", "shown"], "At {0:g} of dense's FLOPs"
-        name = "equal_flops"
-    groups = found.sort_values("ratio").groupby(keys, sort=False) if len(found) else ()
-    listed = dict(iter(groups))
-    order = (
-        sorted(listed, reverse=True)
-        if name == "equal_flops"
-        else sorted(listed, key=lambda key: (verdict.PHASES.index(key[0]), key[1]))
-    )
-    return [(f"{said.format(*key)}:", " ".join(_sentences(listed[key]))) for key in order], name
+        return _at_speeds(timed), "verdict"
+    return _at_flops(measured), "equal_flops"
+
+
+def _at_speeds(timed: pd.DataFrame) -> Pairs:
+    found = verdict.standings(timed)
+    found = found.dropna(subset=["method"]) if "method" in found else found.iloc[:0]
+    if found.empty:
+        return []
+    found = found[found["name"] == found["name"].min()]
+    listed = dict(iter(found.sort_values("ratio").groupby(["phase", "at_least"])))
+    order = sorted(listed, key=lambda key: (verdict.PHASES.index(key[0]), key[1]))
+    said = "At {1:g} times dense's speed in {0}:"
+    return [(said.format(*key), " ".join(_sentences(listed[key]))) for key in order]
+
+
+def _at_flops(measured: pd.DataFrame) -> Pairs:
+    if measured.empty:
+        return []
+    roles = measured.drop_duplicates("line").set_index("line")["role"]
+    found = pd.DataFrame(list(equal_flops.at_shares(measured, equal_flops.SHARES)))
+    if found.empty:
+        return []
+    found = found[found["shown"] == found["shown"].min()]
+    found = found.assign(role=found["method"].map(roles))
+    found = found[~found["role"].isin(verdict.NO_CONTENDER)]
+    listed = dict(iter(found.sort_values("ratio").groupby("flops")))
+    return [
+        (f"At {share:g} of dense's FLOPs:", " ".join(_sentences(listed[share])))
+        for share in sorted(listed, reverse=True)
+    ]
 
 
 def _sentences(own: pd.DataFrame) -> Iterator[str]:

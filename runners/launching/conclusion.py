@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from runners.runtime.progress import Bar
-from runners.store.run_folder import RunFolder
+from runners.store.run_folder import RunFolder, sizes
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORT, PICTURES = "report.html", "tradeoff-*.png"
@@ -61,9 +61,7 @@ def _row(record: Mapping[str, Any]) -> dict[str, Any]:
             row[name] = f"{own:.{digits}f} ({dense:.{digits}f})"
     for phase, cases in (record.get("speed") or {}).items():
         for case in cases:
-            row[f"{phase} {case['batch']}x{case.get('seq', case.get('context'))}"] = (
-                f"x{case['speedup']:.2f}"
-            )
+            row[f"{phase} {sizes(case)}"] = f"x{case['speedup']:.2f}"
     return row
 
 

@@ -93,6 +93,17 @@ def _lines(events: Sequence[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(event) + "\n" for event in events)
 
 
+def _timed_as(case: Mapping[str, Any]) -> dict[str, Any]:
+    """By `SPEED_KEY`; older cases do not say that they had no neighbours."""
+    full = {"neighbours": 0, **case}
+    return {key: full.get(key) for key in SPEED_KEY}
+
+
+def sizes(case: Mapping[str, Any]) -> str:
+    """Batch and tokens of a timed case, `1x512`."""
+    return f"{case['batch']}x{case.get('seq', case.get('context'))}"
+
+
 class RunFolder:
     """The folder of one point.
 
@@ -164,10 +175,8 @@ class RunFolder:
             phase: `prefill` or `decode`.
             timed: the record without quality.
         """
-        alike = [case.get(key, 0) for key in SPEED_KEY]  # older ones had no neighbours
         speed = {"prefill": [], "decode": [], **self.speed()}
-        others = [c for c in speed[phase] if [c.get(key, 0) for key in SPEED_KEY] != alike]
-        speed[phase] = [*others, case]
+        speed[phase] = [*(c for c in speed[phase] if _timed_as(c) != _timed_as(case)), case]
         write_json_atomic(self.speed_file, redact({"speed": speed}), checked=True)
         record = self.result() or {}
         if record.get("status") != "complete":
@@ -186,7 +195,7 @@ class RunFolder:
     def is_timed(self, phase: str, case: Mapping[str, Any]) -> bool:
         """Whether a case with these figures was timed, on whatever machine."""
         done = self.speed().get(phase, [])
-        return any(all(d.get(key, 0) == value for key, value in case.items()) for d in done)
+        return any(case.items() <= _timed_as(other).items() for other in done)
 
     def speed(self) -> dict[str, Any]:
         """Timed cases by phase; empty if none was, or they are damaged, which is said."""

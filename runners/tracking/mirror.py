@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import TYPE_CHECKING, Any
 
+from runners.store.run_folder import sizes
 from runners.tracking.base import Files, Rows, Safe, Tracker
 
 if TYPE_CHECKING:
@@ -56,9 +57,8 @@ def speed_summary(speed: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for phase in ("prefill", "decode"):
         for case in speed.get(phase) or []:
-            name = f"{case['batch']}x{case.get('seq', case.get('context'))}"
             figures = {key: case[key] for key in CASE if key in case}
-            found |= {f"speedup_{phase}": case["speedup"], f"speed/{phase}_{name}": figures}
+            found |= {f"speedup_{phase}": case["speedup"], f"speed/{phase}_{sizes(case)}": figures}
     return found
 
 
