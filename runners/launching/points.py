@@ -17,7 +17,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -109,6 +109,11 @@ class CommandLine:
         """How many points there are."""
         return len(self._expanded())
 
+    @property
+    def searches(self) -> bool:
+        """Whether an option has several values, or an interval."""
+        return bool(self.presets) or any(o.is_sweep_override() for o in self.overrides)
+
     def check_keys(self) -> None:
         """Compose the first point, whatever its values, so that no unknown key reaches Hydra: its
         own message says how to add one, and a typo would run.
@@ -125,7 +130,8 @@ class CommandLine:
         if not self.sweeping:
             return [self.overrides]
         presets = parse([f"{key}={value}" for key, value in self.presets.items()])
-        batches = BasicSweeper.split_arguments([*presets, *self.overrides], None)
+        overrides = [_one_of_interval(o) for o in [*presets, *self.overrides]]
+        batches = BasicSweeper.split_arguments(overrides, None)
         return [parse(point) for batch in batches for point in batch]
 
     def _compose(self, overrides: Sequence[Override], with_hydra: bool = False) -> DictConfig:
@@ -263,6 +269,14 @@ def parse(words: Sequence[str]) -> list[Override]:
                 f"ASCII is quoted within quotes, '{key}=\"{quoted}\"'"
             ) from error
     return found
+
+
+def _one_of_interval(override: Override) -> Override:
+    """The override itself, or the first value of an interval that a search draws from."""
+    value = override.value()
+    if not isinstance(value, IntervalSweep):
+        return override
+    return parse([f"{override.get_key_element()}={value.start}"])[0]
 
 
 def _values_of(override: Override) -> list[str]:

@@ -28,11 +28,25 @@ def test_a_trial_that_fails_is_the_worst(tiny_config):
     assert calibration_loss(OmegaConf.create(config)) == math.inf
 
 
-def test_one_value_of_each_rate_is_tried(commands):
+SEARCH = ("sweep", "experiment=tune", "model=tiny", *WORDS, "hydra.sweeper.n_trials=2", "-m")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["method.training.lr=1.0e-3,1.0e-2"],
+        ["method.training.lr=tag(log, interval(1e-4, 1e-2))", "hydra/sweeper/sampler=tpe"],
+    ],
+)
+def test_what_the_command_gives_several_values_is_searched(commands, words):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    done = commands.run(
-        "sweep", "experiment=tune", "model=tiny", *WORDS, "hydra.sweeper.n_trials=2",
-        "hydra.sweeper.params={method.training.lr:'choice(1.0e-3,1.0e-2)'}", "-m",
-    )  # fmt: skip
+    done = commands.run(*SEARCH, *words)
     assert done.code == 0, done
-    assert "Best parameters" in str(done)
+    assert "Best parameters: {'method.training.lr':" in str(done)
+
+
+def test_a_search_of_nothing_is_refused(commands):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    done = commands.run(*SEARCH)
+    assert done.code == 2, done
+    assert "error: tune=true searches the options" in str(done)
