@@ -71,7 +71,7 @@ def attend_rows(
         sequences = _kept_by_executed(attention, x_ND, rows, inputs, angles, ops)
     if not rows.number:
         return x_BTD.new_zeros(0, x_BTD.shape[-1])
-    query_NHd = rotated(attention, heads_of(attention, "q", x_ND), angles, ops)
+    query_NHd = rotated(attention, heads_of(attention, "q", x_ND, ops.linear), angles, ops)
     found: list[Tensor] = []
     start = 0
     for sequence in sequences:
@@ -79,8 +79,7 @@ def attend_rows(
         found += _attend(query_NHd[start:end], sequence, attention.scaling, ops, inputs.softcap)
         start = end
     out_NHd = found[0] if len(found) == 1 else torch.cat(found)
-    projected: Tensor = attention.o_proj(out_NHd.flatten(1))
-    return projected
+    return ops.linear(attention.o_proj, out_NHd.flatten(1))
 
 
 def _kept_by_all(
@@ -295,11 +294,20 @@ def _dot_capped(
     return out_KMd.view(kv_heads, len(query_NHd), -1, size).transpose(0, 1).flatten(1, 2)
 
 
-def heads_of(attention: Any, name: str, x: Tensor) -> Tensor:
-    """Projection `name` (q, k or v) split into heads and normed: [..., D] -> [..., heads, d]."""
+def heads_of(
+    attention: Any,
+    name: str,
+    x: Tensor,
+    run: Callable[[Any, Tensor], Tensor] = lambda module, x: module(x),
+) -> Tensor:
+    """Projection `name` (q, k or v) split into heads and normed: [..., D] -> [..., heads, d].
+
+    Args:
+        run: how to run a projection.
+    """
     fused = getattr(attention, "qkv_proj", None)
     if fused is None:
-        return split_heads(attention, name, getattr(attention, f"{name}_proj")(x))
+        return split_heads(attention, name, run(getattr(attention, f"{name}_proj"), x))
     rows = rows_of_fused(attention, name)
     if not all_linear([fused]):
         return split_heads(attention, name, fused(x)[..., rows])

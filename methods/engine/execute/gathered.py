@@ -155,7 +155,7 @@ def add_mlp(unit: Unit, rows: Rows, into_BTD: Tensor) -> bool:
     """into[rows] = residual[rows] + the MLP's output; False leaves it to `run_rows`."""
     if unit.attends or not unit.part.adds_as_is:
         return False
-    weights = weights_for_few(unit.part.mlp, unit.x_BTD, rows.number)
+    weights = weights_for_few(unit.part.mlp, unit.x_BTD, rows.number, unit.ops)
     if weights is not None:
         unit.ops.add_mlp(weights, unit.x_BTD, unit.residual_BTD, into_BTD, rows.index_N)
     return weights is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -10,25 +11,27 @@ from torch import Tensor
 
 from methods.base import Decision, LinearUnit, Method, Site
 from methods.engine.decoder.unit import Unit
-from methods.engine.ops.linear import estimate, transposed
+from methods.engine.ops.linear import estimate
+from methods.engine.ops.row_ops import RowOps
 from methods.engine.routing import Routing
 
-Kept = dict[Site, tuple[LinearUnit, list[int], LinearUnit]]
+Kept = dict[Site, tuple[LinearUnit, list[Any], LinearUnit]]
 _KEPT: WeakKeyDictionary[Method, Kept] = WeakKeyDictionary()
-"""The maps of a method's sites, their state, and their copies by columns: as long as the method
-lives, so that no `routed` block but the first copies them; outside of it, so that none is saved."""
+"""The maps of a method's sites, their state, and their copies for row-wise loops: as long as the
+method lives, so that no `routed` block but the first copies them; outside of it, so that none is
+saved."""
 
 
-def by_columns(method: Method, site: Site, linear: LinearUnit) -> LinearUnit:
-    """Give both maps of a site column by column; copied where its weights have changed only."""
+def copied(method: Method, site: Site, linear: LinearUnit, ops: RowOps) -> LinearUnit:
+    """Give both maps of a site as `ops` reads them; copied where its weights have changed only."""
     down, up = linear.down_rD, linear.up_Dr
     if down is None or up is None or down.is_inference() or up.is_inference():
-        return transposed(linear)  # an inference tensor does not count its changes
-    state = [down.data_ptr(), down._version, up.data_ptr(), up._version]
+        return ops.maps(linear)  # an inference tensor does not count its changes
+    state = [ops.dtype, down.data_ptr(), down._version, up.data_ptr(), up._version]
     kept = _KEPT.setdefault(method, {})
     if site not in kept or kept[site][1] != state:
         # the maps are held too: while they are, no other tensor gets their addresses
-        kept[site] = linear, state, transposed(linear)
+        kept[site] = linear, state, ops.maps(linear)
     copies = kept[site][2]
     return replace(linear, down_rD=copies.down_rD, up_Dr=copies.up_Dr)
 
@@ -39,12 +42,12 @@ class LinearSites:
     def __init__(self, routing: Routing) -> None:
         self.routing = routing
         self._units: dict[Site, LinearUnit | None] = {}
-        self._transposed: dict[Site, LinearUnit] = {}
+        self._copied: dict[Site, LinearUnit] = {}
 
     def forget(self) -> None:
         """The method's weights may have changed."""
         self._units.clear()
-        self._transposed.clear()
+        self._copied.clear()
 
     def at(self, site: Site) -> LinearUnit | None:
         """None where the method has to be called."""
@@ -60,9 +63,9 @@ class LinearSites:
         assert linear is not None
         if not self.routing.ops.compiled:
             return linear
-        if site not in self._transposed:
-            self._transposed[site] = by_columns(self.routing.method, site, linear)
-        return self._transposed[site]
+        if site not in self._copied:
+            self._copied[site] = copied(self.routing.method, site, linear, self.routing.ops)
+        return self._copied[site]
 
     def estimated(self, unit: Unit) -> Tensor | None:
         """Residual stream after a site of `Method.estimated`; None where the method is called.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from methods.engine.ops.cpu.build import reason_without
 from methods.engine.ops.cpu.compiled import CompiledRowOps
+from methods.engine.ops.cpu.tiled import TiledRowOps
 from methods.engine.ops.row_ops import RowOps
 
 if TYPE_CHECKING:
@@ -51,16 +52,18 @@ def row_ops(setting: Kernels, model: PreTrainedModel) -> RowOps:
     """Choose the row-wise operations for a model.
 
     Args:
-        setting: `auto` takes compiled loops for float32 on a CPU, if they can be compiled.
+        setting: `auto` takes compiled loops on a CPU, if they can be compiled: for float32, and
+            for bfloat16 where the processor has AMX.
 
     Raises:
         ValueError: `compiled`, and they cannot.
     """
+    loops = TiledRowOps if model.dtype == torch.bfloat16 else CompiledRowOps
     if setting == "compiled":
-        if reason := reason_without():
+        if reason := reason_without(loops.dtype):
             raise ValueError(f"kernels=compiled: {reason}; kernels=auto runs without")
-        return CompiledRowOps()
+        return loops()
     # weights that are offloaded to disk have the device meta until they are asked for
     on_host = any(weight.device.type in ("cpu", "meta") for weight in model.parameters())
-    wanted = setting == "auto" and on_host and model.dtype == torch.float32
-    return CompiledRowOps() if wanted and reason_without() is None else RowOps()
+    wanted = setting == "auto" and on_host and model.dtype == loops.dtype
+    return loops() if wanted and reason_without(loops.dtype) is None else RowOps()

@@ -11,9 +11,6 @@ from methods.base import SwiGLU
 from methods.engine.ops.linear import all_linear, weight_of
 from methods.engine.ops.row_ops import RowOps
 
-FEW_ROWS = 1024
-"""Up to here `RowOps.mlp` is faster than the library's x @ W.T on a CPU, at widths 576 and 1536;
-beyond, as fast."""
 NAMES = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -41,7 +38,7 @@ def swiglu(mlp: Any, x_RD: Tensor, ops: RowOps, index_N: Tensor | None = None) -
     rows = (x_RD if index_N is None else index_N).shape[0]
     if not rows:
         return x_RD[:0]
-    weights = weights_for_few(mlp, x_RD, rows)
+    weights = weights_for_few(mlp, x_RD, rows, ops)
     if weights is not None:
         return ops.mlp(weights, x_RD, index_N)
     x_ND = x_RD if index_N is None else x_RD.index_select(0, index_N)
@@ -52,9 +49,9 @@ def swiglu(mlp: Any, x_RD: Tensor, ops: RowOps, index_N: Tensor | None = None) -
     return down
 
 
-def weights_for_few(mlp: Any, x: Tensor, rows: int) -> SwiGLU | None:
+def weights_for_few(mlp: Any, x: Tensor, rows: int, ops: RowOps) -> SwiGLU | None:
     """The weights, if `RowOps.mlp` or `add_mlp` may stand for the module on so many rows of x."""
-    few = 1 < rows <= FEW_ROWS and x.is_cpu and x.dtype == torch.float32
+    few = 1 < rows <= ops.mlp_rows and x.is_cpu and x.dtype == ops.dtype
     if not few or torch.is_grad_enabled() or not is_swiglu(mlp):
         return None
     parts = matrices(mlp)

@@ -1,4 +1,5 @@
-/* Shared by the loops: a tile of a matrix product that stays in registers, and e^x. */
+/* Shared by the loops: the numbers that they read and write, a tile of a matrix product that stays
+   in registers, and e^x. */
 
 #ifndef ROUTEBENCH_LOOPS_H
 #define ROUTEBENCH_LOOPS_H
@@ -6,6 +7,22 @@
 #include <math.h>
 #include <omp.h>
 #include <stdint.h>
+
+/* What tensors hold; sums are float32 in either library. */
+#ifdef BFLOAT16
+typedef uint16_t number;
+typedef union { float value; uint32_t bits; } Word;
+static inline float to_float(number x) { return (Word){.bits = (uint32_t)x << 16}.value; }
+/* To the nearest, ties to even; NaN stays NaN, since arithmetic makes none with low bits alone. */
+static inline number to_number(float x) {
+    uint32_t bits = (Word){x}.bits;
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+#else
+typedef float number;
+static inline float to_float(number x) { return x; }
+static inline number to_number(float x) { return x; }
+#endif
 
 #ifdef __AVX512F__
 #define LANES 16

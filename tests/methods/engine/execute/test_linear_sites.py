@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from methods.engine.execute import linear_sites
 from methods.engine.ops.cpu.build import reason_without
+from methods.engine.ops.cpu.compiled import CompiledRowOps
 from methods.engine.routed import attach, routed
 from methods.informed import Informed
 from tests.methods.conftest import small_ids, small_model
@@ -19,8 +19,10 @@ def test_maps_are_copied_once_and_after_a_change(monkeypatch):
     model, ids = small_model(), small_ids(2, 24)
     method = attach(model, Informed(sparsity=0.5, rank=16)).eval()
     method.threshold.fill_(float("inf"))
-    keys, copied, copy = set(method.state_dict()), [], linear_sites.transposed
-    monkeypatch.setattr(linear_sites, "transposed", lambda unit: copied.append(unit) or copy(unit))
+    keys, copied, copy = set(method.state_dict()), [], CompiledRowOps.maps
+    monkeypatch.setattr(
+        CompiledRowOps, "maps", lambda ops, unit: copied.append(unit) or copy(ops, unit)
+    )
 
     def logits(kernels):
         copied.clear()
