@@ -75,8 +75,13 @@ class LinearSites:
         linear = self.at(unit.site)
         if linear is None:
             return None
-        x_BTD, residual_BTD = unit.x_BTD, unit.residual_BTD
+        x_BTD, residual_BTD, ops = unit.x_BTD, unit.residual_BTD, self.routing.ops
         alone = x_BTD.numel() == x_BTD.shape[-1]
+        if ops.forecasts_all and linear.down_rD is not None and not alone:
+            index_N = torch.arange(x_BTD.shape[0] * x_BTD.shape[1])
+            into = residual_BTD if unit.owned else ops.output_buffer(residual_BTD, filled=True)
+            ops.forecast(self.for_rows(unit.site), x_BTD, residual_BTD, into, index_N)
+            return into
         given = estimate(linear, x_BTD.view(-1) if alone else x_BTD)
         if given is None:
             return residual_BTD

@@ -33,6 +33,8 @@ class RowOps:
     mlp_rows = 1024
     """Up to here `mlp` is faster than the library's x @ W.T on a CPU, at widths 576 and 1536;
     beyond, as fast."""
+    forecasts_all = False
+    """Whether `forecast` of all rows is faster than the library's two products."""
 
     def norm(self, module: Any, x: Tensor) -> Tensor:
         """The norm of a layer on [..., D], equal to its module to float tolerance.

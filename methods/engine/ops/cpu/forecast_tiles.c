@@ -5,13 +5,12 @@
 #define DEPTH 1024 /* inputs that are packed at a time */
 /* MAX_RANK comes from build.py */
 
-/* into[index] = residual[index] + up(act(down(x[index]))) in buffers of `held` rows; the first
-   `count` rows if index is null. `width` and `rank` are multiples of 32, rank at most MAX_RANK;
-   biases may be null. */
+/* into[index] = residual[index] + up(act(down(x[index]))) in buffers of `held` rows; `width` and
+   `rank` are multiples of 32, rank at most MAX_RANK; biases may be null. */
 int forecast(const number *x, const number *residual, number *into, int64_t held,
              const int64_t *index, int64_t count, const number *down, const float *down_bias,
              const number *up, const float *bias, int64_t width, int64_t rank, int64_t with_silu) {
-    if (index ? outside(index, count, held) : count > held) return 1;
+    if (outside(index, count, held)) return 1;
 #pragma omp parallel if (count > SIDE)
     {
         tiles_begin();

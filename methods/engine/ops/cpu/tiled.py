@@ -29,6 +29,7 @@ class TiledRowOps(CompiledRowOps):
     copies = 2
     mlp_rows = 2**62
     packed_rows = CHUNK
+    forecasts_all = True
 
     def linear(self, module: Any, x_NI: Tensor) -> Tensor:
         """The library makes a kernel for each number of rows, and packs the weight besides."""
