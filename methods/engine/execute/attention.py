@@ -71,7 +71,7 @@ def attend_rows(
         sequences = _kept_by_executed(attention, x_ND, rows, inputs, angles, ops)
     if not rows.number:
         return x_BTD.new_zeros(0, x_BTD.shape[-1])
-    query_NHd = rotated(attention, heads_of(attention, "q", x_ND, ops.linear), angles, ops)
+    query_NHd = rotated(attention, heads_of(attention, "q", x_ND, ops)[0], angles, ops)
     found: list[Tensor] = []
     start = 0
     for sequence in sequences:
@@ -79,7 +79,7 @@ def attend_rows(
         found += _attend(query_NHd[start:end], sequence, attention.scaling, ops, inputs.softcap)
         start = end
     out_NHd = found[0] if len(found) == 1 else torch.cat(found)
-    return ops.linear(attention.o_proj, out_NHd.flatten(1))
+    return ops.linears([attention.o_proj], out_NHd.flatten(1))[0]
 
 
 def _kept_by_all(
@@ -101,7 +101,7 @@ def keys_of_all(
     attention: Any, x_BTD: Tensor, inputs: LayerInputs, angles: Angles, ops: RowOps
 ) -> tuple[Tensor, Tensor]:
     """Keys and values of every token, after those of the cache, which they enter: [B, K, S, d]."""
-    key_BTKd, value_BTKd = (heads_of(attention, name, x_BTD) for name in ("k", "v"))
+    key_BTKd, value_BTKd = heads_of(attention, "kv", x_BTD, ops)
     return enter_keys(attention, key_BTKd, value_BTKd, inputs, angles, ops)
 
 
@@ -156,8 +156,8 @@ def _kept_by_executed(
     if not rows.number:
         kept.skip(rows)
         return iter(())
-    key = rotated(attention, heads_of(attention, "k", x_ND), angles, ops)
-    before = kept.append(key, heads_of(attention, "v", x_ND), rows)
+    key, value = heads_of(attention, "kv", x_ND, ops)
+    before = kept.append(rotated(attention, key, angles, ops), value, rows)
     return _kept_sequences(kept, before, rows, inputs.window)
 
 
@@ -294,25 +294,23 @@ def _dot_capped(
     return out_KMd.view(kv_heads, len(query_NHd), -1, size).transpose(0, 1).flatten(1, 2)
 
 
-def heads_of(
-    attention: Any,
-    name: str,
-    x: Tensor,
-    run: Callable[[Any, Tensor], Tensor] = lambda module, x: module(x),
-) -> Tensor:
-    """Projection `name` (q, k or v) split into heads and normed: [..., D] -> [..., heads, d].
-
-    Args:
-        run: how to run a projection.
-    """
+def heads_of(attention: Any, names: str, x: Tensor, ops: RowOps) -> list[Tensor]:
+    """Projections (q, k, v) split into heads and normed: [..., D] -> [..., heads, d] each."""
     fused = getattr(attention, "qkv_proj", None)
     if fused is None:
-        return split_heads(attention, name, run(getattr(attention, f"{name}_proj"), x))
-    rows = rows_of_fused(attention, name)
+        found = ops.linears([getattr(attention, f"{name}_proj") for name in names], x)
+    else:
+        found = [_part_of_fused(attention, name, x) for name in names]
+    return [split_heads(attention, *pair) for pair in zip(names, found, strict=True)]
+
+
+def _part_of_fused(attention: Any, name: str, x: Tensor) -> Tensor:
+    fused, rows = attention.qkv_proj, rows_of_fused(attention, name)
     if not all_linear([fused]):
-        return split_heads(attention, name, fused(x)[..., rows])
+        projected: Tensor = fused(x)[..., rows]
+        return projected
     bias = None if fused.bias is None else fused.bias[rows]
-    return split_heads(attention, name, functional.linear(x, weight_of(fused)[rows], bias))
+    return functional.linear(x, weight_of(fused)[rows], bias)
 
 
 def rows_of_fused(attention: Any, name: str) -> slice:

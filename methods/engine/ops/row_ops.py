@@ -8,6 +8,7 @@ Shapes: B sequences, T tokens, N gathered rows, D width, r rank, F MLP width, d 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -64,10 +65,9 @@ class RowOps:
         normed_BTD = self.norm(module, x_BTD)
         return normed_BTD, self.scores(normed_BTD, score_D, offset)
 
-    def linear(self, module: Any, x_NI: Tensor) -> Tensor:
-        """A projection of gathered rows, [N, inputs] -> [N, outputs]."""
-        out: Tensor = module(x_NI)
-        return out
+    def linears(self, modules: Sequence[Any], x: Tensor) -> list[Tensor]:
+        """Projections of the same rows, [..., inputs] -> [..., outputs] each."""
+        return [module(x) for module in modules]
 
     def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
         """silu(gate) * up, written to `gate`."""

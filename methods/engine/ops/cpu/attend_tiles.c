@@ -99,8 +99,8 @@ static void copy(const number *key, int64_t key_row, const number *value, int64_
     }
 }
 
-/* The arguments of `attend.c`; `scratch` takes keys and values, [2, kv_heads, panels * PANEL, size].
-   `size` is a multiple of 32. */
+/* The arguments of `attend.c`; `scratch` takes keys and values, [2, kv_heads, panels * PANEL,
+   size]. `size` is a multiple of 32. */
 int attend(const number *q, const number *key, int64_t key_head, int64_t key_row,
            const number *value, int64_t value_head, int64_t value_row, const int64_t *last,
            float scale, number *scratch, number *out, int64_t held, int64_t count, int64_t heads,

@@ -80,7 +80,7 @@ ARGUMENTS = {
 """A letter for each argument, of `KINDS`."""
 ARGUMENTS_OF = {
     torch.float32: {**ARGUMENTS, "attend_one": "ttiitiifttiiii"},
-    torch.bfloat16: {**ARGUMENTS, "linear": "titttii", "permit": ""},
+    torch.bfloat16: {**ARGUMENTS, "linear": "titttttii", "permit": ""},
 }
 INDEXED = ("rotate", "add_rows", "mlp", "attend", "forecast")
 """Loops that read row numbers, and return 1 before any work if one lies outside of its buffer."""
@@ -171,7 +171,8 @@ def _compiled(compiler: str, dtype: torch.dtype, path: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise NoCompiler(f"{compiler} cannot compile them: {lines[0]}")
+        first = next((line for line in lines if "error" in line), lines[0])
+        raise NoCompiler(f"{compiler} cannot compile them: {first}")
     return path
 
 

@@ -25,6 +25,21 @@ static void widen(const number *packed, int64_t rows, int64_t width, const numbe
         }
 }
 
+/* out[i] = down hidden[i]; with a residual, out[index[i]] = residual[index[i]] + that. */
+static void narrow(const number *hidden, int64_t rows, int64_t neurons, const number *down,
+                   int64_t width, const number *residual, const int64_t *index, number *out) {
+#pragma omp for schedule(dynamic, 3) /* neighbours in memory */
+    for (int64_t c = 0; c < width; c += PAIR)
+        for (int64_t first = 0; first < rows; first += PAIR) {
+            const number *own = down + c * neurons;
+            ALIGNED Sums sums;
+            multiply(own, own + SIDE * neurons, neurons, first ? 0 : PAIR * neurons,
+                     hidden + first * neurons, hidden + second_panel(first, rows) * neurons,
+                     neurons, 0, sums);
+            write_pair(sums, first, rows, c, width, residual, index, out);
+        }
+}
+
 /* `width` is a multiple of 32, `neurons` too. */
 int mlp(const number *x, int64_t held, int64_t rows, const int64_t *index, const number *gate,
         const number *up, const number *down, const number *residual, number *scratch, number *out,
@@ -42,8 +57,8 @@ int mlp(const number *x, int64_t held, int64_t rows, const int64_t *index, const
             for (int64_t first = 0; first < count; first += SIDE)
                 pack_rows(from, width, own, first, count, width, scratch + first * width);
             widen(scratch, count, width, gate, up, neurons, hidden);
-            multiply_all(down, width, neurons, hidden, count, residual, residual ? own : 0,
-                         residual ? out : out + begin * width);
+            narrow(hidden, count, neurons, down, width, residual, residual ? own : 0,
+                   residual ? out : out + begin * width);
         }
         tiles_end();
     }

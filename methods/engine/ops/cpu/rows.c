@@ -33,6 +33,10 @@ void silu_mul(number *restrict gate, const number *restrict up, int64_t count) {
         gate[i] = to_number(silu(to_float(gate[i])) * to_float(up[i]));
 }
 
+static inline number turned(number a, number cosine, number b, float sine) {
+    return to_number(to_float(a) * to_float(cosine) + to_float(b) * sine);
+}
+
 /* Rotary embedding of x [rows, heads, size]; row i has the angles of place[i], or of i % period.
    `out` has gaps of its own between sequences of `tokens` rows, rows and heads. */
 int rotate(const number *restrict x, const number *restrict cosine, const number *restrict sine,
@@ -47,11 +51,12 @@ int rotate(const number *restrict x, const number *restrict cosine, const number
         const number *c = cosine + at, *s = sine + at;
         for (int64_t h = 0; h < heads; h++) {
             const number *a = x + (i * heads + h) * size, *b = a + half;
-            number *restrict to = out + i / tokens * sequence_gap + i % tokens * row_gap + h * head_gap;
+            int64_t from = i / tokens * sequence_gap + i % tokens * row_gap + h * head_gap;
+            number *restrict to = out + from, *restrict end = to + half;
             for (int64_t j = 0; j < half; j++)
-                to[j] = to_number(to_float(a[j]) * to_float(c[j]) - to_float(b[j]) * to_float(s[j]));
-            for (int64_t j = half; j < size; j++)
-                to[j] = to_number(to_float(a[j]) * to_float(c[j]) + to_float(a[j - half]) * to_float(s[j]));
+                to[j] = turned(a[j], c[j], b[j], -to_float(s[j]));
+            for (int64_t j = 0; j < half; j++)
+                end[j] = turned(b[j], c[half + j], a[j], to_float(s[half + j]));
         }
     }
     return 0;
@@ -65,7 +70,8 @@ int add_rows(const number *residual, number *into, int64_t rows, const int64_t *
     for (int64_t i = 0; i < count; i++) {
         const number *from = residual + index[i] * width, *more = delta + i * width;
         number *to = into + index[i] * width;
-        for (int64_t j = 0; j < width; j++) to[j] = to_number(to_float(from[j]) + to_float(more[j]));
+        for (int64_t j = 0; j < width; j++)
+            to[j] = to_number(to_float(from[j]) + to_float(more[j]));
     }
     return 0;
 }

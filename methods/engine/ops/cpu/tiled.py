@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,17 +32,21 @@ class TiledRowOps(CompiledRowOps):
     packed_rows = CHUNK
     forecasts_all = True
 
-    def linear(self, module: Any, x_NI: Tensor) -> Tensor:
-        """The library makes a kernel for each number of rows, and packs the weight besides."""
-        if not all_linear([module]) or module.bias is not None:
-            return super().linear(module, x_NI)
-        (rows, inputs), weight = x_NI.shape, weight_of(module)
-        outputs = weight.shape[0]
-        if outputs % DEEP or inputs % DEEP or not self.covers(x_NI, weight):
-            return super().linear(module, x_NI)
-        out = x_NI.new_empty(rows, outputs)
-        scratch = x_NI.new_empty(min(-(-rows // LANES) * LANES, CHUNK) * inputs)
-        self.loops.linear(x_NI, rows, weight, scratch, out, inputs, outputs)
+    def linears(self, modules: Sequence[Any], x: Tensor) -> list[Tensor]:
+        """The library makes a kernel for each number of rows, and packs the weights besides."""
+        plain = all_linear(modules) and all(module.bias is None for module in modules)
+        weights = [weight_of(module) for module in modules] if plain else []
+        shapes, inputs = {weight.shape for weight in weights}, x.shape[-1]
+        if len(shapes) != 1 or len(weights) > 2 or not self.covers(x, *weights):
+            return super().linears(modules, x)
+        outputs = weights[0].shape[0]
+        if outputs % DEEP or inputs % DEEP:
+            return super().linears(modules, x)
+        rows = x.numel() // inputs
+        out = [x.new_empty(*x.shape[:-1], outputs) for _ in weights]
+        scratch = x.new_empty(-(-rows // LANES) * LANES * inputs)
+        (weight, second), (first_out, second_out) = ((*pair, None)[:2] for pair in (weights, out))
+        self.loops.linear(x, rows, weight, second, scratch, first_out, second_out, inputs, outputs)
         return out
 
     def few(self, weights: SwiGLU, x: Tensor, count: int) -> bool:
@@ -50,10 +55,10 @@ class TiledRowOps(CompiledRowOps):
         return count > 0 and width % DEEP == neurons % DEEP == 0 and self.covers(x, *weights)
 
     def maps(self, linear: LinearUnit) -> LinearUnit:
-        """Both maps rounded to bfloat16, as they lie."""
+        """Both maps rounded to bfloat16 and packed."""
         if linear.down_rD is None or linear.up_Dr is None or not self.sized(linear.down_rD):
             return linear
-        down, up = (map_.to(self.dtype).contiguous() for map_ in (linear.down_rD, linear.up_Dr))
+        down, up = (_packed(map_.to(self.dtype)) for map_ in (linear.down_rD, linear.up_Dr))
         return replace(linear, down_rD=down, up_Dr=up)
 
     def lie(self, down_rD: Tensor, up_Dr: Tensor) -> bool:
@@ -61,3 +66,10 @@ class TiledRowOps(CompiledRowOps):
         return self.covers(down_rD, up_Dr)
 
     attend_one = RowOps.attend_one  # one query shares nothing: the library's kernel is faster
+
+
+def _packed(weight_OI: Tensor) -> Tensor:
+    """Panels of `LANES` outputs: pairs of inputs by outputs, kept in the weight's own shape."""
+    outputs, inputs = weight_OI.shape
+    panels = weight_OI.reshape(outputs // LANES, LANES, inputs // 2, 2)
+    return panels.transpose(1, 2).contiguous().view(outputs, inputs)

@@ -10,23 +10,6 @@
 
 #if !defined(__AMX_BF16__) || !defined(__AVX512F__) || !defined(__linux__)
 #error "bfloat16 loops need a processor with AMX"
-/* out [rows, outputs] = weight @ packed rows, shared out to the threads of a team; with a residual,
-   out[index[i]] = residual[index[i]] + that. */
-static inline void multiply_all(const number *weight, int64_t outputs, int64_t inputs,
-                                const number *packed, int64_t rows, const number *residual,
-                                const int64_t *index, number *out) {
-#pragma omp for schedule(dynamic, 3) /* neighbours in memory */
-    for (int64_t c = 0; c < outputs; c += PAIR)
-        for (int64_t first = 0; first < rows; first += PAIR) {
-            const number *own = weight + c * inputs;
-            ALIGNED Sums sums;
-            multiply(own, own + SIDE * inputs, inputs, first ? 0 : PAIR * inputs,
-                     packed + first * inputs, packed + second_panel(first, rows) * inputs, inputs, 0,
-                     sums);
-            write_pair(sums, first, rows, c, outputs, 0, residual, index, out);
-        }
-}
-
 #endif
 
 #include <immintrin.h>
@@ -50,8 +33,8 @@ static inline void tiles_end(void) { _tile_release(); }
 typedef float Sums[2][2][SIDE][SIDE];
 
 /* Two blocks of weights, whose rows are `gap` numbers apart, times two panels; to what `sums` holds
-   if that is to be `kept`. What lies `ahead` numbers after the weights is fetched on the way, unless
-   that is 0. */
+   if that is to be `kept`. What lies `ahead` numbers after the weights is fetched on the way,
+   unless that is 0. */
 static inline void multiply(const number *a, const number *b, int64_t gap, int64_t ahead,
                             const number *panel, const number *other, int64_t inputs, int kept,
                             Sums sums) {
@@ -72,8 +55,8 @@ static inline void multiply(const number *a, const number *b, int64_t gap, int64
         _tile_loadd(6, panel + k * SIDE, 64);
         _tile_loadd(7, other + k * SIDE, 64);
         for (int r = 0; ahead && r < SIDE; r++) {
-            __builtin_prefetch(a + k + r * gap + ahead);
-            __builtin_prefetch(b + k + r * gap + ahead);
+            __builtin_prefetch(a + k + r * gap + ahead, 0, 2);
+            __builtin_prefetch(b + k + r * gap + ahead, 0, 2);
         }
         _tile_dpbf16ps(0, 4, 6);
         _tile_dpbf16ps(1, 4, 7);
@@ -133,8 +116,8 @@ static inline __m512 floats(const number *x) { /* 16 numbers */
 
 /* SIDE outputs by SIDE rows, rounded, as inputs of the next product: half a DEEP of a panel. */
 static inline void pack_sums(float (*sums)[SIDE], number *panel) {
-    const __m512i zip = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
-                                         23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i zip = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24,
+                                         8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     for (int f = 0; f < SIDE; f += 2) {
         __m512bh both = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(sums[f + 1]), _mm512_loadu_ps(sums[f]));
         _mm512_storeu_si512(panel + f * SIDE, _mm512_permutexvar_epi16(zip, (__m512i)both));
@@ -146,11 +129,17 @@ static inline int64_t second_panel(int64_t first, int64_t rows) {
     return first + SIDE < rows ? first + SIDE : first;
 }
 
-/* Rows first .. first + PAIR - 1 of `out` [., width] get PAIR sums each at a column, plus a bias
-   and what the residual has there, unless these are null; with an index, rows index[first], ... */
+/* PAIR numbers, plus a residual unless that is null. */
+static inline void write_row(__m512 low, __m512 high, const number *residual, number *out) {
+    if (residual) low += floats(residual);
+    if (residual) high += floats(residual + SIDE);
+    _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+}
+
+/* Rows first .. first + PAIR - 1 of `out` [., width] get PAIR sums each at a column, plus what the
+   residual has there, unless that is null; with an index, rows index[first], ... */
 static inline void write_pair(Sums sums, int64_t first, int64_t rows, int64_t column, int64_t width,
-                              const float *bias, const number *residual, const int64_t *index,
-                              number *out) {
+                              const number *residual, const int64_t *index, number *out) {
     for (int64_t b = 0; b < 2 && first + b * SIDE < rows; b++) {
         __m512i left[SIDE], right[SIDE];
         memcpy(left, sums[0][b], sizeof left);
@@ -159,31 +148,10 @@ static inline void write_pair(Sums sums, int64_t first, int64_t rows, int64_t co
         transpose(right);
         for (int64_t i = 0, r = first + b * SIDE; i < SIDE && r < rows; i++, r++) {
             int64_t at = (index ? index[r] : r) * width + column;
-            __m512 low = _mm512_castsi512_ps(left[i]), high = _mm512_castsi512_ps(right[i]);
-            if (bias) low += _mm512_loadu_ps(bias + column);
-            if (bias) high += _mm512_loadu_ps(bias + column + SIDE);
-            if (residual) low += floats(residual + at);
-            if (residual) high += floats(residual + at + SIDE);
-            _mm512_storeu_si512(out + at, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+            write_row(_mm512_castsi512_ps(left[i]), _mm512_castsi512_ps(right[i]),
+                      residual ? residual + at : 0, out + at);
         }
     }
-}
-
-/* out [rows, outputs] = weight @ packed rows, shared out to the threads of a team; with a residual,
-   out[index[i]] = residual[index[i]] + that. */
-static inline void multiply_all(const number *weight, int64_t outputs, int64_t inputs,
-                                const number *packed, int64_t rows, const number *residual,
-                                const int64_t *index, number *out) {
-#pragma omp for schedule(dynamic, 3) /* neighbours in memory */
-    for (int64_t c = 0; c < outputs; c += PAIR)
-        for (int64_t first = 0; first < rows; first += PAIR) {
-            const number *own = weight + c * inputs;
-            ALIGNED Sums sums;
-            multiply(own, own + SIDE * inputs, inputs, first ? 0 : PAIR * inputs,
-                     packed + first * inputs, packed + second_panel(first, rows) * inputs, inputs, 0,
-                     sums);
-            write_pair(sums, first, rows, c, outputs, 0, residual, index, out);
-        }
 }
 
 #endif

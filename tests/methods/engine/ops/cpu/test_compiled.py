@@ -225,6 +225,7 @@ def test_output_buffer(ops):
         assert made.shape == residual.shape and made.data_ptr() != residual.data_ptr()
 
 
+@pytest.mark.parametrize("loops", LOOPS)
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     keys=st.sampled_from([8, 63, 64, 65, 300, 700]),
@@ -233,11 +234,8 @@ def test_output_buffer(ops):
     size=st.sampled_from([16, 64, 80, 256]),
     layout=st.sampled_from(["cache", "projection"]),
     seed=st.integers(0, 99),
-    loops=st.sampled_from(
-        [CompiledRowOps] + [TiledRowOps] * (reason_without(torch.bfloat16) is None)
-    ),
 )
-def test_attend(keys, queries, heads, size, layout, seed, loops):
+def test_attend(loops, keys, queries, heads, size, layout, seed):
     """Any rising bounds, two queries at one key included, at scores of every size."""
     size = size - size % loops.lanes or loops.lanes
     generator = torch.Generator().manual_seed(seed)
@@ -326,20 +324,20 @@ def test_forecast_in_tiles(count, width, rank, biases, silu):
 
 def check_forecast(ops, count, width, rank, biases, silu):
     torch.manual_seed(count)
-    linear = ops.maps(maps(width, rank, biases, silu))
+    linear = maps(width, rank, biases, silu)
     x, into = draw(ops, 1, 50, width), draw(ops, 1, 50, width)
     index = torch.randperm(50)[:count].sort().values
     expected = into.double()
     expected[0, index] += estimate_in_double(linear, x[0, index])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RowOps, "forecast", refuse)
-        ops.forecast(linear, x, into, into, index)
+        ops.forecast(ops.maps(linear), x, into, into, index)
     # in bfloat16 the hidden numbers are rounded too
     same(into, expected.float(), 1e-4 if ops.dtype == torch.float32 else 2**-6)
 
 
 def estimate_in_double(linear, x):
-    down, up = linear.down_rD.double(), linear.up_Dr.double()
+    down, up = (map_.to(x.dtype).double() for map_ in (linear.down_rD, linear.up_Dr))
     hidden = x.double() @ down.t() + (0.0 if linear.down_bias_r is None else linear.down_bias_r)
     hidden = torch.nn.functional.silu(hidden) if linear.silu else hidden
     return hidden @ up.t() + (0.0 if linear.bias_D is None else linear.bias_D)
@@ -359,18 +357,23 @@ def maps(width, rank, biases=True, silu=False):
 
 @pytest.mark.parametrize("rows", [1, 16, 40, 1030])
 @pytest.mark.parametrize(("inputs", "outputs"), [(32, 64), (576, 192)])
+@pytest.mark.parametrize("number", [1, 2])
 @TILES
-def test_linear(inputs, outputs, rows, monkeypatch):
-    monkeypatch.setattr(RowOps, "linear", refuse)
-    ops, module = TiledRowOps(), nn.Linear(inputs, outputs, bias=False).bfloat16()
-    x = draw(ops, rows, inputs)
-    same(ops.linear(module, x), (x.double() @ module.weight.double().t()).float())
+def test_linears(number, inputs, outputs, rows, monkeypatch):
+    monkeypatch.setattr(RowOps, "linears", refuse)
+    ops = TiledRowOps()
+    modules = [nn.Linear(inputs, outputs, bias=False).bfloat16() for _ in range(number)]
+    x = draw(ops, 1, rows, inputs)
+    for found, module in zip(ops.linears(modules, x), modules, strict=True):
+        same(found, (x.double() @ module.weight.double().t()).float())
 
 
 def test_projections_that_no_loop_covers(ops):
-    for module in (nn.Linear(32, 64), nn.Linear(20, 64, bias=False), nn.Linear(32, 24, bias=False)):
-        module, x = module.to(ops.dtype), draw(ops, 5, module.in_features)
-        assert torch.equal(ops.linear(module, x), module(x))
+    for sizes in ([(32, 64)], [(20, 64)], [(32, 24)], [(32, 32), (32, 64)], [(32, 32)] * 3):
+        modules = [nn.Linear(*size, bias=size == (32, 64)).to(ops.dtype) for size in sizes]
+        x = draw(ops, 5, sizes[0][0])
+        for found, module in zip(ops.linears(modules, x), modules, strict=True):
+            assert torch.equal(found, module(x))
 
 
 @pytest.mark.parametrize(("width", "rank"), [(20, 16), (16, 8), (16, 1024)])
