@@ -43,7 +43,9 @@ class MoD(RoutedMethod):
         output: `scaled` multiplies the block by the sigmoid of the score, `whole` keeps its value
             and lets the score carry the gradient: a frozen model was not trained to be scaled.
         predictor_width: hidden width of the predictor; 0 means D // 4.
-        start: `published`, or `closed_form`: scores as the regression of what the block adds.
+        start: `published`, or `closed_form`: scores as the regression of what the block adds. Each
+            block's share of a sequence is then what one threshold leaves it, in training as at
+            inference: the same share for all throws away what that start knows of the blocks.
         train: `routers` (and adapters), or `none` for the start alone.
         training: `Training`, of routers and adapters together.
         bce_weight: of the membership loss.
@@ -79,6 +81,7 @@ class MoD(RoutedMethod):
         if decision == "predictor":
             self.predictors = Routers(kind="mlp", hidden=predictor_width)
         self.output, self.train_what, self.bce_weight = output, train, bce_weight
+        self.equal_shares = start == "published" or decision == "predictor"
 
     def sites(self) -> Sequence[Site]:
         assert self.shape is not None, "setup() comes first"
@@ -90,8 +93,11 @@ class MoD(RoutedMethod):
             decision = self.decide(decider(site, ctx.residual_BTD))
             return self._scaled(decision, decision.scores_BT)
         scores = self.routers(site, ctx.residual_BTD)
-        target = self.sparsity if ctx.target is None else ctx.target
-        execute = top_share(scores.detach(), ctx.valid_BT, 1.0 - target / self.reach())
+        if self.equal_shares:
+            target = self.sparsity if ctx.target is None else ctx.target
+            execute = top_share(scores.detach(), ctx.valid_BT, 1.0 - target / self.reach())
+        else:
+            execute = self.decide(scores.detach()).execute_BT
         logits = scores
         if self.predictors is not None:
             logits = self.predictors(site, ctx.residual_BTD.detach())
@@ -113,9 +119,12 @@ class MoD(RoutedMethod):
         return view.task_loss + self.bce_weight * view.auxiliary
 
     def start(self, probe: Probe, sparsity: float) -> None:
-        """Begin at 0: the top share executes in training whatever the threshold, and the BCE
-        teaches sigmoid(score) > 0.5 to tell who was in it."""
-        self.threshold.zero_()
+        """With equal shares begin at 0: the top share executes in training whatever the threshold,
+        and the BCE teaches sigmoid(score) > 0.5 to tell who was in it."""
+        if self.equal_shares:
+            self.threshold.zero_()
+        else:
+            super().start(probe, sparsity)
 
     def cost(self, site: Site) -> SiteCost:
         return SiteCost(route=(self.predictors or self.routers).flops_per_token(site))
