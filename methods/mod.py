@@ -19,7 +19,16 @@ from methods.base import (
     Stage,
     UnitView,
 )
-from methods.options import LoraSpec, Natural, NonNegative, Sparsity, Start, Training, grouped
+from methods.options import (
+    LoraSpec,
+    Natural,
+    NonNegative,
+    Positive,
+    Sparsity,
+    Start,
+    Training,
+    grouped,
+)
 from methods.parts.gates import membership_loss, straight_through, top_share
 from methods.parts.routed_method import RoutedMethod
 from methods.parts.routers import Routers
@@ -43,13 +52,13 @@ class MoD(RoutedMethod):
         output: `scaled` multiplies the block by the sigmoid of the score, `whole` keeps its value
             and lets the score carry the gradient: a frozen model was not trained to be scaled.
         predictor_width: hidden width of the predictor; 0 means D // 4.
-        start: `published`, or `closed_form`: scores as the regression of what the block adds. Each
-            block's share of a sequence is then what one threshold leaves it, in training as at
-            inference: the same share for all throws away what that start knows of the blocks.
-        train: `routers` (and adapters), or `none` for the start alone.
+        start: `published`, or `closed_form`: scores as the regression of what the block adds.
+        train: `routers` (and adapters), in which every block executes the same share; `adapters`
+            alone on the decisions of inference, or `none` for the start alone.
         training: `Training`, of routers and adapters together.
         bce_weight: of the membership loss.
-        lora: adapters trained with the routers (`LoraSpec` fields), or None.
+        lora: adapters (`LoraSpec` fields), or None.
+        lora_lr: of adapters alone.
     """
 
     paper = "arXiv 2404.02258"
@@ -64,13 +73,16 @@ class MoD(RoutedMethod):
         output: Literal["whole", "scaled"] = "whole",
         predictor_width: Natural = 0,
         start: Start = "published",
-        train: Literal["none", "routers"] = "routers",
+        train: Literal["none", "adapters", "routers"] = "routers",
         training: Training = TRAINING,
         bce_weight: NonNegative = 1.0,
         lora: LoraSpec | None = None,
+        lora_lr: Positive = 2e-4,
     ) -> None:
         training = grouped(training, TRAINING)
-        super().__init__(sparsity=sparsity, routers=Routers(), training=training, lora=lora)
+        super().__init__(
+            sparsity=sparsity, routers=Routers(), training=training, lora=lora, lora_lr=lora_lr
+        )
         self.start_what = start
         if decision == "predictor" and output == "scaled":
             raise ValueError(
@@ -81,7 +93,6 @@ class MoD(RoutedMethod):
         if decision == "predictor":
             self.predictors = Routers(kind="mlp", hidden=predictor_width)
         self.output, self.train_what, self.bce_weight = output, train, bce_weight
-        self.equal_shares = start == "published" or decision == "predictor"
 
     def sites(self) -> Sequence[Site]:
         assert self.shape is not None, "setup() comes first"
@@ -93,11 +104,8 @@ class MoD(RoutedMethod):
             decision = self.decide(decider(site, ctx.residual_BTD))
             return self._scaled(decision, decision.scores_BT)
         scores = self.routers(site, ctx.residual_BTD)
-        if self.equal_shares:
-            target = self.sparsity if ctx.target is None else ctx.target
-            execute = top_share(scores.detach(), ctx.valid_BT, 1.0 - target / self.reach())
-        else:
-            execute = self.decide(scores.detach()).execute_BT
+        target = self.sparsity if ctx.target is None else ctx.target
+        execute = top_share(scores.detach(), ctx.valid_BT, 1.0 - target / self.reach())
         logits = scores
         if self.predictors is not None:
             logits = self.predictors(site, ctx.residual_BTD.detach())
@@ -114,17 +122,16 @@ class MoD(RoutedMethod):
         if self.train_what == "routers":
             parts = [self.routers, self.predictors]
             yield self.train_stage("train", parts, budget.routers, lora=self.lora)
+        if self.train_what == "adapters":
+            yield from self.lora_stages(budget)
 
     def _routed_loss(self, view: RoutedView) -> Tensor:
         return view.task_loss + self.bce_weight * view.auxiliary
 
     def start(self, probe: Probe, sparsity: float) -> None:
-        """With equal shares begin at 0: the top share executes in training whatever the threshold,
-        and the BCE teaches sigmoid(score) > 0.5 to tell who was in it."""
-        if self.equal_shares:
-            self.threshold.zero_()
-        else:
-            super().start(probe, sparsity)
+        """Begin at 0: the top share executes in training whatever the threshold, and the BCE
+        teaches sigmoid(score) > 0.5 to tell who was in it."""
+        self.threshold.zero_()
 
     def cost(self, site: Site) -> SiteCost:
         return SiteCost(route=(self.predictors or self.routers).flops_per_token(site))
