@@ -32,6 +32,7 @@ from runners.point_config import (
     DataConfig,
     EvalConfig,
     ModelConfig,
+    PlacementConfig,
     PointConfig,
     SpeedConfig,
     TrackingConfig,
@@ -71,7 +72,7 @@ def check_point(config: Mapping[str, Any]) -> PointConfig:
         check_writable(key, getattr(point.store, key))
     check_tracking(point.tracking)
     if point.speed is not None:
-        _check_speed(point.speed, point.placement.device, here=here)
+        _check_speed(point.speed, point.placement, here=here)
     check_evaluation(point.eval)
     return point
 
@@ -168,18 +169,21 @@ def _check_device(name: str) -> None:
         raise UserError(f"device={name} is not available; auto, cpu, cuda or cuda:<number>")
 
 
-def _check_speed(speed: SpeedConfig, device: str, *, here: bool) -> None:
+def _check_speed(speed: SpeedConfig, placement: PlacementConfig, *, here: bool) -> None:
     if speed.graphs is True and here:
         import torch
 
-        if device == "cpu" or not torch.cuda.is_available():
+        if placement.device == "cpu" or not torch.cuda.is_available():
             raise UserError("speed.graphs=true needs a model on CUDA; speed.graphs=auto decides")
     if speed.in_sweep and world_size() > 1:
         raise UserError("speed is measured in one process: leave speed=sweep out, or the launcher")
     if speed.kernels == "compiled":
-        from methods.engine.ops.cpu.build import reason_without  # needs torch
+        from methods.engine.ops.choose import loops_for  # needs torch
+        from methods.engine.ops.cpu.build import reason_without
+        from runners.base_model.load import resolve_dtype, resolve_device
 
-        if reason := reason_without():
+        dtype = resolve_dtype(placement.dtype, resolve_device(placement.device))
+        if reason := reason_without(loops_for(dtype).dtype):
             raise UserError(f"speed.kernels=compiled: {reason}; speed.kernels=auto runs without")
     if not speed.trained and speed.decisions != "random":
         raise UserError("speed.trained=false needs speed.decisions=random: nothing is calibrated")

@@ -70,7 +70,7 @@ class Bench:
         ids = self._rows(batch, tokens)
         usage: list[Usage] = []
         # a slice (1) is not contiguous, and PyTorch then copies the whole bfloat16 head on a CPU
-        last = torch.tensor([tokens - 1])
+        last = torch.tensor([tokens - 1], device=ids.device)
 
         def forward() -> None:
             self.model(

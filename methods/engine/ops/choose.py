@@ -48,6 +48,11 @@ def use_triton(setting: Kernels, tensor: Tensor) -> bool:
     return possible
 
 
+def loops_for(dtype: torch.dtype) -> type[CompiledRowOps]:
+    """The compiled loops of a precision; those of float32 for one that has none."""
+    return TiledRowOps if dtype == torch.bfloat16 else CompiledRowOps
+
+
 def row_ops(setting: Kernels, model: PreTrainedModel) -> RowOps:
     """Choose the row-wise operations for a model.
 
@@ -58,7 +63,7 @@ def row_ops(setting: Kernels, model: PreTrainedModel) -> RowOps:
     Raises:
         ValueError: `compiled`, and they cannot.
     """
-    loops = TiledRowOps if model.dtype == torch.bfloat16 else CompiledRowOps
+    loops = loops_for(model.dtype)
     if setting == "compiled":
         if reason := reason_without(loops.dtype):
             raise ValueError(f"kernels=compiled: {reason}; kernels=auto runs without")
