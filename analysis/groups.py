@@ -38,7 +38,8 @@ NO_IDENTITY = frozenset(
 PACKAGES = ("torch", "transformers", "lm_eval")
 """Those whose versions change scores."""
 OF_THE_METHOD = frozenset(
-    "method target objective mode merge_lora recalibrate base_model trained_on_sha256".split()
+    "method target objective mode merge_lora recalibrate base_model trained_on_sha256 "
+    "reserve".split()
 )
 """Top-level keys that tell the lines of a picture apart; all others tell pictures apart."""
 OF_THE_LINE = frozenset({"budget.scale"})

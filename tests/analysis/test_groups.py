@@ -89,6 +89,14 @@ def test_options_that_a_variant_does_not_say_are_lines(tmp_path):
     assert set(Store(tmp_path).points["line"]) == {"informed (rank=64)", "informed (rank=32)"}
 
 
+def test_what_a_method_reserves_is_a_line(tmp_path):
+    """In the picture of the others, as the ablation of `reserve` is beside its default."""
+    put(tmp_path, {**CONFIG, "reserve": 1})
+    put(tmp_path, {**CONFIG, "reserve": 0})
+    points = Store(tmp_path).points
+    assert points["setting"].nunique() == 1 and points["line"].nunique() == 2
+
+
 def test_one_seed_twice_is_two_saved_models(tmp_path):
     put(tmp_path, {**CONFIG, "saved": "a", "saved_sha256": "1"})
     put(tmp_path, {**CONFIG, "saved": "b", "saved_sha256": "2"})
