@@ -180,7 +180,7 @@ def _check_speed(speed: SpeedConfig, placement: PlacementConfig, *, here: bool) 
     if speed.kernels == "compiled":
         from methods.engine.ops.choose import loops_for  # needs torch
         from methods.engine.ops.cpu.build import reason_without
-        from runners.base_model.load import resolve_dtype, resolve_device
+        from runners.base_model.load import resolve_device, resolve_dtype
 
         dtype = resolve_dtype(placement.dtype, resolve_device(placement.device))
         if reason := reason_without(loops_for(dtype).dtype):
