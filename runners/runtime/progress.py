@@ -75,6 +75,8 @@ class Bar(tqdm):
 
     def close(self) -> None:
         """End this part, and those within it that an exception has left open."""
+        if _open is None:  # a bar that is still open as the interpreter ends
+            return
         if self in _open:
             del _open[_open.index(self) :]
         self.disable = True

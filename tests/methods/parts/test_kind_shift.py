@@ -54,7 +54,8 @@ def test_kind_shift_ends_where_a_further_step_loses_more(tiny_llama, wrong_by):
     if abs(chosen) < MOST_SHIFTS:
         near = (chosen - 1, chosen, chosen + 1)
         bend, slope, _ = numpy.polyfit(near, [grid[place] for place in near], 2)
-        vertex = -slope / (2 * bend)
+        if bend > 1e-9:  # where no decision turns, losses are equal, and the fit is rounding
+            vertex = -slope / (2 * bend)
     assert moves[0] / SHIFT_STEP == pytest.approx(vertex, abs=0.02)
     assert grid[chosen] <= grid[0] + 1e-6
     for neighbour in (chosen - 1, chosen + 1):
