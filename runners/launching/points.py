@@ -298,4 +298,6 @@ def _check_launcher(name: str) -> None:
 
 
 def _one_line(error: Exception) -> str:
+    if "hydra/sweeper/optuna" in str(error):
+        return "a search needs Hydra's Optuna sweeper: pip install -e '.[tune]'"
     return " ".join(str(error).split())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 
 import pytest
 from omegaconf import OmegaConf
@@ -50,3 +51,12 @@ def test_a_search_of_nothing_is_refused(commands):
     done = commands.run(*SEARCH)
     assert done.code == 2, done
     assert "error: tune=true searches the options" in str(done)
+
+
+@pytest.mark.skipif(
+    find_spec("hydra_plugins.hydra_optuna_sweeper") is not None, reason="it is there"
+)
+def test_a_search_without_the_sweeper_says_what_to_install(commands):
+    done = commands.run(*SEARCH, "method.training.lr=1.0e-3,1.0e-2")
+    assert done.code == 2, done
+    assert "error: a search needs Hydra's Optuna sweeper: pip install" in str(done)
