@@ -91,8 +91,8 @@ def _check_points(line: CommandLine, check: Check) -> object:
     """What the check gives of the first point."""
     checked = [check(config) for config in itertools.islice(line.points(), MAX_CHECKED_POINTS)]
     first = next(iter(checked), None)
-    nothing = line.sweeping and not line.searches
-    if nothing and isinstance(first, PointConfig) and first.tune:
+    tunes = isinstance(first, PointConfig) and first.tune
+    if tunes and line.sweeping and not line.swept:
         raise UserError(
             "tune=true searches the options that the command gives several values, such as "
             "method.training.lr=3.0e-4,1.0e-3,3.0e-3"

@@ -86,8 +86,7 @@ class CommandLine:
         `method.first_layer=0` may be unknown: that becomes a sweep over one value, which is left
         to the points.
         """
-        swept = {*self.presets, *(o.key_or_group for o in self.overrides if o.is_sweep_override())}
-        words = []
+        swept, words = self.swept, []
         for override in self.overrides:
             word = str(override.input_line)
             plain = override.is_sweep_override() or override.is_delete()
@@ -110,9 +109,9 @@ class CommandLine:
         return len(self._expanded())
 
     @property
-    def searches(self) -> bool:
-        """Whether an option has several values, or an interval."""
-        return bool(self.presets) or any(o.is_sweep_override() for o in self.overrides)
+    def swept(self) -> set[str]:
+        """Options that have several values, or an interval."""
+        return {*self.presets, *(o.key_or_group for o in self.overrides if o.is_sweep_override())}
 
     def check_keys(self) -> None:
         """Compose the first point, whatever its values, so that no unknown key reaches Hydra: its

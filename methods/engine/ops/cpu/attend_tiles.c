@@ -18,11 +18,8 @@ typedef struct {
 static inline __m512 exponentials(__m512 x) {
     x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
     __m512 n = _mm512_roundscale_ps(x * 1.44269504f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m512 r = x - n * 0.693359375f + n * 2.12194440e-4f, p = r * 1.9875691500e-4f;
-    p = (p + 1.3981999507e-3f) * r + 8.3334519073e-3f;
-    p = (p * r + 4.1665795894e-2f) * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    return _mm512_scalef_ps(p * r * r + r + 1.0f, n);
+    __m512 r = REST(x, n);
+    return _mm512_scalef_ps(OF_REST(r), n);
 }
 
 /* Scores of one panel become weights relative to the new maximum of each row; `hides` is true if

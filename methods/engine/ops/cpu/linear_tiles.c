@@ -21,8 +21,8 @@ static void multiply_rows(const number *weight, int64_t outputs, int64_t inputs,
 }
 
 /* out [rows, outputs] = x @ weight.T, and the same of a second weight unless that is null.
-   `scratch` takes packed rows; `inputs` and `outputs` are multiples of 32. A thread takes rows, not outputs:
-   what it packs stays in its cache. */
+   `scratch` takes packed rows; `inputs` and `outputs` are multiples of 32. A thread takes rows, not
+   outputs: what it packs stays in its cache. */
 void linear(const number *x, int64_t rows, const number *weight, const number *second,
             number *scratch, number *out, number *second_out, int64_t inputs, int64_t outputs) {
     int64_t threads = omp_get_max_threads(), tasks = parts_of(rows, threads * BAND) * threads;

@@ -118,19 +118,19 @@ static inline int64_t panel(int64_t column, int64_t columns) {
     return least((columns - column) / LANES, WIDE);
 }
 
-/* e^x to 2 units in the last place: 2^n times a polynomial of the rest (Cephes, expf). */
+/* e^x to 2 units in the last place: 2^n times a polynomial of the rest (Cephes, expf); of one
+   float, or of a vector. */
+#define REST(x, n) ((x) - (n) * 0.693359375f + (n) * 2.12194440e-4f)
+#define POLYNOMIAL(r)                                                                              \
+    (((((1.9875691500e-4f * (r) + 1.3981999507e-3f) * (r) + 8.3334519073e-3f) * (r) +              \
+       4.1665795894e-2f) * (r) + 1.6666665459e-1f) * (r) + 5.0000001201e-1f)
+#define OF_REST(r) (POLYNOMIAL(r) * (r) * (r) + (r) + 1.0f)
+
 static inline float exponential(float x) {
     x = x < -87.0f ? -87.0f : (x > 88.0f ? 88.0f : x);
-    float n = nearbyintf(x * 1.44269504f);
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
+    float n = nearbyintf(x * 1.44269504f), r = REST(x, n);
     union { int32_t bits; float value; } power = {((int32_t)n + 127) << 23};
-    return (p * r * r + r + 1.0f) * power.value;
+    return OF_REST(r) * power.value;
 }
 
 static inline float silu(float x) { return x / (1.0f + exponential(-x)); }
